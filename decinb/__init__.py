@@ -1,0 +1,42 @@
+"""Learn, run and measure image-to-image diffusion with DeciDiffusion's U-Net-NAS."""
+
+import os
+
+os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")  # diffusers reads it once, when it is first imported
+
+from decinb.errors import InputError, ModelError
+from decinb.images import SAMPLES, load_image, read_record
+from decinb.metrics import adherence, change, saturated
+from decinb.pipeline import (
+    MODELS,
+    DeciDiffusionImg2ImgPipeline,
+    DeciDiffusionPipeline_img2img,
+    example,
+    load_pipeline,
+)
+from decinb.plotting import plot_grid, plot_images
+from decinb.sweep import Sweep, SweepError, grid, run_sweep
+from decinb.unet_nas import ModelMixin, UNetNAS  # noqa: F401  diffusers looks for ModelMixin here as well
+
+__all__ = [
+    "MODELS",
+    "SAMPLES",
+    "DeciDiffusionImg2ImgPipeline",
+    "DeciDiffusionPipeline_img2img",
+    "InputError",
+    "ModelError",
+    "Sweep",
+    "SweepError",
+    "UNetNAS",
+    "adherence",
+    "change",
+    "example",
+    "grid",
+    "load_image",
+    "load_pipeline",
+    "plot_grid",
+    "plot_images",
+    "read_record",
+    "run_sweep",
+    "saturated",
+]
