@@ -1,0 +1,349 @@
+"""Scenes: small landscapes drawn from attributes, with a caption that says the same in words.
+
+A scene is the truth behind a picture, so that "does the image follow the prompt" is a number here. Attributes are what
+a caption can say; ``layout`` is a seed for everything it cannot (where things stand, how large they are). Two scenes
+with the same layout and different attributes are the same place: by day and by night, painted and sketched.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+ATTRIBUTES: dict[str, tuple] = {
+    "style": ("painting", "sketch"),
+    "time": ("day", "sunset", "night"),
+    "ground": ("grass", "snow", "sand"),
+    "house": (None, "red", "blue", "yellow", "white"),
+    "trees": (None, "pine", "round"),
+    "mountains": (False, True),
+}
+"""Every attribute of a scene with its values. A sketch shows no time, no ground and no colour."""
+
+IMAGE_SIZE = 128
+"""Height and width in pixels that the bundled model was trained at."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A landscape: its attributes, and the seed of its layout."""
+
+    style: str = "painting"
+    time: str = "day"
+    ground: str = "grass"
+    house: str | None = None
+    trees: str | None = None
+    mountains: bool = False
+    layout: int = 0
+
+    def visible(self) -> dict[str, str | bool | None]:
+        """The attributes that can be seen: all of a painting, and of a sketch what a pencil can show."""
+        seen = {name: getattr(self, name) for name in ATTRIBUTES}
+        if self.style == "sketch":
+            del seen["time"], seen["ground"]
+            seen["house"] = "plain" if self.house else None
+        return seen
+
+
+def random_scene(rng: random.Random, sketches: float = 0.2) -> Scene:
+    """Draw a scene: each attribute evenly, but sketches with the probability given, and houses and trees more often."""
+    return Scene(
+        style="sketch" if rng.random() < sketches else "painting",
+        time=rng.choice(ATTRIBUTES["time"]),
+        ground=rng.choice(ATTRIBUTES["ground"]),
+        house=rng.choice(ATTRIBUTES["house"]),
+        trees=rng.choice(ATTRIBUTES["trees"]),
+        mountains=rng.random() < 0.5,
+        layout=rng.randrange(2**31),
+    )
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+Colour = tuple[float, float, float]
+Point = tuple[float, float]
+
+SKY: dict[str, tuple[Colour, Colour]] = {  # above and at the horizon
+    "day": ((84, 160, 235), (196, 226, 248)),
+    "sunset": ((82, 50, 112), (250, 150, 76)),
+    "night": ((10, 12, 40), (42, 52, 104)),
+}
+GROUND: dict[str, tuple[Colour, Colour]] = {  # at the horizon and near
+    "grass": ((112, 180, 78), (62, 130, 48)),
+    "snow": ((250, 252, 255), (206, 218, 236)),
+    "sand": ((232, 202, 138), (204, 164, 94)),
+}
+LIGHT: dict[str, Colour] = {"day": (1, 1, 1), "sunset": (0.94, 0.76, 0.70), "night": (0.40, 0.45, 0.66)}
+HOUSE: dict[str, Colour] = {
+    "red": (204, 48, 44),
+    "blue": (48, 92, 208),
+    "yellow": (240, 196, 60),
+    "white": (240, 236, 228),
+}
+
+ROOF, ROOF_SNOW, TRUNK, DOOR = (122, 66, 46), (244, 248, 255), (92, 62, 42), (84, 50, 36)
+PINE, ROUND, ROUND_LIT = (36, 98, 66), (56, 128, 58), (88, 162, 76)
+ROCK, ROCK_SHADE, ROCK_SNOW = (128, 126, 148), (96, 96, 122), (240, 244, 252)
+WINDOW_DARK, WINDOW_LIT = (176, 218, 246), (255, 222, 112)
+SUN, SUN_LOW, MOON, STAR = (255, 234, 112), (255, 112, 66), (250, 246, 214), (255, 255, 255)
+PAPER, PENCIL = (250, 248, 240), (64, 62, 66)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where everything stands, in fractions of the picture, whether or not the scene shows it."""
+
+    horizon: float
+    light: Point
+    peaks: Sequence[tuple[float, float, float]]  # (x, height, half width), the farthest first
+    house: tuple[float, float, float]  # (x of the middle, y of the foot, width)
+    trees: Sequence[tuple[float, float, float]]  # (x, y of the foot, height), the farthest first
+    stars: Sequence[Point]
+
+    @classmethod
+    def draw(cls, seed: int) -> "_Layout":
+        rng = random.Random(seed)
+        horizon = rng.uniform(0.52, 0.66)
+        light = (rng.uniform(0.12, 0.88), rng.uniform(0.10, 0.26))
+        start = rng.uniform(0.0, 0.25)
+        peaks = [
+            (start + 0.34 * i + rng.uniform(-0.05, 0.05), rng.uniform(0.18, 0.36), rng.uniform(0.18, 0.26))
+            for i in range(3)
+        ]
+        rng.shuffle(peaks)
+        foot = horizon + rng.uniform(0.10, 0.22)
+        house = (rng.uniform(0.24, 0.76), foot, rng.uniform(0.26, 0.36))
+        # Trees stand to the left and right of the house, never wholly behind it.
+        sides = [-1, 1, rng.choice([-1, 1])][: rng.choice([2, 2, 3])]
+        trees = []
+        for i, side in enumerate(sides):
+            x = house[0] + side * (house[2] / 2 + rng.uniform(0.08, 0.16) + (0.16 if i == 2 else 0.0))
+            if not 0.06 < x < 0.94:
+                x = house[0] - side * (house[2] / 2 + rng.uniform(0.20, 0.34))
+            trees.append((min(max(x, 0.06), 0.94), horizon + rng.uniform(0.05, 0.24), rng.uniform(0.26, 0.36)))
+        stars = [(rng.uniform(0.03, 0.97), rng.uniform(0.03, 0.42)) for _ in range(9)]
+        return cls(horizon, light, peaks, house, sorted(trees, key=lambda tree: tree[1]), stars)
+
+
+class _Brush:
+    """Draws shapes in fractions of the picture: filled and lit for a painting, shaded and outlined for a sketch."""
+
+    def __init__(self, size: int, style: str, time: str):
+        self.size = size
+        self.sketch = style == "sketch"
+        self.light = LIGHT[time]
+        self.image = Image.new("RGB", (size, size), PAPER)
+        self.pen = ImageDraw.Draw(self.image)
+
+    def gradient(self, top: float, bottom: float, upper: Colour, lower: Colour, lit: bool) -> None:
+        first, last = round(top * self.size), round(bottom * self.size)
+        rows = np.linspace(0, 1, max(last - first, 1))[:, None] * (np.array(lower) - upper) + upper
+        rows = rows * self.light if lit else rows
+        band = Image.fromarray(rows.round().astype(np.uint8)[:, None]).resize((self.size, last - first))
+        self.image.paste(band, (0, first))
+
+    def polygon(self, points: Sequence[Point], colour: Colour, lit: bool = True) -> None:
+        corners = [self._pixels(point) for point in points]
+        self.pen.polygon(corners, fill=self._fill(colour, lit))
+        if self.sketch:
+            self.pen.line([*corners, corners[0], corners[1]], fill=PENCIL, width=self._line, joint="curve")
+
+    def circle(self, centre: Point, radius: float, colour: Colour, lit: bool = True) -> None:
+        box = [
+            self._pixels((centre[0] - radius, centre[1] - radius)),
+            self._pixels((centre[0] + radius, centre[1] + radius)),
+        ]
+        self.pen.ellipse(box, fill=self._fill(colour, lit), outline=PENCIL if self.sketch else None, width=self._line)
+
+    def glow(self, centre: Point, radius: float, colour: Colour) -> None:
+        x, y = np.meshgrid(*[(np.arange(self.size) + 0.5) / self.size] * 2)
+        near = np.exp(-(((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / radius**2)) * 0.5
+        blend = Image.fromarray((near * 255).astype(np.uint8))
+        self.image.paste(Image.new("RGB", self.image.size, colour), mask=blend)
+
+    def line(self, start: Point, end: Point) -> None:
+        self.pen.line([self._pixels(start), self._pixels(end)], fill=PENCIL, width=self._line)
+
+    @property
+    def _line(self) -> int:
+        return max(1, round(0.014 * self.size))
+
+    def _pixels(self, point: Point) -> Point:
+        return point[0] * self.size, point[1] * self.size
+
+    def _fill(self, colour: Colour, lit: bool) -> tuple[int, ...]:
+        if self.sketch:  # pencil shading: the darker the colour, the darker the grey, and never very dark
+            grey = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+            return tuple(round(p - (1 - grey / 255) * 96) for p in PAPER)
+        return tuple(round(c * light) for c, light in zip(colour, self.light if lit else (1, 1, 1), strict=True))
+
+
+def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
+    """Draw a scene as an RGB image of ``size`` x ``size`` pixels, smoothed by drawing it four times as large."""
+    at = _Layout.draw(scene.layout)
+    brush = _Brush(4 * size if size <= 256 else 2 * size, scene.style, scene.time)
+    _draw_sky(brush, scene, at)
+    if scene.mountains:
+        _draw_mountains(brush, at)
+    _draw_ground(brush, scene, at)
+    house_is_drawn = scene.house is None
+    for tree in at.trees if scene.trees else ():
+        if not house_is_drawn and tree[1] > at.house[1]:
+            _draw_house(brush, scene, at)
+            house_is_drawn = True
+        _draw_tree(brush, scene.trees, *tree)
+    if not house_is_drawn:
+        _draw_house(brush, scene, at)
+    return brush.image.resize((size, size), Image.Resampling.BOX)
+
+
+def house_mask(scene: Scene, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Where the house is: a boolean array (size, size) of its walls and roof, trees in front of it or not."""
+    canvas = Image.new("1", (size, size))
+    if scene.house:
+        walls, roof = _house_outline(_Layout.draw(scene.layout))
+        for outline in (walls, roof):
+            ImageDraw.Draw(canvas).polygon([(x * size, y * size) for x, y in outline], fill=1)
+    return np.array(canvas)
+
+
+def _draw_sky(brush: _Brush, scene: Scene, at: _Layout) -> None:
+    if brush.sketch:
+        brush.circle(at.light, 0.07, PAPER)
+        return
+    upper, lower = SKY[scene.time]
+    brush.gradient(0, at.horizon, upper, lower, lit=False)
+    x, y = at.light
+    if scene.time == "day":
+        brush.glow((x, y), 0.16, SUN)
+        brush.circle((x, y), 0.075, SUN, lit=False)
+    elif scene.time == "sunset":
+        low = (x, at.horizon - 0.09)
+        brush.glow(low, 0.22, SUN_LOW)
+        brush.circle(low, 0.085, SUN_LOW, lit=False)
+    else:
+        for star in at.stars:
+            brush.circle(star, 0.008, STAR, lit=False)
+        sky_there = tuple(u + (v - u) * y / at.horizon for u, v in zip(upper, lower, strict=True))
+        brush.circle((x, y), 0.075, MOON, lit=False)
+        brush.circle((x + 0.035, y - 0.015), 0.062, sky_there, lit=False)
+
+
+def _draw_mountains(brush: _Brush, at: _Layout) -> None:
+    base = at.horizon + 0.01
+    for x, height, half in at.peaks:
+        top = (x, base - height)
+        cap_left = (x - 0.3 * half, base - 0.7 * height)
+        cap_right = (x + 0.3 * half, base - 0.7 * height)
+        brush.polygon([top, (x + half, base), (x - half, base)], ROCK)
+        if not brush.sketch:
+            brush.polygon([top, (x + half, base), (x + 0.15 * half, base)], ROCK_SHADE)
+        brush.polygon([top, cap_right, (x, base - 0.62 * height), cap_left], ROCK_SNOW)
+
+
+def _draw_ground(brush: _Brush, scene: Scene, at: _Layout) -> None:
+    if brush.sketch:
+        brush.pen.rectangle([0, at.horizon * brush.size, brush.size, brush.size], fill=PAPER)
+        brush.line((0, at.horizon), (1, at.horizon))
+    else:
+        brush.gradient(at.horizon, 1, *GROUND[scene.ground], lit=True)
+
+
+def _house_outline(at: _Layout) -> tuple[list[Point], list[Point]]:
+    x, foot, width = at.house
+    left, right, eaves = x - width / 2, x + width / 2, foot - 0.56 * width
+    walls = [(left, eaves), (right, eaves), (right, foot), (left, foot)]
+    roof = [(left - 0.1 * width, eaves), (x, eaves - 0.46 * width), (right + 0.1 * width, eaves)]
+    return walls, roof
+
+
+def _draw_house(brush: _Brush, scene: Scene, at: _Layout) -> None:
+    x, foot, width = at.house
+    walls, roof = _house_outline(at)
+    eaves = walls[0][1]
+    brush.polygon(walls, PAPER if brush.sketch else HOUSE[scene.house])
+    brush.polygon(roof, ROOF if brush.sketch or scene.ground != "snow" else ROOF_SNOW)
+    brush.polygon(_box(x, foot - 0.16 * width, 0.18 * width, 0.32 * width), DOOR)
+    lit_window = WINDOW_DARK if scene.time == "day" or brush.sketch else WINDOW_LIT
+    for side in (-1, 1):
+        brush.polygon(
+            _box(x + side * 0.3 * width, eaves + 0.24 * width, 0.17 * width, 0.17 * width), lit_window, lit=False
+        )
+
+
+def _draw_tree(brush: _Brush, kind: str, x: float, foot: float, height: float) -> None:
+    brush.polygon(_box(x, foot - 0.11 * height, 0.12 * height, 0.22 * height), TRUNK)
+    if kind == "pine":
+        for part in (0, 1, 2):
+            low, half = foot - (0.18 + 0.24 * part) * height, (0.30 - 0.065 * part) * height
+            brush.polygon([(x - half, low), (x, low - 0.36 * height), (x + half, low)], PINE)
+    else:
+        brush.circle((x, foot - 0.62 * height), 0.36 * height, ROUND)
+        if not brush.sketch:
+            brush.circle((x - 0.09 * height, foot - 0.71 * height), 0.2 * height, ROUND_LIT)
+
+
+def _box(x: float, y: float, width: float, height: float) -> list[Point]:
+    left, right, top, bottom = x - width / 2, x + width / 2, y - height / 2, y + height / 2
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+# --- the words --------------------------------------------------------------------------------------------------------
+
+STYLE_WORDS = {
+    "painting": ("a painting of", "a colourful painting of", "a picture of"),
+    "sketch": ("a sketch of", "a pencil sketch of", "a pencil drawing of"),
+}
+TIME_WORDS = {
+    "day": ("by day", "on a sunny day", "under a blue sky"),
+    "sunset": ("at sunset", "in the evening sun", "under an orange sky"),
+    "night": ("at night", "under the stars", "by moonlight"),
+}
+GROUND_WORDS = {
+    "grass": ("on grass", "on green grass", "in a meadow"),
+    "snow": ("on snow", "in the snow", "in winter"),
+    "sand": ("on sand", "in the desert", "on a beach"),
+}
+HOUSE_WORDS = {"red": "a red house", "blue": "a blue house", "yellow": "a yellow house", "white": "a white house"}
+TREE_WORDS = {"pine": ("pine trees", "fir trees"), "round": ("round trees", "leafy trees")}
+
+
+def caption(scene: Scene, rng: random.Random | None = None, left_out: float = 0.12) -> str:
+    """Say in words what a scene shows.
+
+    Args:
+        scene: what to describe.
+        rng: varies words and order, and leaves each attribute unsaid with probability ``left_out``;
+            without it the caption is complete and always the same.
+    """
+
+    def one_of(words: str | Sequence[str]) -> str:
+        words = (words,) if isinstance(words, str) else words
+        return rng.choice(words) if rng else words[0]
+
+    def said() -> bool:
+        return rng is None or rng.random() >= left_out
+
+    things, empty = [], not (scene.house or scene.trees or scene.mountains)
+    if scene.house and said():
+        things.append("a house" if scene.style == "sketch" else HOUSE_WORDS[scene.house])
+    if scene.trees and said():
+        things.append(one_of(TREE_WORDS[scene.trees]))
+    if scene.mountains and said():
+        things.append("mountains")
+    place = []
+    if scene.style == "painting":
+        if said():
+            place.append(one_of(GROUND_WORDS[scene.ground]))
+        if said():
+            place.append(one_of(TIME_WORDS[scene.time]))
+    if rng:
+        rng.shuffle(things)
+        rng.shuffle(place)
+    listed = " and ".join(things) if len(things) < 3 else f"{things[0]}, {things[1]} and {things[2]}"
+    sentence = " ".join([listed or ("an empty landscape" if empty else "a landscape"), *place])
+    if scene.style == "sketch" or rng is None or rng.random() < 0.5:
+        sentence = f"{one_of(STYLE_WORDS[scene.style])} {sentence}"
+    return sentence
