@@ -66,7 +66,19 @@ def load_image(source: str | Path | Image.Image, size: int | None = None, allow_
     if isinstance(source, str) and source in SAMPLES:
         scene, own_size = SAMPLES[source]
         return render(scene, size or own_size)
-    return _fit(_upright_rgb(_open(source, allow_private), str(source)), size)
+    name = "image" if isinstance(source, Image.Image) else str(source)
+    return _fit(_upright_rgb(_open(source, allow_private), name), size)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB: laid on white where it is transparent, 16 bits scaled to 8."""
+    if image.mode.startswith("I;16"):
+        # Pillow would cut off everything above 255; half grey must stay half grey.
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def save_image(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
@@ -126,14 +138,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
             f"image {name!r} has {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million are allowed"
         )
     try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            # Pillow would cut off everything above 255; half grey must stay half grey.
-            return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
+        return as_rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"image {name!r} is damaged: {error}") from error
 

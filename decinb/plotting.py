@@ -32,7 +32,7 @@ def plot_images(images: Sequence[Image.Image], values: Sequence[Any], title: str
     for ax, image, value in zip(axes[0], images, values, strict=True):
         _put(ax, image, f"{name}: {plain(value)}")
     figure.tight_layout()
-    _finish(figure, f"{name}_experiments.png")
+    finish(figure, f"{name}_experiments.png")
 
 
 def plot_grid(
@@ -51,7 +51,7 @@ def plot_grid(
         ax.axis("off")
     for ax, image, title in zip(axes.flat, images, titles, strict=False):
         _put(ax, image, title)
-    _finish(figure, file)
+    finish(figure, file)
 
 
 def plot_sweep(sweep: Sweep, rows: str | None = None, cols: str | None = None, file: str | Path | None = None) -> None:
@@ -108,7 +108,7 @@ def plot_sweep(sweep: Sweep, rows: str | None = None, cols: str | None = None, f
                 continue
             told = [f"{SHORT.get(name, name)} {plain(value)}" for name, value in ((rows, row), (cols, col)) if name]
             _put(axes[i, j + 1], at[row, col], "\n".join(told))
-    _finish(figure, file)
+    finish(figure, file)
 
 
 def _values(sweep: Sweep, name: str | None) -> list[Any]:
@@ -122,13 +122,13 @@ def _put(ax: Axes, image: Image.Image, title: str) -> None:
     ax.axis("off")
 
 
-def _finish(figure: Figure, file: str | Path | None) -> None:
-    """Save, show where there is a screen or a notebook, and let go."""
+def finish(figure: Figure, file: str | Path | None = None) -> None:
+    """Save a figure if a file is named, show it where there is a screen or a notebook, and let go of it."""
     import matplotlib.pyplot as plt
 
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, metadata={"Software": "decinb"})
+        figure.savefig(file)
     if plt.get_backend().lower() != "agg":
         plt.show()
     plt.close(figure)

@@ -4,13 +4,13 @@ A cell is a plain dict with the argument names of diffusers, a design is a plain
 with ``+``, thinned with a list comprehension, and sampled with ``random.sample``.
 """
 
+import hashlib
+import importlib.metadata
 import itertools
-import math
-import numbers
+import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from decinb import inputs
 from decinb.errors import InputError
-from decinb.images import save_image
+from decinb.images import load_image, save_image
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 
 Cell = dict[str, Any]
@@ -47,7 +48,7 @@ def grid(**axes: Sequence[Any]) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Run:
-    """A cell understood: every argument of the call as a plain value."""
+    """A cell understood: every argument of the call as a plain value, and how many steps really run."""
 
     prompt: str
     negative_prompt: str | None
@@ -55,11 +56,27 @@ class Run:
     guidance_scale: float
     num_inference_steps: int
     seed: int
+    steps_run: int
 
-    @property
-    def steps_run(self) -> int:
-        """How many steps really run. Strength acts through this number alone; ``int`` cuts as diffusers does."""
-        return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
+    @classmethod
+    def read(cls, cell: Cell, defaults: Cell, where: str) -> "Run":
+        """Understand a cell, or raise an InputError that begins with ``where``."""
+        if not isinstance(cell, dict):
+            raise InputError(f"{where}a cell must be a dict such as {{'strength': 0.75}}, got {cell!r}")
+        inputs.known(cell, defaults, where)
+        given = {**defaults, **cell}
+        steps = inputs.num_inference_steps(given["num_inference_steps"], where)
+        strength = inputs.strength(given["strength"], where)
+        negative = given["negative_prompt"]
+        return cls(
+            prompt=inputs.text(given["prompt"], f"{where}prompt"),
+            negative_prompt=None if negative is None else inputs.text(negative, f"{where}negative_prompt"),
+            strength=strength,
+            guidance_scale=inputs.guidance_scale(given["guidance_scale"], where),
+            num_inference_steps=steps,
+            seed=inputs.seed(given["seed"], where),
+            steps_run=inputs.steps_run(steps, strength, where),
+        )
 
 
 @dataclass
@@ -93,7 +110,7 @@ class SweepError(RuntimeError):
 
 def run_sweep(
     pipe: DeciDiffusionImg2ImgPipeline,
-    image: Image.Image,
+    image: Image.Image | str | Path,
     prompt: str,
     cells: Sequence[Cell],
     seed: int = 0,
@@ -108,10 +125,11 @@ def run_sweep(
 
     Args:
         pipe: from ``load_pipeline``.
-        image: from ``load_image``.
+        image: from ``load_image``, or what it takes.
         prompt: what the picture should become; a cell's own ``prompt`` goes before it.
         cells: dicts with any of ``strength`` (above 0, at most 1), ``guidance_scale`` (0 or more; 1 or less switches
-            guidance off), ``num_inference_steps`` (1 to 999), ``prompt``, ``negative_prompt``, ``seed`` (0 to 2**63 - 1).
+            guidance off), ``num_inference_steps`` (1 to 999), ``prompt``, ``negative_prompt``, and ``seed``
+            (0 to 2**63 - 1).
         seed: of every cell that names none.
         negative_prompt: of every cell that names none.
         folder: where every finished image is written at once, as a PNG with its record inside.
@@ -129,11 +147,11 @@ def run_sweep(
         "negative_prompt": negative_prompt,
         "seed": seed,
     }
-    if not isinstance(image, Image.Image):
-        raise InputError(f"image must be a PIL image (load_image makes one), got {type(image).__name__}")
     if not isinstance(cells, Sequence) or isinstance(cells, str) or not cells:
         raise InputError(f"cells must be a list of at least one dict, got {cells!r}")
-    runs = [_read(cell, defaults, where=f"cell {i}") for i, cell in enumerate(cells)]
+    runs = [Run.read(cell, defaults, where=f"cell {i}: ") for i, cell in enumerate(cells)]
+    image = load_image(image)
+    origin = _origin(pipe, image)
     if folder is not None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,17 +163,18 @@ def run_sweep(
         for i, (cell, run) in enumerate(
             zip(tqdm(cells, "sweep", disable=not progress, leave=False), runs, strict=True)
         ):
-            made, record = _make(pipe, image, run)
-            if folder is not None:
-                save_image(made, folder / f"{i:03d}_{_file_name(cell)}.png", record)
+            made, seconds = _make(pipe, image, run)
+            record = {**vars(run), **origin, "seconds": seconds}
             sweep.cells.append(cell)
             sweep.images.append(made)
             sweep.records.append(record)
+            if folder is not None:
+                save_image(made, folder / f"{i:03d}_{_file_name(cell, record)}.png", record)
     except KeyboardInterrupt:
         print(f"stopped: {len(sweep)} of {len(cells)} cells are done")
     except Exception as error:
         done = f"{len(sweep)} of {len(cells)} cells were done and are in this error's `sweep`"
-        raise SweepError(f"cell {len(sweep)} ({label(cells[len(sweep)])}) failed: {error}; {done}", sweep) from error
+        raise SweepError(f"cell {i} ({label(cell)}) failed: {error}; {done}", sweep) from error
     finally:
         pipe.set_progress_bar_config(**bar_config)
     return sweep
@@ -171,7 +190,7 @@ def plain(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _make(pipe: DeciDiffusionImg2ImgPipeline, image: Image.Image, run: Run) -> tuple[Image.Image, dict[str, Any]]:
+def _make(pipe: DeciDiffusionImg2ImgPipeline, image: Image.Image, run: Run) -> tuple[Image.Image, float]:
     started = time.perf_counter()
     made = pipe(
         prompt=run.prompt,
@@ -182,67 +201,29 @@ def _make(pipe: DeciDiffusionImg2ImgPipeline, image: Image.Image, run: Run) -> t
         negative_prompt=run.negative_prompt,
         generator=torch.Generator().manual_seed(run.seed),
     ).images[0]
-    seconds = round(time.perf_counter() - started, 3)
-    return made, {**vars(run), "steps_run": run.steps_run, "seconds": seconds}
+    return made, round(time.perf_counter() - started, 3)
 
 
-def _file_name(cell: Cell) -> str:
-    return "_".join(f"{SHORT[name]}-{plain(cell[name])}" for name in SHORT if name in cell) or "defaults"
+def _origin(pipe: DeciDiffusionImg2ImgPipeline, image: Image.Image) -> dict[str, Any]:
+    """What all cells share and an image cannot be made again without."""
+    return {
+        "model": _model_name(pipe),
+        "scheduler": type(pipe.scheduler).__name__,
+        "image": hashlib.sha256(image.tobytes()).hexdigest()[:16],
+        "image_size": list(image.size),
+        "device": pipe.device.type,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "versions": {name: importlib.metadata.version(name) for name in ("decinb", "diffusers", "torch")},
+    }
 
 
-# --- the door: what a user gave becomes plain values, or one clear line -----------------------------------------------
+def _model_name(pipe: DeciDiffusionImg2ImgPipeline) -> str:
+    name = str(pipe.config.get("_name_or_path") or "unnamed")
+    return Path(name).name if Path(name).is_absolute() else name  # where a folder lies is nobody's business
 
 
-def _read(cell: Cell, defaults: Cell, where: str) -> Run:
-    if not isinstance(cell, dict):
-        raise InputError(f"{where} must be a dict such as {{'strength': 0.75}}, got {cell!r}")
-    for name in cell:
-        if name not in defaults:
-            near = get_close_matches(str(name), defaults, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(defaults)}"
-            raise InputError(f"{where}: unknown argument {name!r}{hint}")
-    given = {**defaults, **cell}
-    run = Run(
-        prompt=_text(given["prompt"], f"{where}: prompt"),
-        negative_prompt=None
-        if given["negative_prompt"] is None
-        else _text(given["negative_prompt"], f"{where}: negative_prompt"),
-        strength=_number(given["strength"], f"{where}: strength", "above 0 and at most 1", lambda x: 0 < x <= 1),
-        guidance_scale=_number(given["guidance_scale"], f"{where}: guidance_scale", "0 or more", lambda x: x >= 0),
-        num_inference_steps=_whole(given["num_inference_steps"], f"{where}: num_inference_steps", 1, 999),
-        seed=_whole(given["seed"], f"{where}: seed", 0, 2**63 - 1),
-    )
-    if run.steps_run == 0:
-        smallest = math.ceil(1e6 / run.num_inference_steps) / 1e6
-        raise InputError(
-            f"{where}: strength {plain(run.strength)} of {run.num_inference_steps} steps leaves 0 steps to run; "
-            f"the smallest strength at {run.num_inference_steps} steps is {smallest:g}"
-        )
-    return run
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{name} must be a string, got {value!r}")
-    return value
-
-
-def _number(value: Any, name: str, allowed: str, fits: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise InputError(f"{name} must be a number {allowed}, got {value!r}")
-    value = round(float(value), 6)  # a list built by adding 0.05 ends in 1.0000000000000002
-    if not fits(value):
-        raise InputError(f"{name} must be {allowed}, got {value:g}")
-    return value
-
-
-def _whole(value: Any, name: str, low: int, high: int) -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Real)
-        or value != value
-        or value != int(value)
-        or not low <= value <= high
-    ):
-        raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-    return int(value)
+def _file_name(cell: Cell, record: dict[str, Any]) -> str:
+    """The cell in words, and a short key of all that made the image: another prompt or image is another file."""
+    words = "_".join(f"{SHORT[name]}-{plain(cell[name])}" for name in SHORT if name in cell) or "defaults"
+    made_by = {name: value for name, value in record.items() if name != "seconds"}
+    return f"{words}_{hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]}"

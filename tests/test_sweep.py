@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shutil
 
 import pytest
 import torch
@@ -76,22 +78,23 @@ def test_defaults_are_the_guides(tiny, image):
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ({"strength": 0}, "cell 1: strength must be above 0 and at most 1, got 0"),
+        ({"strength": 0}, "^cell 1: strength must be above 0 and at most 1, got 0"),
         ({"strength": -0.1}, "strength must be above 0 and at most 1, got -0.1"),
         ({"strength": 1.2}, "strength must be above 0 and at most 1, got 1.2"),
         ({"strength": float("nan")}, "strength must be a number"),
         ({"strength": "0.5"}, "strength must be a number above 0 and at most 1, got '0.5'"),
         ({"strength": True}, "strength must be a number"),
         ({"strength": 0.02}, "leaves 0 steps to run; the smallest strength at 30 steps is 0.0333"),
-        ({"guidance_scale": float("inf")}, "guidance_scale must be a number 0 or more"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a number of 0 or more"),
         ({"guidance_scale": -1}, "guidance_scale must be 0 or more, got -1"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1 to 999, got 0"),
         ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number"),
         ({"num_inference_steps": 1000}, "from 1 to 999, got 1000"),
+        ({"num_inference_steps": float("inf")}, "num_inference_steps must be a whole number"),
         ({"seed": 2**64}, "seed must be a whole number"),
         ({"prompt": None}, "prompt must be a string, got None"),
         ({"guidence_scale": 3}, "unknown argument 'guidence_scale'; did you mean 'guidance_scale'"),
-        (0.75, "cell 1 must be a dict"),
+        (0.75, "cell 1: a cell must be a dict"),
     ],
 )
 def test_a_bad_cell_is_named_before_any_work(tiny, image, cell, message, tmp_path):
@@ -115,7 +118,7 @@ def test_the_smallest_strength_it_names_runs(tiny, image):
     [
         ({"cells": []}, "cells must be a list of at least one dict"),
         ({"cells": {"strength": 1}}, "cells must be a list"),
-        ({"image": "day"}, "image must be a PIL image"),
+        ({"image": None}, "image must be a sample's name"),
         ({"prompt": []}, "prompt must be a string"),
     ],
 )
@@ -137,10 +140,56 @@ def test_every_image_is_on_disk_with_its_record(tiny, image, tmp_path):
     cells = [{**QUICK, "seed": seed} for seed in (1, 2)]
     sweep = run_sweep(tiny, image, PROMPT, cells, folder=tmp_path, progress=False)
     files = sorted(tmp_path.iterdir())
-    assert [file.name for file in files] == ["000_strength-1_steps-2_seed-1.png", "001_strength-1_steps-2_seed-2.png"]
+    names = [re.sub("[0-9a-f]{8}.png", "KEY.png", file.name) for file in files]
+    assert names == ["000_strength-1_steps-2_seed-1_KEY.png", "001_strength-1_steps-2_seed-2_KEY.png"]
     for file, made, record in zip(files, sweep.images, sweep.records, strict=True):
         assert decinb.change(Image.open(file), made) == 0.0
         assert read_record(file) == record == json.loads(json.dumps(record))
+
+
+def test_another_prompt_or_image_is_another_file(tiny, image, tmp_path):
+    for prompt, picture in ((PROMPT, image), (PROMPT, "night"), ("mountains", image), (PROMPT, image)):
+        run_sweep(tiny, picture, prompt, [QUICK], folder=tmp_path, progress=False)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_image_that_cannot_be_saved_is_not_lost(tiny, image, tmp_path):
+    folder = tmp_path / "made"
+
+    def vanish(*_):
+        shutil.rmtree(folder)
+
+    hook = tiny.vae.decoder.register_forward_pre_hook(vanish)
+    try:
+        with pytest.raises(SweepError, match="cell 0") as caught:
+            run_sweep(tiny, image, PROMPT, [QUICK], folder=folder, progress=False)
+    finally:
+        hook.remove()
+    assert len(caught.value.sweep) == 1
+
+
+def test_a_picture_with_four_channels_is_no_latent(tiny, image):
+    clear = image.convert("RGBA")
+    sweeps = [run_sweep(tiny, picture, PROMPT, [QUICK], progress=False) for picture in (image, clear)]
+    direct = tiny(PROMPT, clear, 1.0, 2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert decinb.change(sweeps[0].images[0], sweeps[1].images[0]) == 0.0
+    assert direct.size == image.size and decinb.change(direct, sweeps[0].images[0]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"strength": 0.01}, "leaves 0 steps to run"),
+        ({"strength": 1.2}, "strength must be above 0 and at most 1, got 1.2"),
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"guidence_scale": 3}, "unknown argument 'guidence_scale'; did you mean 'guidance_scale'"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1 to 999, got 0"),
+    ],
+)
+def test_the_pipeline_itself_refuses_what_cannot_run(tiny, image, given, message):
+    with count_unet_calls(tiny) as count, pytest.raises(InputError, match=message):
+        tiny(**{"prompt": PROMPT, "image": image, **given})
+    assert count.calls == 0
 
 
 class Stop:
