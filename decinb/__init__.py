@@ -6,7 +6,7 @@ os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")  # diffusers reads i
 
 from decinb.errors import InputError, ModelError
 from decinb.images import SAMPLES, load_image, read_record
-from decinb.metrics import adherence, change, saturated
+from decinb.metrics import adherence, change, named_attributes, saturated
 from decinb.pipeline import (
     MODELS,
     DeciDiffusionImg2ImgPipeline,
@@ -34,6 +34,7 @@ __all__ = [
     "grid",
     "load_image",
     "load_pipeline",
+    "named_attributes",
     "plot_grid",
     "plot_images",
     "read_record",

@@ -1,0 +1,385 @@
+"""The image-to-image pipeline around a U-Net-NAS, the models it is known to run, and how one is loaded.
+
+Loading builds every part with a class named here. No code comes from a model's folder or from the hub, whatever its
+files say.
+"""
+
+import difflib
+import inspect
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+from decinb import hub, inputs
+from decinb.errors import InputError, ModelError
+from decinb.images import as_rgb
+from decinb.quiet import quiet
+
+with quiet():  # importing these tells of optional libraries that are not needed here
+    import diffusers
+    from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionImg2ImgPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from decinb.unet_nas import UNetNAS, refuse_partial
+
+
+class DeciDiffusionImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
+    """Image to image with DeciDiffusion: diffusers' own pipeline, the publisher's defaults, no safety checker.
+
+    What it saves is an ordinary diffusers folder: this class loads it again, and so do, once decinb is imported,
+    ``DiffusionPipeline`` and ``AutoPipelineForImage2Image``.
+    """
+
+    deci_default_number_of_iterations = 30
+    deci_default_guidance_rescale = 0.7
+    """The publisher's default for text to image. Kept for the guide's sake: image to image has no such argument."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNetNAS,
+        scheduler: SchedulerMixin,
+        safety_checker: nn.Module | None = None,
+        feature_extractor: Any = None,
+        image_encoder: nn.Module | None = None,
+        requires_safety_checker: bool = False,
+    ):
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+            requires_safety_checker=requires_safety_checker,
+        )
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Any = None,
+        strength: float = 0.8,
+        num_inference_steps: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As ``StableDiffusionImg2ImgPipeline``, with 30 for ``num_inference_steps`` where none is given.
+
+        Raises:
+            InputError: ``strength`` is not above 0 and at most 1, or leaves no step to run; ``num_inference_steps`` is
+                not 1 to 999; the list of prompts or images is empty; an argument's name is not known.
+        """
+        if num_inference_steps is None:
+            num_inference_steps = self.deci_default_number_of_iterations
+        num_inference_steps, strength = inputs.num_inference_steps(num_inference_steps), inputs.strength(strength)
+        inputs.steps_run(num_inference_steps, strength)
+        inputs.known(kwargs, inspect.signature(StableDiffusionImg2ImgPipeline.__call__).parameters)
+        for name, given in {"prompt": prompt, "image": image}.items():
+            if isinstance(given, (list, tuple)) and not given:
+                raise InputError(f"{name} is an empty list: give at least one")
+        if isinstance(image, Image.Image):
+            image = as_rgb(image)  # diffusers would take four channels for a latent
+        elif isinstance(image, (list, tuple)) and all(isinstance(one, Image.Image) for one in image):
+            image = [as_rgb(one) for one in image]
+        return super().__call__(prompt, image, strength, num_inference_steps, *args, **kwargs)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of the images that the model was trained on."""
+        return self.unet.config.sample_size * self.vae_scale_factor
+
+    def to_json_string(self) -> str:
+        """The config, for the saved index. It names diffusers' class: its own loaders know no other."""
+        index = json.loads(super().to_json_string())
+        index["_class_name"] = StableDiffusionImg2ImgPipeline.__name__
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+DeciDiffusionPipeline_img2img = DeciDiffusionImg2ImgPipeline
+"""The name that the guide gives the class."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A known model: its folder or hub id, what it is, its images' side in pixels, and something to try it on."""
+
+    source: Path | str
+    about: str
+    image_size: int
+    example_image: str
+    example_prompt: str
+    revision: str | None = None
+
+
+MODELS: dict[str, Model] = {
+    "tiny": Model(
+        Path(__file__).parent / "tiny" / "model",
+        "small U-Net-NAS for drawn scenes, bundled",
+        128,
+        "day",
+        "a painting of a red house, round trees and mountains on snow at night",
+    ),
+    "decidiffusion-v1-0": Model(
+        "Deci/DeciDiffusion-v1-0",
+        "the published checkpoint, 1.02 billion parameters",
+        512,
+        "valley",
+        "A cute baby dragon with blue and green scales, artstation painting",  # the guide's own
+    ),
+}
+
+PUBLISHED = "decidiffusion-v1-0"
+IMPATIENT = 3.0  # seconds of silence from the hub before the bundled model is taken instead
+
+DTYPES = {
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float": torch.float32,
+}
+
+
+def load_pipeline(
+    model: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> DeciDiffusionImg2ImgPipeline:
+    """Load a model, ready to run, and print one line that says which, where, in which numbers, and why.
+
+    Args:
+        model: a name in ``MODELS``, a folder, or ``owner/name`` on the hub. None takes the published checkpoint
+            on a CUDA GPU where it is cached or can be downloaded, and ``tiny`` everywhere else; or what the environment
+            variable ``DECINB_MODEL`` names.
+        device: None takes CUDA, else Apple's MPS, else the CPU.
+        dtype: ``torch.float16`` or ``"fp16"``, and so on. None takes float16 on CUDA and float32 elsewhere.
+
+    Returns:
+        An ordinary diffusers pipeline. Images of ``image_size`` pixels suit it best.
+
+    Raises:
+        InputError: the name is unknown, the folder is not there, or the device or dtype cannot be used.
+        ModelError: the model cannot be fetched, or a part of it is missing, damaged or does not fit.
+    """
+    device = _device(device)
+    dtype = _dtype(dtype, device)
+    name, folder, why = _find(model, device)
+    pipe = _load(folder, name, dtype).to(device)
+    print(f"decinb: {name} on {device}, {str(dtype).removeprefix('torch.')} ({why})")
+    return pipe
+
+
+def example(pipe: DeciDiffusionImg2ImgPipeline) -> tuple[str, str]:
+    """A sample's name and a prompt to try a pipeline on: those of the known model whose images are nearest in size."""
+    known = min(MODELS.values(), key=lambda model: abs(model.image_size - pipe.image_size))
+    return known.example_image, known.example_prompt
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device is None:
+        return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device: {device!r} is not a device; give 'cuda', 'mps', 'cpu' or None") from None
+    if (found.type == "mps" and not has_mps) or (
+        found.type == "cuda" and not (has_cuda and (found.index or 0) < torch.cuda.device_count())
+    ):
+        raise InputError(f"device: {device!r} was asked for, but torch finds none here; give 'cpu' or None")
+    return found
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        # On MPS half precision still overflows to black images with some releases of macOS and torch.
+        return torch.float16 if device.type == "cuda" else torch.float32
+    found = DTYPES.get(str(dtype).removeprefix("torch.").lower())
+    if found is None:
+        raise InputError(f"dtype: {dtype!r} cannot be used; give one of {', '.join(DTYPES)} or None")
+    if found == torch.float16 and device.type == "cpu":
+        warnings.warn(
+            "float16 was asked for on the CPU, where one convolution takes hundreds of times longer: float32 is used",
+            stacklevel=3,
+        )
+        return torch.float32
+    return found
+
+
+def _find(model: str | Path | None, device: torch.device) -> tuple[str, Path, str]:
+    """From what a user calls a model to its name, the folder it lies in, and why it was taken."""
+    if model is None and os.environ.get("DECINB_MODEL"):
+        name, folder, _ = _find(os.environ["DECINB_MODEL"], device)
+        return name, folder, "as DECINB_MODEL says"
+    if model is None:
+        why = "no CUDA GPU is used"
+        if device.type == "cuda":
+            try:
+                known = MODELS[PUBLISHED]
+                return PUBLISHED, _folder(known.source, known.revision, IMPATIENT), "a CUDA GPU is used"
+            except ModelError as error:
+                why = str(error)
+        return "tiny", _folder(MODELS["tiny"].source), why
+
+    if not isinstance(model, (str, Path)):
+        raise InputError(f"model: give a name, a folder or a hub id, got {model!r}")
+    name, asked = str(model), "as asked"
+    if known := MODELS.get(name):
+        return name, _folder(known.source, known.revision), asked
+    if name and (folder := Path(model).expanduser()).is_dir():
+        return name, folder, asked
+    if isinstance(model, Path) or model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1:
+        raise InputError(f"model: folder not found: {name!r}")
+    if hub.is_model_id(name):
+        try:
+            return name, _folder(name), asked
+        except ModelError as error:
+            raise ModelError(f"{error} (and there is no folder {name!r} here)") from error
+    close = difflib.get_close_matches(name.lower(), MODELS, n=1)
+    hint = f"did you mean {close[0]!r}? Else " if close else ""
+    names = ", ".join(map(repr, MODELS))
+    raise InputError(f"model: {name!r} is not known; {hint}give one of {names}, a folder, or a hub id 'owner/name'")
+
+
+def _folder(source: Path | str, revision: str | None = None, timeout: float | None = None) -> Path:
+    if isinstance(source, Path):
+        return source
+
+    def choose(names: list[str], read: Callable[[str], Path]) -> list[str]:
+        return [name for used in _files(names, read, source).values() for name in used]
+
+    return hub.fetch(source, revision, choose, timeout)
+
+
+def _files(names: list[str], read: Callable[[str], Path], where: str) -> dict[str, list[str]]:
+    """The files of a model that are used, by component, config first: none is missing, and no other is fetched."""
+
+    def need(name: str) -> str:
+        if name not in names:
+            raise ModelError(f"{where} has no {name}")
+        return name
+
+    def model(folder: str, safe: str, pickled: str) -> list[str]:
+        for whole in (f"{folder}/{safe}", f"{folder}/{pickled}"):
+            stem, ending = whole.rsplit(".", 1)
+            shards = [name for name in names if re.fullmatch(rf"{stem}-\d+-of-\d+\.{ending}", name)]
+            for weights in ([whole], [f"{whole}.index.json", *shards]):
+                if weights[0] in names:
+                    return [need(f"{folder}/config.json"), *weights]
+        raise ModelError(f"{where} has no {folder}/{safe}, and nothing in its place")
+
+    unet = "flexible_unet" if any(name.startswith("flexible_unet/") for name in names) else "unet"
+    if unet == "unet" and not ("unet/config.json" in names and "configurations" in _json(read("unet/config.json"))):
+        raise ModelError(f"{where} has no flexible_unet, and no unet saved by decinb: it is not a DeciDiffusion model")
+    words = ["tokenizer.json"] if "tokenizer/tokenizer.json" in names else ["vocab.json", "merges.txt"]
+    extras = ["tokenizer/special_tokens_map.json", "tokenizer/added_tokens.json"]
+    return {
+        "unet": model(unet, "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+        "vae": model("vae", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+        "text_encoder": model("text_encoder", "model.safetensors", "pytorch_model.bin"),
+        "tokenizer": [
+            *(need(f"tokenizer/{name}") for name in ("tokenizer_config.json", *words)),
+            *(name for name in extras if name in names),
+        ],
+        "scheduler": [need("scheduler/scheduler_config.json")],
+    }
+
+
+def _load(folder: Path, name: str, dtype: torch.dtype) -> DeciDiffusionImg2ImgPipeline:
+    files = _files(hub.names_in(folder), folder.joinpath, str(folder))
+    if pickles := [file for used in files.values() for file in used if file.endswith(".bin")]:
+        warnings.warn(f"{name} has no safetensors for {', '.join(pickles)}: read as plain tensors only", stacklevel=3)
+
+    def model(component: str, cls: type, **dtype_option: torch.dtype) -> nn.Module:
+        config, *weights = files[component]
+        for file in weights:
+            if file.endswith(".safetensors"):
+                whole_file = _blaming(f"{component}: {folder / file} is damaged or cut short, fetch it again")
+                with whole_file, safe_open(folder / file, "pt"):
+                    pass
+        where, pickled = (folder / config).parent, ".bin" in weights[0]
+        # What a library says of a refused pickle is how to run its code after all: that is left out.
+        reason = "the .bin is damaged, or more than plain tensors, or torch is older than 2.6" if pickled else None
+        with _blaming(f"{component}: cannot be loaded from {where}", reason):
+            loaded, info = cls.from_pretrained(
+                str(where),
+                local_files_only=True,
+                use_safetensors=not pickled,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the info instead, by name
+                **dtype_option,
+            )
+        refuse_partial(info, where)
+        for tensor_name, tensor in (*loaded.named_parameters(), *loaded.named_buffers()):
+            if tensor.is_meta:
+                raise ModelError(f"{component}: {tensor_name} got no values from {where}")
+        return loaded
+
+    with quiet():
+        unet = model("unet", UNetNAS, torch_dtype=dtype)
+        vae = model("vae", AutoencoderKL, torch_dtype=dtype)
+        text_encoder = model("text_encoder", CLIPTextModel, dtype=dtype)
+        tokenizer = _tokenizer(folder / "tokenizer", text_encoder)
+        scheduler = _scheduler(folder / "scheduler" / "scheduler_config.json")
+    pipe = DeciDiffusionImg2ImgPipeline(vae, text_encoder, tokenizer, unet, scheduler)
+    pipe.register_to_config(_name_or_path=name)
+    return pipe
+
+
+def _tokenizer(folder: Path, text_encoder: CLIPTextModel) -> CLIPTokenizer:
+    with _blaming(f"tokenizer: cannot be loaded from {folder}"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    config = text_encoder.config
+    if len(tokenizer) != config.vocab_size or tokenizer.model_max_length > config.max_position_embeddings:
+        raise ModelError(
+            f"tokenizer: {folder} knows {len(tokenizer)} tokens, {tokenizer.model_max_length} a text, the text encoder "
+            f"{config.vocab_size} tokens, {config.max_position_embeddings} a text: they do not belong together"
+        )
+    return tokenizer
+
+
+def _scheduler(path: Path) -> SchedulerMixin:
+    config = _json(path)
+    named = config.get("_class_name", DDIMScheduler.__name__)
+    cls = getattr(diffusers, str(named), None)
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+        warnings.warn(f"scheduler: diffusers has no {named!r}; DDIMScheduler takes its place", stacklevel=4)
+        cls = DDIMScheduler
+    with _blaming(f"scheduler: cannot be made from {path}"):
+        return cls.from_config(config)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with _blaming(f"{path} is not valid JSON"):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _blaming(part: str, reason: str | None = None) -> Iterator[None]:
+    """Turn what a library raises inside into a ModelError: the part, then the reason given or the library's own."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        if reason is not None:
+            raise ModelError(f"{part}: {reason}") from None
+        raise ModelError(f"{part}: {' '.join(str(error).split())}") from error
