@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from decinb.errors import InputError
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.tiny.scenes import IMAGE_SIZE, Scene, caption, random_scene, render
 from decinb.unet_nas import UNetNAS
@@ -57,9 +58,9 @@ CONFIGURATIONS = {
 
 TOKENS = 40  # a full caption takes about 20, the prompt of the guide 34
 
-# Noise in training also gets a random amount of slow variation, over the whole picture and over quarters of
-# its sides. Plain noise hides the overall colours of a picture only very late; a model that has seen slow noise lets the
-# prompt decide about them earlier, so that day can become night while houses stay where they are.
+# Noise in training also gets a random amount of slow variation, over the whole picture and over quarters of its sides.
+# Plain noise hides the overall colours of a picture only very late; a model that has seen slow noise lets the prompt
+# decide about them earlier, so that day can become night while houses stay where they are.
 SLOW_NOISE = 0.6
 
 
@@ -198,8 +199,9 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     pieces = letters + ["".join(pair) for pair in merges if "".join(pair) not in set(letters)]
     vocabulary = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     made = CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
     made.save_pretrained(folder)
     return made
@@ -278,6 +280,7 @@ def draw_all(scenes: list[Scene], file: Path) -> np.ndarray:
             for i, picture in enumerate(pool.map(draw, scenes, chunksize=64)):
                 pictures[i] = picture
         pictures.flush()
+        del pictures  # Windows renames no file that is open
         os.replace(part, file)
     return np.load(file, mmap_mode="r")
 
@@ -325,14 +328,16 @@ def unet_loss(
 ) -> Tensor:
     """The error of the predicted velocity, at one random timestep a row; nearly clean rows count less.
 
+    ``latents`` are float32: in fewer digits a little noise would be none.
+
     Source: Salimans & Ho (2022), arXiv:2202.00512 (velocity); Hang et al. (2023), arXiv:2303.09556 (the weight).
     """
     noise = noise_like(latents, generator)
     timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     velocity = scheduler.get_velocity(latents, noise, timesteps)
-    predicted = unet(noisy, timesteps.to(latents.device), text_encoder(tokens)[0]).sample
-    error = (predicted.float() - velocity.float()).square().mean(dim=(1, 2, 3))
+    predicted = unet(noisy.to(unet.dtype), timesteps.to(latents.device), text_encoder(tokens)[0]).sample
+    error = (predicted.float() - velocity).square().mean(dim=(1, 2, 3))
     clean = scheduler.alphas_cumprod[timesteps]
     weight = (6 * (1 - clean)).clamp(max=1).to(error)  # min(snr + 1, 6) / (snr + 1)
     return (weight * error).mean()
@@ -426,7 +431,7 @@ def train_unet(
             said, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
         sampled = means[rows] + deviations[rows] * torch.randn(means[rows].shape, generator=generator).to(means)
-        return unet_loss(unet, text_encoder, scheduler, sampled.to(device, stage.dtype), tokens.to(device), generator)
+        return unet_loss(unet, text_encoder, scheduler, sampled.to(device), tokens.to(device), generator)
 
     stage.run(loss_of, (lambda progress: watch(unet, text_encoder, progress)) if watch else None)
     return unet, text_encoder
@@ -435,6 +440,7 @@ def train_unet(
 def train(folder: Path, scenes: int, vae_minutes: float, unet_minutes: float, seed: int, device: torch.device) -> Path:
     """Run all stages in ``folder`` and leave the finished diffusers folder in ``folder/model``."""
     folder.mkdir(parents=True, exist_ok=True)
+    _same_run(folder / "settings.json", {"scenes": scenes, "vae_minutes": vae_minutes, "seed": seed})
     rng = random.Random(seed)
     drawn = [random_scene(rng) for _ in range(scenes)]
     tokenizer = make_tokenizer(folder / "tokenizer")
@@ -446,6 +452,14 @@ def train(folder: Path, scenes: int, vae_minutes: float, unet_minutes: float, se
 
     unet, text_encoder = train_unet(drawn, moments, tokenizer, unet_minutes, folder, device, seed)
     return save(folder / "model", vae, text_encoder, tokenizer, unet)
+
+
+def _same_run(file: Path, settings: dict[str, float]) -> None:
+    """What the checkpoints in a folder depend on must not change between two runs there."""
+    if not file.exists():
+        file.write_text(json.dumps(settings))
+    elif (before := json.loads(file.read_text())) != settings:
+        raise InputError(f"{file.parent} holds a run with {before}, not {settings}: go on with those, or name another")
 
 
 def save(
