@@ -16,7 +16,7 @@ export MALLOC_TOP_PAD_ := 268435456
 environment: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "decinb needs Python 3.10 or newer; try: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "decinb needs Python 3.11 or newer; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
@@ -38,7 +38,7 @@ test: environment
 
 # Runs every notebook anew, in place. Look at the pictures before you commit them.
 notebooks: environment
-	$(BIN)/python -m tests.execute_notebooks
+	$(BIN)/python docs/execute_notebooks.py
 
 clean:
 	rm -rf $(VENV) runs
