@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoPipelineForImage2Image, EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -129,6 +129,17 @@ def test_saved_pipeline_loads_in_a_fresh_process_by_three_classes(small, tmp_pat
     here = pipe("a red house", IMAGE, output_type="np", **options).images
     for image in np.load(tmp_path / "images.npy"):
         np.testing.assert_allclose(image, here[0], atol=SAME_MACHINE)
+
+
+def test_the_bundled_folder_is_an_ordinary_diffusers_folder(tiny):
+    stock = AutoPipelineForImage2Image.from_pretrained(MODELS["tiny"].source)
+    stock.set_progress_bar_config(disable=True)
+    options = {"strength": 0.5, "num_inference_steps": 4, "output_type": "np"}
+    both = [
+        pipe("a red house", IMAGE, **options, generator=torch.Generator().manual_seed(0)).images
+        for pipe in (stock, tiny)
+    ]
+    np.testing.assert_array_equal(*both)
 
 
 # What is loaded, and how it is told

@@ -30,6 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from decinb.errors import InputError
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
+from decinb.quiet import quiet
 from decinb.tiny.scenes import IMAGE_SIZE, Scene, caption, random_scene, render
 from decinb.unet_nas import UNetNAS
 
@@ -475,7 +476,11 @@ def save(
         safety_checker=None,
         feature_extractor=None,
     )
-    pipe.to(torch.float16).save_pretrained(folder)
+    with quiet():
+        pipe.to(torch.float16).save_pretrained(folder)
+    # diffusers' parts come up in float32 whatever is stored; transformers' do so only if they are told.
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     return folder
 
 
