@@ -132,7 +132,7 @@ MODELS: dict[str, Model] = {
         "small U-Net-NAS for drawn scenes, bundled",
         128,
         "day",
-        "a painting of a red house, round trees and mountains on snow at night",
+        "a painting of a blue house, round trees and mountains on snow at night",
     ),
     "decidiffusion-v1-0": Model(
         "Deci/DeciDiffusion-v1-0",

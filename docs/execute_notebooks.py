@@ -1,9 +1,11 @@
 """Run the notebooks in place, from the first cell to the last: ``python docs/execute_notebooks.py [name ...]``.
 
-What is left out of the files: the state of progress bars, times of execution, and anything a kernel wrote to stderr. An
-error stops everything and leaves that notebook as it was.
+What is left out of the files: the state of progress bars, times of execution, and anything a kernel wrote to stderr.
+Figures are stored small, in 256 colours. An error stops everything and leaves that notebook as it was.
 """
 
+import base64
+import io
 import os
 import sys
 import tempfile
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
+MAX_WIDTH = 900  # pixels of a figure: as wide as a page shows it
 
 
 def execute(path: Path) -> None:
@@ -26,8 +30,19 @@ def execute(path: Path) -> None:
     for cell, old in zip(notebook.cells, before.cells, strict=True):
         cell.metadata = old.metadata
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _is_noise(output)]
+            cell.outputs = [_small(output) for output in cell.outputs if not _is_noise(output)]
     nbformat.write(notebook, path)
+
+
+def _small(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    data = output.get("data", {})
+    if "image/png" in data:
+        figure = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
+        figure.thumbnail((MAX_WIDTH, 10 * MAX_WIDTH), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        figure.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        data["image/png"] = base64.b64encode(file.getvalue()).decode()
+    return output
 
 
 def _is_noise(output: nbformat.NotebookNode) -> bool:

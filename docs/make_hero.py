@@ -10,23 +10,23 @@ import matplotlib.pyplot as plt
 
 import decinb
 
-STRENGTHS = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+STRENGTHS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
 ROWS = [
     ("day", "a painting of a blue house, round trees and mountains on grass at night"),
-    ("sketch", "a painting of a red house, pine trees and mountains on grass at sunset"),
+    ("sketch", "a painting of a blue house, pine trees and mountains on grass at sunset"),
     ("day", "a painting of a blue house, round trees and mountains on snow by day"),
 ]
 
 pipe = decinb.load_pipeline("tiny")
-figure, axes = plt.subplots(len(ROWS), len(STRENGTHS) + 1, figsize=(13.5, 5.2), layout="constrained")
-for row, (name, prompt) in zip(axes, ROWS, strict=True):
+figure, axes = plt.subplots(len(ROWS), len(STRENGTHS) + 1, figsize=(13.5, 5.9), layout="constrained")
+for row, (name, prompt) in zip(axes.tolist(), ROWS, strict=True):
     image = decinb.load_image(name)
-    sweep = decinb.run_sweep(pipe, image, prompt, decinb.grid(strength=STRENGTHS))
+    sweep = decinb.run_sweep(pipe, image, prompt, decinb.grid(strength=STRENGTHS), progress=False)
     titles = ["input", *(f"strength {strength}" for strength in STRENGTHS)]
     for ax, shown, title in zip(row, [image, *sweep.images], titles, strict=True):
         ax.imshow(shown)
         ax.axis("off")
-        if row is axes[0]:
-            ax.set_title(title, fontsize=10)
-    row[0].text(0, 142, f"to: {prompt}", fontsize=9)
+        ax.set_title(title, fontsize=9)
+    row[0].text(0, 143, f"to: {prompt}", fontsize=10).set_in_layout(False)
+figure.get_layout_engine().set(hspace=0.14, rect=(0, 0.03, 1, 0.97))
 figure.savefig(Path(__file__).with_name("hero.png"), dpi=110)

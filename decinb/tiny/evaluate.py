@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from decinb.errors import InputError
 from decinb.metrics import named_attributes, psnr, ssim
-from decinb.pipeline import DeciDiffusionImg2ImgPipeline, load_pipeline
+from decinb.pipeline import MODELS, DeciDiffusionImg2ImgPipeline, load_pipeline
 from decinb.tiny.judge import Judge, accuracy, through_vae
 from decinb.tiny.scenes import ATTRIBUTES, HOUSE, IMAGE_SIZE, Scene, caption, house_mask, random_scene, render
 
@@ -217,6 +218,15 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_card(report: dict[str, Any], card: Path) -> None:
+    """Put the table into a model's card, between its two marks, so that no number there is typed by hand."""
+    before, begin, rest = card.read_text(encoding="utf-8").partition("<!-- evaluate -->\n")
+    _, end, after = rest.partition("<!-- /evaluate -->")
+    if not (begin and end):
+        raise InputError(f"{card.name} has no marks <!-- evaluate --> and <!-- /evaluate --> to put the table between")
+    card.write_text(f"{before}{begin}```\n{table(report)}\n```\n{end}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="a diffusers folder (default: the bundled model)")
@@ -231,6 +241,8 @@ def main() -> None:
     file = given.results / ("evaluate-quick.json" if given.quick else "evaluate.json")
     file.write_text(json.dumps(report, indent=2) + "\n")
     print(f"wrote {file.name}")
+    if given.model == "tiny" and not given.quick:
+        write_card(report, MODELS["tiny"].source / "README.md")
 
 
 if __name__ == "__main__":
