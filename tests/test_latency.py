@@ -306,3 +306,5 @@ def test_every_picture_can_be_drawn_of_real_results(record, monkeypatch):
     shown = [text.get_text() for ax in drawn[0].axes for text in ax.texts]
     assert "2R 6T" in shown and len(shown) == 7 + 9
     assert [text.get_text() for text in drawn[2].axes[0].texts][-2:] == ["÷ 1.50", "÷ 2.00"]
+    monkeypatch.undo()
+    plt.close("all")
