@@ -113,6 +113,14 @@ def saturated(images: Image.Image | Sequence[Image.Image]) -> float:
     return float(((pixels <= 2) | (pixels >= 253)).any(axis=1).mean())
 
 
+def oversaturated(images: Image.Image | Sequence[Image.Image]) -> float:
+    """The share of pixels, 0 to 1, purer in colour than 95% (HSV saturation), very dark ones aside; over all images."""
+    images = [images] if isinstance(images, Image.Image) else images
+    pixels = np.concatenate([np.asarray(image.convert("RGB"), dtype=int).reshape(-1, 3) for image in images])
+    most, least = pixels.max(axis=1), pixels.min(axis=1)
+    return float(((most >= 32) & (most - least > 0.95 * most)).mean())  # below 32 of 255, purity is rounding
+
+
 def psnr(image: Image.Image, original: Image.Image) -> float:
     """The peak signal-to-noise ratio of two pictures of the same size, in dB; infinite if they are equal."""
     first, second = _pair(image, original)

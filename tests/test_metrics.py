@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from decinb.errors import InputError
-from decinb.metrics import adherence, change, named_attributes, psnr, saturated, ssim
+from decinb.metrics import adherence, change, named_attributes, oversaturated, psnr, saturated, ssim
 from decinb.tiny.judge import VALUES, WEIGHTS, Judge, accuracy, damage
 from decinb.tiny.scenes import ATTRIBUTES, Scene, caption, house_mask, random_scene, render
 
@@ -203,3 +203,11 @@ def test_the_house_is_found_only_where_it_is():
     assert overlap(find_house(render(replace(target, house=None)), target), mask) == 0
     moved = [render(replace(target, layout=layout)) for layout in range(10)]
     assert np.mean([overlap(find_house(image, target), mask) for image in moved]) < 0.5
+
+
+def test_oversaturated_counts_pure_colours_and_no_dark_ones():
+    red, nearly, grey, dark = (255, 0, 0), (200, 9, 60), (90, 90, 90), (0, 0, 31)
+    row = np.array([[red, nearly, grey, dark]], dtype=np.uint8)
+    assert oversaturated(Image.fromarray(row)) == 0.5
+    assert oversaturated([Image.fromarray(row[:, :2]), Image.fromarray(row[:, 2:])]) == 0.5
+    assert oversaturated([render(Scene(time=time, house="red")) for time in ("day", "sunset", "night")]) == 0.0

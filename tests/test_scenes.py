@@ -16,9 +16,11 @@ from decinb.tiny.scenes import (
     TREE_WORDS,
     Scene,
     caption,
+    differing,
     house_mask,
     random_scene,
     render,
+    twin,
 )
 
 WORDS = {
@@ -156,6 +158,20 @@ def test_random_scenes_show_every_value():
     assert {random_scene(rng, sketches=0).style for _ in range(20)} == {"painting"}
 
 
+def test_a_twin_is_the_same_place_with_one_or_two_things_seen_to_change():
+    rng, changes = random.Random(3), []
+    for scene in random_scenes(500):
+        other = twin(scene, rng)
+        changed = differing(scene, other)
+        assert other.layout == scene.layout and changed == differing(other, scene)
+        assert all(getattr(other, name) for name in changed & other.visible().keys()), "words can ask for it"
+        if other.style == scene.style:  # another style shows and hides other attributes too
+            changes.append(len(changed))
+    assert set(changes) == {1, 2}
+    assert 0.6 < changes.count(1) / len(changes) < 0.85  # 0.7, and more where a second change is one of style
+    assert not differing(scene, replace(scene, layout=scene.layout + 1))
+
+
 # --- the words --------------------------------------------------------------------------------------------------------
 
 
@@ -196,3 +212,12 @@ def test_a_caption_calls_empty_only_what_is_empty():
     for scene in random_scenes(1000):
         empty = not (scene.house or scene.trees or scene.mountains)
         assert ("empty" in caption(scene, rng, left_out=0.5)) == empty
+
+
+def test_a_caption_never_leaves_out_what_must_be_said():
+    rng = random.Random(3)
+    for scene in random_scenes(300):
+        for names in ({"house", "time"}, {"ground", "trees"}, {"mountains", "style"}):
+            text = caption(scene, rng, left_out=1, always=names)
+            assert said(text).keys() - {"style"} == names & shown(scene).keys() - {"style"}, text
+            assert "style" in said(text) or "style" not in names

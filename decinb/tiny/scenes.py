@@ -6,8 +6,8 @@ with the same layout and different attributes are the same place: by day and by 
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -58,6 +58,21 @@ def random_scene(rng: random.Random, sketches: float = 0.2) -> Scene:
         mountains=rng.random() < 0.5,
         layout=rng.randrange(2**31),
     )
+
+
+def twin(scene: Scene, rng: random.Random) -> Scene:
+    """The same place with one or two attributes changed to others that can be seen, so that words can ask for them."""
+    other, changes = scene, 1 if rng.random() < 0.7 else 2
+    while len(differing(scene, other)) < changes:
+        name = rng.choice(["style", "time", "ground", "house", "house", "trees", "mountains"])
+        other = replace(other, **{name: rng.choice([value for value in ATTRIBUTES[name] if value])})
+    return other
+
+
+def differing(scene: Scene, other: Scene) -> set[str]:
+    """The attributes in which two scenes look different."""
+    first, second = scene.visible(), other.visible()
+    return {name for name in ATTRIBUTES if first.get(name) != second.get(name)}
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
@@ -310,40 +325,43 @@ HOUSE_WORDS = {"red": "a red house", "blue": "a blue house", "yellow": "a yellow
 TREE_WORDS = {"pine": ("pine trees", "fir trees"), "round": ("round trees", "leafy trees")}
 
 
-def caption(scene: Scene, rng: random.Random | None = None, left_out: float = 0.12) -> str:
+def caption(
+    scene: Scene, rng: random.Random | None = None, left_out: float = 0.12, always: Collection[str] = ()
+) -> str:
     """Say in words what a scene shows.
 
     Args:
         scene: what to describe.
         rng: varies words and order, and leaves each attribute unsaid with probability ``left_out``;
             without it the caption is complete and always the same.
+        always: names of attributes that are never left out.
     """
 
     def one_of(words: str | Sequence[str]) -> str:
         words = (words,) if isinstance(words, str) else words
         return rng.choice(words) if rng else words[0]
 
-    def said() -> bool:
-        return rng is None or rng.random() >= left_out
+    def said(name: str) -> bool:
+        return rng is None or name in always or rng.random() >= left_out
 
     things, empty = [], not (scene.house or scene.trees or scene.mountains)
-    if scene.house and said():
+    if scene.house and said("house"):
         things.append("a house" if scene.style == "sketch" else HOUSE_WORDS[scene.house])
-    if scene.trees and said():
+    if scene.trees and said("trees"):
         things.append(one_of(TREE_WORDS[scene.trees]))
-    if scene.mountains and said():
+    if scene.mountains and said("mountains"):
         things.append("mountains")
     place = []
     if scene.style == "painting":
-        if said():
+        if said("ground"):
             place.append(one_of(GROUND_WORDS[scene.ground]))
-        if said():
+        if said("time"):
             place.append(one_of(TIME_WORDS[scene.time]))
     if rng:
         rng.shuffle(things)
         rng.shuffle(place)
     listed = " and ".join(things) if len(things) < 3 else f"{things[0]}, {things[1]} and {things[2]}"
     sentence = " ".join([listed or ("an empty landscape" if empty else "a landscape"), *place])
-    if scene.style == "sketch" or rng is None or rng.random() < 0.5:
+    if scene.style == "sketch" or rng is None or "style" in always or rng.random() < 0.5:
         sentence = f"{one_of(STYLE_WORDS[scene.style])} {sentence}"
     return sentence

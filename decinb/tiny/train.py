@@ -12,26 +12,30 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from decinb.errors import InputError
-from decinb.pipeline import DeciDiffusionImg2ImgPipeline
+from decinb.latency import environment
+from decinb.pipeline import DeciDiffusionImg2ImgPipeline, load_pipeline
 from decinb.quiet import quiet
-from decinb.tiny.scenes import IMAGE_SIZE, Scene, caption, random_scene, render
+from decinb.tiny.scenes import IMAGE_SIZE, Scene, caption, differing, house_mask, random_scene, render, twin
 from decinb.unet_nas import UNetNAS
 
 CONFIGURATIONS = {
@@ -59,15 +63,12 @@ CONFIGURATIONS = {
 
 TOKENS = 40  # a full caption takes about 20, the prompt of the guide 34
 
-# Noise in training also gets a random amount of slow variation, over the whole picture and over quarters of its sides.
-# Plain noise hides the overall colours of a picture only very late; a model that has seen slow noise lets the prompt
-# decide about them earlier, so that day can become night while houses stay where they are.
-SLOW_NOISE = 0.6
+TURN = (350, 500)
+"""Where the picture gives way to the words, as timesteps: an edit begun below keeps what it sees, above it obeys."""
 
-# Below this timestep a caption is sometimes another scene's: the less noise there is, the more often, at last every
-# second time. A model that has only seen true captions believes them against any picture; so it learns to believe what
-# it can see.
-TRUSTED = 400
+
+# A house fills a twentieth of a picture, and what it looks like is what prompts ask for most.
+HOUSE_WEIGHT = 4
 
 
 @dataclass
@@ -97,7 +98,8 @@ class Stage:
     def __post_init__(self) -> None:
         self.masters = [p.detach().to(self.device, torch.float32).clone() for p in self._parameters()]
         for module in self.modules.values():
-            module.to(self.device, self.dtype).train()
+            nn.Module.to(module, self.device, self.dtype)  # diffusers' own `to` warns here of layers to keep in float32
+            module.train()
         self.averages = [master.clone() for master in self.masters]
         self.optimizer = torch.optim.AdamW(self.masters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
         self.file = self.folder / f"{self.name}.pt"
@@ -213,23 +215,26 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     return made
 
 
-def make_vae() -> AutoencoderKL:
-    """A VAE of factor 8 with 4 latent channels, as the published one, at an eighth of the width."""
-    widths = (16, 32, 64, 128)
+def make_vae(widths: tuple[int, ...] = (16, 32, 64, 128), size: int = IMAGE_SIZE) -> AutoencoderKL:
+    """A VAE with 4 latent channels, as the published one; by default of factor 8 and at an eighth of the width.
+
+    Args:
+        widths: channels at each resolution, multiples of 8; each but the first halves height and width.
+        size: of the pictures it will see, in pixels.
+    """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         block_out_channels=widths,
         layers_per_block=1,
         norm_num_groups=8,
-        sample_size=IMAGE_SIZE,
+        sample_size=size,
         scaling_factor=1.0,  # the latent is brought to unit deviation by `normalise_latent`
     )
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def make_text_encoder(tokenizer: CLIPTokenizer, width: int = CONFIGURATIONS["cross_attention_dim"]) -> CLIPTextModel:
     """A CLIP text encoder of two layers."""
-    width = CONFIGURATIONS["cross_attention_dim"]
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -246,9 +251,9 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def make_unet() -> UNetNAS:
-    """The U-Net-NAS of ``tiny``."""
-    return UNetNAS(configurations=CONFIGURATIONS, sample_size=CONFIGURATIONS["sample_size"])
+def make_unet(configurations: dict[str, Any] = CONFIGURATIONS) -> UNetNAS:
+    """A U-Net-NAS, by default that of ``tiny``."""
+    return UNetNAS(configurations=configurations, sample_size=configurations["sample_size"])
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -272,18 +277,28 @@ def make_scheduler() -> DDIMScheduler:
 # --- what they learn from ---------------------------------------------------------------------------------------------
 
 
-def draw(scene: Scene) -> np.ndarray:
+def draw_scenes(places: int, seed: int) -> list[Scene]:
+    """Random scenes, each followed by its twin."""
+    rng = random.Random(seed)
+    scenes = []
+    for _ in range(places):
+        scenes.append(random_scene(rng))
+        scenes.append(twin(scenes[-1], rng))
+    return scenes
+
+
+def draw(scene: Scene, size: int = IMAGE_SIZE) -> np.ndarray:
     """Render a scene to (3, height, width) bytes."""
-    return np.asarray(render(scene)).transpose(2, 0, 1)
+    return np.asarray(render(scene, size)).transpose(2, 0, 1)
 
 
-def draw_all(scenes: list[Scene], file: Path) -> np.ndarray:
+def draw_all(scenes: list[Scene], file: Path, size: int = IMAGE_SIZE) -> np.ndarray:
     """Render many scenes on all cores into a memory-mapped array (scenes, 3, height, width); done only once."""
     if not file.exists():
         part = file.with_suffix(".part")
-        pictures = np.lib.format.open_memmap(part, "w+", np.uint8, (len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE))
+        pictures = np.lib.format.open_memmap(part, "w+", np.uint8, (len(scenes), 3, size, size))
         with ProcessPoolExecutor() as pool:
-            for i, picture in enumerate(pool.map(draw, scenes, chunksize=64)):
+            for i, picture in enumerate(pool.map(draw, scenes, itertools.repeat(size), chunksize=64)):
                 pictures[i] = picture
         pictures.flush()
         del pictures  # Windows renames no file that is open
@@ -296,32 +311,55 @@ def to_input(pictures: np.ndarray | Tensor, device: torch.device, dtype: torch.d
     return torch.tensor(np.ascontiguousarray(pictures)).to(device, dtype) / 127.5 - 1
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """One row of a training step: ``target`` is to be found in noise over ``seen``, added at timestep ``start``.
+
+    ``target`` and ``seen`` are indices of scenes: one and the same for plain diffusion, two twins for an edit, which
+    has come from ``start`` down to ``timestep``.
+    """
+
+    target: int
+    seen: int
+    start: int
+    timestep: int
+    words: str
+
+    @classmethod
+    def draw(cls, scenes: Sequence[Scene], rng: random.Random, steps: int) -> "Lesson":
+        """Draw a lesson from scenes of which each second one is the twin of the one before it.
+
+        Half of them are plain. In the others the words are the twin's: from ``TURN`` on so is the picture, before it
+        the words are wrong and the picture stays. No words every tenth time, for guidance.
+        """
+        row, timestep = rng.randrange(len(scenes)), rng.randrange(steps)
+        scene, other = scenes[row], scenes[row ^ 1]
+        changed = differing(scene, other)
+        if rng.random() < 0.5 or not all(getattr(other, name) for name in changed):  # no words ask for "no house"
+            target, start, words = row, timestep, caption(scene, rng)
+        else:
+            start = rng.randrange(timestep, steps)
+            target = row ^ 1 if start > rng.uniform(*TURN) else row
+            words = caption(other, rng, always=changed)
+        return cls(target, row, start, timestep, "" if rng.random() < 0.1 else words)
+
+
 # --- the two losses ---------------------------------------------------------------------------------------------------
 
 
 def vae_loss(vae: AutoencoderKL, pictures: Tensor, generator: torch.Generator, kl_weight: float = 5e-4) -> Tensor:
     """How far a picture comes back changed: its values, its edges, and a little for a latent that is not round."""
     posterior = vae.encode(pictures).latent_dist
-    back = vae.decode(posterior.sample(generator)).sample.float()
-    pictures = pictures.float()
-    values = F.l1_loss(back, pictures)
-    edges = F.l1_loss(back.diff(dim=-1), pictures.diff(dim=-1)) + F.l1_loss(back.diff(dim=-2), pictures.diff(dim=-2))
+    back = vae.decode(posterior.sample(generator)).sample
     kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-    return values + 0.5 * edges + kl_weight * kl
+    return picture_loss(back, pictures) + kl_weight * kl
 
 
-def noise_like(latents: Tensor, generator: torch.Generator) -> Tensor:
-    """Plain noise plus a random amount of slow noise (see ``SLOW_NOISE``)."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    batch, channels, height, width = latents.shape
-    noise = normal(batch, channels, height, width)
-    amount = SLOW_NOISE * torch.rand((2, batch, 1, 1, 1), generator=generator)
-    noise += amount[0] * normal(batch, channels, 1, 1)
-    noise += amount[1] * F.interpolate(normal(batch, channels, 4, 4), size=(height, width), mode="bilinear")
-    return noise.to(latents)
+def picture_loss(back: Tensor, pictures: Tensor) -> Tensor:
+    """The mean difference of two pictures, and half that of their edges."""
+    back, pictures = back.float(), pictures.float()
+    edges = F.l1_loss(back.diff(dim=-1), pictures.diff(dim=-1)) + F.l1_loss(back.diff(dim=-2), pictures.diff(dim=-2))
+    return F.l1_loss(back, pictures) + 0.5 * edges
 
 
 def unet_loss(
@@ -329,21 +367,25 @@ def unet_loss(
     text_encoder: CLIPTextModel,
     scheduler: DDIMScheduler,
     latents: Tensor,
+    noise: Tensor,
     tokens: Tensor,
     timesteps: Tensor,
-    generator: torch.Generator,
+    weights: Tensor | float = 1.0,
 ) -> Tensor:
     """The error of the predicted velocity, at one timestep a row; nearly clean rows count less.
 
-    ``latents`` are float32: in fewer digits a little noise would be none.
+    ``latents`` and ``noise`` are float32: in fewer digits a little noise would be none. ``weights`` say how much each
+    place counts.
 
     Source: Salimans & Ho (2022), arXiv:2202.00512 (velocity); Hang et al. (2023), arXiv:2303.09556 (the weight).
     """
-    noise = noise_like(latents, generator)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     velocity = scheduler.get_velocity(latents, noise, timesteps)
-    predicted = unet(noisy.to(unet.dtype), timesteps.to(latents.device), text_encoder(tokens)[0]).sample
-    error = (predicted.float() - velocity).square().mean(dim=(1, 2, 3))
+    words = text_encoder(tokens)[0]
+    # On a CPU, the way back through fused attention takes a fifth of a training step; through the plain one, little.
+    with sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" else nullcontext():
+        predicted = unet(noisy.to(unet.dtype), timesteps.to(latents.device), words).sample
+    error = (weights * (predicted.float() - velocity).square()).mean(dim=(1, 2, 3))
     clean = scheduler.alphas_cumprod[timesteps]
     weight = (6 * (1 - clean)).clamp(max=1).to(error)  # min(snr + 1, 6) / (snr + 1)
     return (weight * error).mean()
@@ -369,12 +411,24 @@ def normalise_latent(vae: AutoencoderKL, latents: Tensor) -> None:
 
 
 def train_vae(
-    pictures: np.ndarray, minutes: float, folder: Path, device: torch.device, seed: int = 0, batch: int = 8
+    pictures: np.ndarray,
+    minutes: float,
+    folder: Path,
+    device: torch.device,
+    seed: int = 0,
+    batch: int = 8,
+    begin: AutoencoderKL | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> AutoencoderKL:
-    """Train the VAE on pictures (bytes), and bring its latent to unit deviation."""
+    """Train the VAE on pictures (bytes), and bring its latent to unit deviation.
+
+    Args:
+        begin: a VAE to train; without it that of ``tiny``, from nothing.
+        dtype: what is computed in; the weights themselves are kept in float32.
+    """
     torch.manual_seed(seed)
-    vae = make_vae()
-    stage = Stage("vae", {"vae": vae}, minutes, 1.5e-3, folder, device)
+    vae = begin or make_vae()
+    stage = Stage("vae", {"vae": vae}, minutes, 1.5e-3, folder, device, dtype)
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
@@ -389,6 +443,33 @@ def train_vae(
     return vae
 
 
+def finish_decoder(
+    vae: AutoencoderKL,
+    pictures: np.ndarray,
+    minutes: float,
+    folder: Path,
+    device: torch.device,
+    seed: int = 0,
+    batch: int = 8,
+) -> AutoencoderKL:
+    """Train the decoder of a VAE further, and nothing else: the latent that a U-Net has learnt must stay as it is."""
+    stage = Stage("decoder", {"out_of": vae.post_quant_conv, "decoder": vae.decoder}, minutes, 4e-4, folder, device)
+    into = [part.to(device, stage.dtype) for part in (vae.encoder, vae.quant_conv)]
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng((seed, step))
+        chosen = to_input(pictures[rng.integers(len(pictures), size=batch)], device, stage.dtype)
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+        with torch.no_grad():
+            latents = vae.encode(chosen).latent_dist.sample(generator)
+        return picture_loss(vae.decode(latents).sample, chosen)
+
+    stage.run(loss_of)
+    for part in into:
+        part.float().eval()
+    return vae
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device, batch: int = 32) -> Tensor:
     """The latent of every picture as its mean and log variance, (pictures, 8, height / 8, width / 8), fp32."""
@@ -397,14 +478,6 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device, batch
         posterior = vae.encode(to_input(pictures[start : start + batch], device, vae.dtype)).latent_dist
         moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
     return torch.cat(moments)
-
-
-def words_for(scenes: list[Scene], row: int, timestep: int, rng: random.Random) -> str:
-    """A caption for a scene; none every tenth time (for guidance), and another scene's near the end (``TRUSTED``)."""
-    if rng.random() < 0.1:
-        return ""
-    another = rng.random() < 0.5 * (1 - timestep / TRUSTED)
-    return caption(rng.choice(scenes) if another else scenes[row], rng)
 
 
 def encode_all(vae: AutoencoderKL, pictures: np.ndarray, file: Path, device: torch.device) -> Tensor:
@@ -420,7 +493,7 @@ def encode_all(vae: AutoencoderKL, pictures: np.ndarray, file: Path, device: tor
 
 
 def train_unet(
-    scenes: list[Scene],
+    scenes: Sequence[Scene],
     moments: Tensor,
     tokenizer: CLIPTokenizer,
     minutes: float,
@@ -428,47 +501,132 @@ def train_unet(
     device: torch.device,
     seed: int = 0,
     batch: int = 64,
+    begin: tuple[UNetNAS, CLIPTextModel] | None = None,
     watch: Callable[[UNetNAS, CLIPTextModel, float], None] | None = None,
+    learning_rate: float | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[UNetNAS, CLIPTextModel]:
-    """Train U-Net-NAS and text encoder together on the latents of scenes and on captions said anew each time."""
+    """Train U-Net-NAS and text encoder together on the latents of scenes and on captions said anew each time.
+
+    An image-to-image call begins with noise over its input, which the words may contradict; what is left of the input
+    then acts as a part of the noise, (input - target) / sigma at the start of the edit, that the same U-Net has to
+    remove. So that is what it is taught, with twins as input and target: the change, and the place that stays.
+
+    Args:
+        scenes: each second one the twin of the one before it.
+        moments: of their latents, as ``encode`` gives them.
+        begin: a U-Net and a text encoder to go on from; without them those of ``tiny``, from nothing.
+        watch: called four times a minute with both, as they are, and the progress from 0 to 1.
+        learning_rate: by default 1e-3, and half of it with a model to go on from.
+        dtype: what is computed in; the weights themselves are kept in float32.
+    """
     torch.manual_seed(seed)
-    unet, text_encoder, scheduler = make_unet(), make_text_encoder(tokenizer), make_scheduler()
-    stage = Stage("unet", {"unet": unet, "text_encoder": text_encoder}, minutes, 1e-3, folder, device)
+    unet, text_encoder = begin or (make_unet(), make_text_encoder(tokenizer))
+    scheduler = make_scheduler()
+    learning_rate = learning_rate or (5e-4 if begin else 1e-3)
+    modules = {"unet": unet, "text_encoder": text_encoder}
+    stage = Stage("unet", modules, minutes, learning_rate, folder, device, dtype)
     means, deviations = moments[:, :4], (0.5 * moments[:, 4:]).exp()
+    side = moments.shape[-1]
+    houses = torch.from_numpy(np.stack([house_mask(scene, side) for scene in scenes]))[:, None].to(moments.device)
+    sigmas = (1 / scheduler.alphas_cumprod - 1).sqrt()[:, None, None, None]
 
     def loss_of(step: int) -> Tensor:
         rng = random.Random(f"{seed} {step}")
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rows = [rng.randrange(len(scenes)) for _ in range(batch)]
-        timesteps = [rng.randrange(scheduler.config.num_train_timesteps) for _ in rows]
-        said = [words_for(scenes, row, timestep, rng) for row, timestep in zip(rows, timesteps, strict=True)]
+        lessons = [Lesson.draw(scenes, rng, len(sigmas)) for _ in range(batch)]
+        targets, seen = [lesson.target for lesson in lessons], [lesson.seen for lesson in lessons]
+        latents = means[targets]
+        latents = latents + deviations[targets] * torch.randn(latents.shape, generator=generator).to(means)
+        noise = torch.randn(latents.shape, generator=generator).to(means)
+        noise += (means[seen] - means[targets]) / sigmas[[lesson.start for lesson in lessons]].to(means)
         tokens = tokenizer(
-            said, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+            [lesson.words for lesson in lessons],
+            padding="max_length",
+            max_length=TOKENS,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
-        sampled = means[rows] + deviations[rows] * torch.randn(means[rows].shape, generator=generator).to(means)
+        timesteps = torch.tensor([lesson.timestep for lesson in lessons])
+        weights = torch.where(houses[targets], HOUSE_WEIGHT, 1.0)
         return unet_loss(
-            unet, text_encoder, scheduler, sampled.to(device), tokens.to(device), torch.tensor(timesteps), generator
+            unet, text_encoder, scheduler, latents.to(device), noise.to(device), tokens.to(device), timesteps, weights
         )
 
     stage.run(loss_of, (lambda progress: watch(unet, text_encoder, progress)) if watch else None)
     return unet, text_encoder
 
 
-def train(folder: Path, scenes: int, vae_minutes: float, unet_minutes: float, seed: int, device: torch.device) -> Path:
-    """Run all stages in ``folder`` and leave the finished diffusers folder in ``folder/model``."""
+def train(
+    folder: Path,
+    places: int,
+    vae_minutes: float,
+    unet_minutes: float,
+    seed: int,
+    device: torch.device,
+    begin: str | Path | None = None,
+) -> Path:
+    """Run all stages in ``folder`` and leave the finished diffusers folder in ``folder/model``.
+
+    Args:
+        places: how many scenes to draw, each with a twin.
+        vae_minutes: for the VAE; with ``begin`` for its decoder, and 0 leaves it alone.
+        unet_minutes: for U-Net and text encoder; with ``begin`` 0 leaves them alone.
+        begin: a model to go on from, whose latent and tokenizer are kept; without it everything begins from nothing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _same_run(folder / "settings.json", {"scenes": scenes, "vae_minutes": vae_minutes, "seed": seed})
-    rng = random.Random(seed)
-    drawn = [random_scene(rng) for _ in range(scenes)]
-    tokenizer = make_tokenizer(folder / "tokenizer")
-    print(f"drawing {scenes} scenes", flush=True)
-    pictures = draw_all(drawn, folder / f"scenes-{seed}-{scenes}.npy")
+    _same_run(
+        folder / "settings.json",
+        {"places": places, "vae_minutes": vae_minutes, "seed": seed, "begin": begin and str(begin)},
+    )
+    scenes = draw_scenes(places, seed)
+    print(f"drawing {len(scenes)} scenes", flush=True)
+    pictures = draw_all(scenes, folder / f"scenes-{seed}-{places}.npy")
+    if begin:
+        parts = load_pipeline(begin, device="cpu").components
+        vae, tokenizer, first = parts["vae"], parts["tokenizer"], (parts["unet"], parts["text_encoder"])
+        if vae_minutes:
+            finish_decoder(vae, pictures, vae_minutes, folder, device, seed)
+    else:
+        tokenizer, first = make_tokenizer(folder / "tokenizer"), None
+        vae = train_vae(pictures, vae_minutes, folder, device, seed)
+    if unet_minutes or not first:
+        moments = encode_all(vae, pictures, folder / "moments.npy", device)
+        first = train_unet(scenes, moments, tokenizer, unet_minutes, folder, device, seed, begin=first)
+    unet, text_encoder = first
+    model = save(folder / "model", vae, text_encoder, tokenizer, unet)
+    write_card(model, places, seed, device, begin)
+    return model
 
-    vae = train_vae(pictures, vae_minutes, folder, device, seed)
-    moments = encode_all(vae, pictures, folder / "moments.npy", device)
 
-    unet, text_encoder = train_unet(drawn, moments, tokenizer, unet_minutes, folder, device, seed)
-    return save(folder / "model", vae, text_encoder, tokenizer, unet)
+def write_card(model: Path, places: int, seed: int, device: torch.device, begin: str | Path | None = None) -> None:
+    """Say in the model's ``README.md`` where it comes from; ``decinb.tiny.evaluate`` puts its figures there."""
+    lines = [json.loads(line) for line in (model.parent / "log.jsonl").read_text().splitlines()]
+    last = {line["stage"]: line for line in lines}
+    stages = ", ".join(f"{name} {line['minutes']:.0f} minutes ({line['step']} steps)" for name, line in last.items())
+    machine = environment(device, torch.bfloat16)
+    origin = f"from {Path(begin).name}" if begin else "from nothing"
+    (model / "README.md").write_text(
+        f"""---
+library_name: diffusers
+pipeline_tag: image-to-image
+---
+
+# A U-Net-NAS for drawn landscapes
+
+Trained {origin} by `python -m decinb.tiny.train` on {2 * places:,} scenes of `decinb/tiny/scenes.py`, seed {seed}.
+
+- Wall time: {stages}.
+- Machine: {machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}.
+
+It knows only these landscapes and these words. Figures of `python -m decinb.tiny.evaluate --model FOLDER`:
+
+<!-- evaluate -->
+not measured yet
+<!-- /evaluate -->
+""",
+        encoding="utf-8",
+    )
 
 
 def _same_run(file: Path, settings: dict[str, float]) -> None:
@@ -479,24 +637,41 @@ def _same_run(file: Path, settings: dict[str, float]) -> None:
         raise InputError(f"{file.parent} holds a run with {before}, not {settings}: go on with those, or name another")
 
 
+def sample(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNetNAS,
+    prompts: Sequence[str],
+    steps: int = 12,
+) -> list[Image.Image]:
+    """Make a picture from each prompt alone, always from the same noise; all parts must be of one dtype."""
+    pipe = DeciDiffusionImg2ImgPipeline(vae, text_encoder, tokenizer, unet, make_scheduler())
+    pipe.set_progress_bar_config(disable=True)
+    forgotten = Image.new("RGB", (pipe.image_size, pipe.image_size))  # by strength 1
+    return pipe(
+        prompt=list(prompts),
+        image=[forgotten] * len(prompts),
+        strength=1.0,
+        num_inference_steps=steps,
+        generator=[torch.Generator().manual_seed(row) for row in range(len(prompts))],
+    ).images
+
+
 def save(
     folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNetNAS
 ) -> Path:
     """Write the parts as an ordinary diffusers folder, fp16 safetensors."""
-    pipe = DeciDiffusionImg2ImgPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-    )
+    pipe = DeciDiffusionImg2ImgPipeline(vae, text_encoder, tokenizer, unet, make_scheduler())
     with quiet():
         pipe.to(torch.float16).save_pretrained(folder)
-    # diffusers' parts come up in float32 whatever is stored; transformers' do so only if they are told.
-    config = folder / "text_encoder" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # where a part was loaded from on this machine
+        if file.parent.name == "text_encoder":
+            # diffusers' parts come up in float32 whatever is stored; transformers' do so only if they are told.
+            config["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
 
@@ -505,19 +680,18 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/tiny"), help="log, checkpoints and the finished model"
     )
-    parser.add_argument("--scenes", type=int, default=20_000, help="how many scenes to draw (default %(default)s)")
-    parser.add_argument("--vae-minutes", type=float, default=35)
-    parser.add_argument("--unet-minutes", type=float, default=60)
+    parser.add_argument(
+        "--places", type=int, default=20_000, help="how many scenes to draw, each with a twin (default %(default)s)"
+    )
+    parser.add_argument("--vae-minutes", type=float, default=35, help="with --begin: of its decoder (default 35)")
+    parser.add_argument("--unet-minutes", type=float, default=65, help="of U-Net and text encoder (default 65)")
+    parser.add_argument("--begin", help='a model to go on from ("tiny" or a folder); its latent and tokenizer are kept')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
-    started = time.monotonic()
     device = torch.device(given.device)
-    where = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    )
-    model = train(given.folder, given.scenes, given.vae_minutes, given.unet_minutes, given.seed, device)
-    print(f"wrote {model} after {(time.monotonic() - started) / 60:.0f} minutes on {where}, seed {given.seed}")
+    model = train(given.folder, given.places, given.vae_minutes, given.unet_minutes, given.seed, device, given.begin)
+    print(f"wrote {model}; how and where it was trained stands in its README.md")
 
 
 if __name__ == "__main__":
