@@ -1,18 +1,20 @@
 """Measure the bundled model: ``python -m decinb.tiny.evaluate``.
 
-How well the VAE draws scenes again, how often text becomes the scene it names, and how well image to image changes one
-thing and keeps the rest. The scenes are drawn from seeds that no training uses; the judge looks at what comes out.
+How well the VAE draws scenes again, how often text becomes the scene it names, how well image to image changes one
+thing and keeps the rest, what guidance and steps do. The scenes are drawn from seeds that no training uses, the prompts
+are worded as no caption of the training is; the judge looks at what comes out. ``goals`` says what was asked for.
 """
 
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import platform
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,25 @@ import torch
 from PIL import Image
 
 from decinb.errors import InputError
-from decinb.metrics import named_attributes, psnr, ssim
+from decinb.metrics import change, named_attributes, oversaturated, psnr, saturated, ssim
 from decinb.pipeline import MODELS, DeciDiffusionImg2ImgPipeline, load_pipeline
 from decinb.tiny.judge import Judge, accuracy, through_vae
 from decinb.tiny.scenes import ATTRIBUTES, HOUSE, IMAGE_SIZE, Scene, caption, house_mask, random_scene, render
 
 STEPS = 30
 GUIDANCE = 5.0
-STRENGTHS = [i / 10 for i in range(3, 11)]
+STRENGTHS = [i / 10 for i in range(1, 11)]
+GUIDANCES = [1, 2, 3, 5, 7.5, 10, 15, 20]
+STEP_COUNTS = [5, 10, 20, 30, 50, 100]
 BATCH = 32
-FULL = {"vae": 500, "text": 500, "changes": 64}  # scenes, prompts, pairs
-QUICK = {"vae": 100, "text": 100, "changes": 16}
+FULL = {
+    "vae": 500,
+    "text": 500,
+    "changes": 200,
+    "guidance": 64,
+    "steps": 64,
+}  # scenes, prompts, pairs, prompts, prompts
+QUICK = {"vae": 100, "text": 100, "changes": 16, "guidance": 8, "steps": 8}
 
 CHANGES: dict[str, tuple[str, str, str]] = {  # (attribute, value in the image, value in the prompt)
     "day to night": ("time", "day", "night"),
@@ -57,50 +67,92 @@ def evaluate_vae(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, An
 
 
 def evaluate_text(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
-    """Make pictures from complete captions alone (strength 1) and let the judge say what is right."""
-    prompts = [caption(scene) for scene in _scenes("text", count)]
-    grey = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (127, 127, 127))
-    images = _run(pipe, [grey] * count, prompts, strength=1.0)
-    right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
-    everything = []
-    for prompt, seen in zip(prompts, Judge.load().see(images), strict=True):
-        answers = {name: seen.get(name) == value for name, value in named_attributes(prompt).items()}
-        for name, answer in answers.items():
-            right[name].append(answer)
-        everything.append(all(answers.values()))
-    shares = {name: float(np.mean(answers)) for name, answers in right.items() if answers}
-    return {"prompts": count, "right": shares, "all_right": float(np.mean(everything))}
+    """Make pictures from words alone (strength 1) and let the judge say what is right."""
+    prompts = _prompts(count)
+    seen = Judge.load().see(_run(pipe, [_GREY] * count, prompts, strength=1.0))
+    answers = [_answers(*pair) for pair in zip(prompts, seen, strict=True)]
+    shares = {name: [answer[name] for answer in answers if name in answer] for name in ATTRIBUTES}
+    return {
+        "prompts": count,
+        "right": {name: float(np.mean(right)) for name, right in shares.items() if right},
+        "all_right": float(np.mean([all(answer.values()) for answer in answers])),
+    }
 
 
 def evaluate_changes(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
     """Change one thing of a scene by its prompt at every strength.
 
     Reported by strength: ``changed``, the share where the judge sees the new value; ``kept``, the share right of
-    everything else the prompt names; ``overlap``, how well the house stayed in its place (see ``find_house``). At
-    strength 1 the image is forgotten, so the overlap there is what chance gives.
+    everything else the prompt names; ``adherence``, of both; ``overlap``, how well the house stayed in its place (see
+    ``find_house``); ``distance``, the mean difference from the input. At strength 1 the image is forgotten, so the
+    overlap there is what chance gives. ``vae`` is the overlap that the VAE alone leaves of the targets: the best there
+    can be.
     """
     pairs = list(_pairs(count))
     images = [render(scene) for _, scene, _ in pairs]
     prompts = [caption(target) for *_, target in pairs]
-    report: dict[str, Any] = {"pairs": count, "strengths": {}}
+    redrawn = through_vae([render(target) for *_, target in pairs], pipe.vae)
+    best = [
+        overlap(find_house(image, target), house_mask(target))
+        for image, (*_, target) in zip(redrawn, pairs, strict=True)
+    ]
+    report: dict[str, Any] = {"pairs": count, "vae": float(np.mean(best)), "strengths": {}}
     for strength in STRENGTHS:
-        rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ("all", *CHANGES)}
+        rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("all", *CHANGES)}
         made = _run(pipe, images, prompts, strength)
-        for (name, _, target), image, seen in zip(pairs, made, Judge.load().see(made), strict=True):
-            answers = {key: seen.get(key) == value for key, value in named_attributes(caption(target)).items()}
-            changed = answers.pop(CHANGES[name][0])
-            row = (
-                changed,
-                float(np.mean(list(answers.values()))),
-                overlap(find_house(image, target), house_mask(target)),
-            )
+        for (name, _, target), before, image, prompt, seen in zip(
+            pairs, images, made, prompts, Judge.load().see(made), strict=True
+        ):
+            answers = _answers(prompt, seen)
+            adherence = float(np.mean(list(answers.values())))
+            row = {
+                "changed": float(answers.pop(CHANGES[name][0])),
+                "kept": float(np.mean(list(answers.values()))),
+                "adherence": adherence,
+                "overlap": overlap(find_house(image, target), house_mask(target)),
+                "distance": change(image, before),
+            }
             rows[name].append(row)
             rows["all"].append(row)
-        report["strengths"][f"{strength:g}"] = {
-            name: dict(zip(("changed", "kept", "overlap"), np.mean(values, axis=0).tolist(), strict=True))
-            for name, values in rows.items()
+        report["strengths"][f"{strength:g}"] = {name: _mean(values) for name, values in rows.items()}
+    return report
+
+
+def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
+    """What more guidance does to pictures made from words: adherence, over-saturated pixels, pixels at a limit."""
+    prompts = _prompts(count)
+    report: dict[str, Any] = {"prompts": count, "scales": {}}
+    for scale in GUIDANCES:
+        made = _run(pipe, [_GREY] * count, prompts, strength=1.0, guidance_scale=scale)
+        report["scales"][f"{scale:g}"] = {
+            "adherence": _adherence(made, prompts),
+            "oversaturated": oversaturated(made),
+            "at a limit": saturated(made),
         }
     return report
+
+
+def evaluate_steps(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
+    """What more steps do to pictures made from words: adherence, and how far each is from that of twice the most."""
+    prompts = _prompts(count)
+    settled = _run(pipe, [_GREY] * count, prompts, strength=1.0, num_inference_steps=2 * STEP_COUNTS[-1])
+    report: dict[str, Any] = {"prompts": count, "steps": {}}
+    for steps in STEP_COUNTS:
+        made = _run(pipe, [_GREY] * count, prompts, strength=1.0, num_inference_steps=steps)
+        unsettled = float(np.mean([change(*pair) for pair in zip(made, settled, strict=True)]))
+        report["steps"][str(steps)] = {"adherence": _adherence(made, prompts), "unsettled": unsettled}
+    return report
+
+
+def evaluate_call(pipe: DeciDiffusionImg2ImgPipeline) -> dict[str, Any]:
+    """The time of one call of 30 steps at strength 0.75: the median of five, in seconds."""
+    image, prompt = render(Scene(house="red")), caption(Scene(house="red", time="night"))
+    times = []
+    for _ in range(6):
+        started = time.monotonic()
+        _run(pipe, [image], [prompt], strength=0.75)
+        times.append(time.monotonic() - started)
+    return {"median_seconds": float(np.median(times[1:]))}
 
 
 def find_house(image: Image.Image, target: Scene) -> np.ndarray:
@@ -143,8 +195,36 @@ def _pairs(count: int) -> Iterator[tuple[str, Scene, Scene]]:
         yield name, replace(scene, **{attribute: before}), replace(scene, **{attribute: after})
 
 
+_GREY = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (127, 127, 127))  # at strength 1 any picture will do
+
+
+def _prompts(count: int) -> list[str]:
+    """Complete prompts that no training has seen: they name the style last, where captions begin with it."""
+    rng = random.Random("evaluate words")
+    said = (caption(scene, rng, left_out=0, always=["style"]) for scene in _scenes("text", count))
+    return [", ".join(reversed(words.split(" of ", 1))) for words in said]
+
+
+def _answers(prompt: str, seen: dict[str, Any]) -> dict[str, bool]:
+    return {name: seen.get(name) == value for name, value in named_attributes(prompt).items()}
+
+
+def _adherence(images: Sequence[Image.Image], prompts: Sequence[str]) -> float:
+    pairs = zip(prompts, Judge.load().see(images), strict=True)
+    return float(np.mean([np.mean(list(_answers(*pair).values())) for pair in pairs]))
+
+
+def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
 def _run(
-    pipe: DeciDiffusionImg2ImgPipeline, images: Sequence[Image.Image], prompts: Sequence[str], strength: float
+    pipe: DeciDiffusionImg2ImgPipeline,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    strength: float,
+    guidance_scale: float = GUIDANCE,
+    num_inference_steps: int = STEPS,
 ) -> list[Image.Image]:
     made = []
     for start in range(0, len(prompts), BATCH):
@@ -153,8 +233,8 @@ def _run(
             prompt=list(prompts[rows]),
             image=list(images[rows]),
             strength=strength,
-            guidance_scale=GUIDANCE,
-            num_inference_steps=STEPS,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
             generator=[torch.Generator().manual_seed(start + i) for i in range(len(prompts[rows]))],
         ).images
     return made
@@ -190,18 +270,89 @@ def evaluate(pipe: DeciDiffusionImg2ImgPipeline, quick: bool = False) -> dict[st
             },
         },
     }
-    for name, measure in {"vae": evaluate_vae, "text": evaluate_text, "changes": evaluate_changes}.items():
+    report["call"] = evaluate_call(pipe)
+    sizes = QUICK if quick else FULL
+    for name, measure in {
+        "vae": evaluate_vae,
+        "text": evaluate_text,
+        "changes": evaluate_changes,
+        "guidance": evaluate_guidance,
+        "steps": evaluate_steps,
+    }.items():
         started = time.monotonic()
-        report[name] = measure(pipe, (QUICK if quick else FULL)[name])
+        report[name] = measure(pipe, sizes[name])
         report[name]["seconds"] = round(time.monotonic() - started, 1)
+        print(f"{name}: {report[name]['seconds']:.0f} s", flush=True)
     return report
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure that was asked for, what was reached, and whether that is enough."""
+
+    name: str
+    asked: str
+    reached: str
+    met: bool
+
+
+def goals(report: dict[str, Any]) -> list[Goal]:
+    """Hold a report against what was asked of the bundled model before it was trained."""
+
+    def at_least(name: str, value: float, least: float, form: str) -> Goal:
+        return Goal(name, f"at least {least:{form}}", f"{value:{form}}", value >= least)
+
+    vae, text, changes = report["vae"]["all"], report["text"], report["changes"]
+    found = [
+        at_least("VAE, PSNR in dB", vae["psnr"], 30.0, ".1f"),
+        at_least("VAE, SSIM", vae["ssim"], 0.93, ".3f"),
+        *(at_least(f"text, {name}", share, 0.95, ".1%") for name, share in text["right"].items()),
+        at_least("text, all of a prompt", text["all_right"], 0.85, ".1%"),
+    ]
+    for name, least in {
+        "sketch to painting": 0.6,
+        "house colour": 0.6,
+        "day to night": 0.4,
+        "grass to snow": 0.4,
+    }.items():
+        strength, row = _best(changes, name, 0.9)
+        reached = f"{row['changed']:.0%} with overlap {row['overlap']:.2f}, at strength {strength}"
+        asked = f"at least 90% with overlap {least}"
+        found.append(Goal(name, asked, reached, row["changed"] >= 0.9 and row["overlap"] >= least))
+    curves = {
+        "distance rises with strength": ([row["all"]["distance"] for row in changes["strengths"].values()], 0.0),
+        "adherence rises with strength": ([row["all"]["adherence"] for row in changes["strengths"].values()], 0.02),
+        "adherence rises with guidance": ([row["adherence"] for row in report["guidance"]["scales"].values()], 0.02),
+        "oversaturation rises with guidance": (
+            [row["oversaturated"] for row in report["guidance"]["scales"].values()],
+            0.0005,
+        ),
+        "pictures settle with steps": ([-row["unsettled"] for row in report["steps"]["steps"].values()], 0.0),
+        "adherence rises with steps": ([row["adherence"] for row in report["steps"]["steps"].values()], 0.02),
+    }
+    for name, (values, slack) in curves.items():  # the slack is what the judge's errors and chance move a share by
+        falls = max(before - after for before, after in itertools.pairwise(values))
+        reached = f"from {abs(values[0]):.4f} to {abs(values[-1]):.4f}, never back by more than {max(falls, 0):.4f}"
+        found.append(Goal(name, f"no fall above {slack}", reached, falls <= slack and values[-1] > values[0]))
+    seconds = report["call"]["median_seconds"]
+    found.append(Goal("30 steps at strength 0.75", "at most 2 s", f"{seconds:.2f} s", seconds <= 2))
+    return found
+
+
+def _best(changes: dict[str, Any], name: str, least: float) -> tuple[str, dict[str, float]]:
+    """The strength with the largest overlap among those that make the change often enough, or that make it most."""
+    rows = {strength: row[name] for strength, row in changes["strengths"].items()}
+    enough = {strength: row for strength, row in rows.items() if row["changed"] >= least}
+    if enough:
+        return max(enough.items(), key=lambda item: item[1]["overlap"])
+    return max(rows.items(), key=lambda item: item[1]["changed"])
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as text."""
     vae, text, changes = report["vae"], report["text"], report["changes"]
     lines = [f"VAE, {vae['scenes']} scenes, {vae['seconds']:.0f} s"]
-    for name in ("all", *ATTRIBUTES["style"]):
+    for name in filter(vae.get, ("all", *ATTRIBUTES["style"])):
         lines.append(f"  {name:<20} PSNR {vae[name]['psnr']:5.1f} dB   SSIM {vae[name]['ssim']:.3f}")
     lines.append(
         "  judged right         " + "  ".join(f"{key} {share:.0%}" for key, share in vae["judged_right"].items())
@@ -209,12 +360,25 @@ def table(report: dict[str, Any]) -> str:
     lines.append(f"Text to image, {text['prompts']} prompts, {text['seconds']:.0f} s")
     lines.append("  right                " + "  ".join(f"{key} {share:.0%}" for key, share in text["right"].items()))
     lines.append(f"  all of the prompt    {text['all_right']:.0%}")
-    lines.append(f"Image to image, {changes['pairs']} pairs that differ in one thing, {changes['seconds']:.0f} s")
+    lines.append(
+        f"Image to image, {changes['pairs']} pairs that differ in one thing, {changes['seconds']:.0f} s "
+        f"(overlap: the VAE alone leaves {changes['vae']:.2f})"
+    )
     lines.append(f"  {'strength':<27}" + "".join(f"{strength:>7}" for strength in changes["strengths"]))
     for name in ("all", *CHANGES):
-        for key in ("changed", "kept", "overlap") if name == "all" else ("changed", "overlap"):
+        keys = ("changed", "kept", "adherence", "overlap", "distance") if name == "all" else ("changed", "overlap")
+        for key in keys:
             values = "".join(f"{shares[name][key]:7.2f}" for shares in changes["strengths"].values())
             lines.append(f"  {name + ', ' + key:<27}" + values)
+    for name, axis in {"guidance": "scales", "steps": "steps"}.items():
+        lines.append(f"More {name}, {report[name]['prompts']} prompts, {report[name]['seconds']:.0f} s")
+        rows = report[name][axis]
+        lines.append(f"  {axis:<27}" + "".join(f"{value:>7}" for value in rows))
+        for key in next(iter(rows.values())):
+            lines.append(f"  {key:<27}" + "".join(f"{row[key]:7.4f}" for row in rows.values()))
+    lines.append("Asked for")
+    for goal in goals(report):
+        lines.append(f"  {goal.name:<36}{goal.asked:<32}{goal.reached}{'' if goal.met else '   MISSED'}")
     return "\n".join(lines)
 
 
@@ -241,8 +405,9 @@ def main() -> None:
     file = given.results / ("evaluate-quick.json" if given.quick else "evaluate.json")
     file.write_text(json.dumps(report, indent=2) + "\n")
     print(f"wrote {file.name}")
-    if given.model == "tiny" and not given.quick:
-        write_card(report, MODELS["tiny"].source / "README.md")
+    card = (MODELS["tiny"].source if given.model == "tiny" else Path(given.model)) / "README.md"
+    if card.is_file() and not given.quick:
+        write_card(report, card)
 
 
 if __name__ == "__main__":
