@@ -4,6 +4,7 @@ In: a sample's name, a path, a URL or a PIL image becomes an upright RGB picture
 Out: a PNG that is whole or not there at all, and that carries the record of how it was made.
 """
 
+import functools
 import io
 import ipaddress
 import json
@@ -39,6 +40,7 @@ MIN_SIDE = 64
 MULTIPLE = 8  # a latent pixel is 8 x 8 image pixels
 
 RECORD = "decinb"  # the PNG text chunk with the record
+INPUT = b"inPt"  # the PNG chunk with the input: by its capitals ancillary, private and safe to copy
 
 MAX_BYTES = 20_000_000
 MAX_SECONDS = 20
@@ -81,30 +83,74 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def save_image(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
-    """Write a PNG with its record inside, so that no half-written file is ever found under its name."""
+def save_image(image: Image.Image, path: Path, record: dict[str, Any], input_image: Image.Image | None = None) -> None:
+    """Write a PNG with its record, and the picture it was made from, inside; no half-written file is ever found."""
     text = PngInfo()
     text.add_itxt(RECORD, json.dumps(record, allow_nan=False))
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
+    if input_image is not None:
+        text.add(INPUT, _lossless(input_image))
+    with open(part_of(path), "wb") as file:
         image.save(file, "PNG", pnginfo=text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
+    os.replace(part_of(path), path)
+
+
+def part_of(path: Path) -> Path:
+    """Where a file is written before it gets its name: the same again after a kill, so that none is left behind."""
+    return path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.part")  # the processes of one run never share
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
     """The record inside a PNG that decinb wrote.
 
     Raises:
-        InputError: the file is not such a PNG.
+        InputError: the file is not such a PNG, or not a whole one.
     """
+    return _read(path)[0]
+
+
+def read_input(path: str | Path) -> Image.Image:
+    """The picture that a PNG of decinb was made from, which lies inside it.
+
+    Raises:
+        InputError: the file is not such a PNG, or not a whole one.
+    """
+    inside = _read(path)[1]
+    if inside is None:
+        raise InputError(f"{str(path)!r} does not hold the picture that it was made from")
+    return inside
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], Image.Image | None]:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.load()
-            return json.loads(image.text[RECORD])
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{str(path)!r} is not a PNG with a record of decinb in it") from error
+            record = json.loads(image.text[RECORD])
+            if not isinstance(record, dict):
+                raise ValueError("the record is not a dict")
+            inside = next((chunk[1] for chunk in image.private_chunks if chunk[0] == INPUT), None)
+        if inside is None:
+            return record, None
+        with Image.open(io.BytesIO(inside), formats=("WEBP",)) as picture:
+            if picture.width > MAX_SIDE or picture.height > MAX_SIDE:
+                raise ValueError("the picture inside is too large")
+            return record, picture.convert("RGB")
+    except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{str(path)!r} is not a whole PNG with a record of decinb in it") from error
+
+
+@functools.lru_cache(8)
+def _webp(size: tuple[int, int], pixels: bytes) -> bytes:
+    file = io.BytesIO()
+    Image.frombytes("RGB", size, pixels).save(file, "WEBP", lossless=True, quality=50)
+    return file.getvalue()
+
+
+def _lossless(image: Image.Image) -> bytes:
+    """A picture in few bytes that keep every pixel; a sweep asks for the same one again and again."""
+    image = image.convert("RGB")
+    return _webp(image.size, image.tobytes())
 
 
 def _open(source: str | Path | Image.Image, allow_private: bool) -> Image.Image:

@@ -28,6 +28,14 @@ def guidance_scale(value: Any, where: str = "") -> float:
     return value
 
 
+def share(value: Any, name: str) -> float:
+    """A part of a whole: 0 to 1."""
+    value = _number(value, name, "from 0 to 1")
+    if not 0 <= value <= 1:
+        raise InputError(f"{name} must be from 0 to 1, got {value:g}")
+    return value
+
+
 def num_inference_steps(value: Any, where: str = "") -> int:
     """In how many steps to remove all noise: 1 to 999."""
     return _whole(value, f"{where}num_inference_steps", 1, MAX_STEPS)

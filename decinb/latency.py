@@ -502,7 +502,7 @@ def _driver() -> str | None:
         return None
 
 
-def save(record: Record, folder: str | Path = "results") -> Path:
+def save(record: Record, folder: str | Path = "results", name: str = "latency") -> Path:
     """Write a record as JSON under ``folder``, in a folder of its machine, and return the file's path."""
     where = record.environment
     device = re.sub(r"\((r|tm)\)", "", where["device"].lower())
@@ -510,7 +510,7 @@ def save(record: Record, folder: str | Path = "results") -> Path:
     machine = device if where["driver"] else f"{device} {where['threads']} threads"
     machine = re.sub(r"[^a-z0-9]+", "-", machine).strip("-")
     moment = re.sub(r"\D", "", where["date"][:19])
-    path = Path(folder) / machine / f"latency-{moment}.json"
+    path = Path(folder) / machine / f"{name}-{moment}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(record), indent=2) + "\n")
     return path

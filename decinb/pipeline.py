@@ -169,7 +169,7 @@ def load_pipeline(
         model: a name in ``MODELS``, a folder, or ``owner/name`` on the hub. None takes the published checkpoint
             on a CUDA GPU where it is cached or can be downloaded, and ``tiny`` everywhere else; or what the environment
             variable ``DECINB_MODEL`` names.
-        device: None takes CUDA, else Apple's MPS, else the CPU.
+        device: None takes CUDA (under ``accelerate launch`` the process's own), else Apple's MPS, else the CPU.
         dtype: ``torch.float16`` or ``"fp16"``, and so on. None takes float16 on CUDA and float32 elsewhere.
 
     Returns:
@@ -196,6 +196,8 @@ def example(pipe: DeciDiffusionImg2ImgPipeline) -> tuple[str, str]:
 def _device(device: str | torch.device | None) -> torch.device:
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device is None:
+        if has_cuda and "LOCAL_RANK" in os.environ:  # one of several processes, each with a GPU of its own
+            return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
     try:
         found = torch.device(device)

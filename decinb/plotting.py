@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from decinb.errors import InputError
-from decinb.sweep import SHORT, Sweep, label, plain
+from decinb.images import load_image, read_input
+from decinb.labels import plain
+from decinb.layout import Axis, Layout, Record, either, lay_out
+from decinb.sheet import Sheet, Tile, shrunk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from decinb.planning import Plan
+    from decinb.sweep import Sweep
+
+PAGE = 12  # rows and columns of one figure
+MAX_PAGE = 40  # at their smallest, pictures of so many rows and columns still make a figure that can be opened
 
 
 def plot_images(images: Sequence[Image.Image], values: Sequence[Any], title: str) -> None:
@@ -54,66 +64,134 @@ def plot_grid(
     finish(figure, file)
 
 
-def plot_sweep(sweep: Sweep, rows: str | None = None, cols: str | None = None, file: str | Path | None = None) -> None:
-    """Show a sweep with one argument down the side and another along the top, the input before them.
+def plot_sweep(
+    sweep: Sweep,
+    rows: Axis = None,
+    cols: Axis = None,
+    where: Mapping[str, Any] | None = None,
+    show_input: bool = True,
+    seconds: bool = False,
+    file: str | Path | None = None,
+    page: int = PAGE,
+) -> None:
+    """Show a sweep as a table of pictures: arguments down the side and along the top, the input before them.
 
     Args:
         sweep: from ``run_sweep``.
-        rows, cols: names of arguments that the cells differ in; left out, the arguments that do are taken, the one with
-            more values along the top. With more than two, the cells are shown one after another.
-        file: where to save the picture, if anywhere.
+        rows, cols: the name of an argument, or a pair of names, the slower one first. With neither, the arguments that
+            the cells differ in are taken, the one with more values along the top; with one, the other takes the rest.
+            Where those are more than four, or most places would stay empty, the cells are shown one after another.
+        where: which cells to show, such as ``{"seed": 0, "strength": [0.5, 0.75]}``.
+        show_input: put the input picture before the others.
+        seconds: say under each picture how long it took.
+        file: where to save the picture, if anywhere; several pages become ``name-1.png``, ``name-2.png`` and so on.
+        page: the most rows and columns of one figure, 1 to 40.
 
     Raises:
-        InputError: an argument is not one that every cell names, or two cells fall on one place.
+        InputError: the sweep is empty, a name is unknown or comes twice, ``where`` leaves nothing, two cells would fall
+            on one place, or the page is too large.
     """
-    if not sweep.images:
+    if not len(sweep):
         raise InputError("the sweep has no finished cell to show")
-    varied = [name for name in SHORT if len({cell.get(name) for cell in sweep.cells}) > 1]
-    if rows is None and cols is None:
-        if len(varied) > 2 or not varied:
-            plot_grid([sweep.image, *sweep.images], ["input", *map(label, sweep.cells)], file=file)
-            return
-        varied.sort(key=lambda name: len({cell[name] for cell in sweep.cells}))
-        rows, cols = varied if len(varied) == 2 else (None, varied[0])
-    for name in filter(None, (rows, cols)):
-        if any(name not in cell for cell in sweep.cells):
-            raise InputError(
-                f"{name!r} is not an argument of every cell; these differ in {', '.join(varied) or 'nothing'}"
-            )
-    row_values, col_values = _values(sweep, rows), _values(sweep, cols)
-    at = {}
-    for cell, image in zip(sweep.cells, sweep.images, strict=True):
-        place = (cell.get(rows), cell.get(cols))
-        if place in at:
-            shared = label(dict(zip((rows, cols), place, strict=True)))
-            raise InputError(f"two cells fall on {shared}: name the argument they differ in")
-        at[place] = image
-    import matplotlib.pyplot as plt
+    if where is not None and not isinstance(where, Mapping):
+        raise InputError(f"where must be a dict such as {{'seed': 0}}, got {where!r}")
+    if where:
+        there, sweep = sweep, sweep.select(**where)
+        if not len(sweep):
+            has = "; ".join(f"{name} is {either(record[name] for record in there.records)}" for name in where)
+            raise InputError(f"where={where!r} leaves no cell: {has}")
+    records = sweep.records
 
-    size = min(2.0, 15 / (len(col_values) + 1))
-    figure, axes = plt.subplots(
-        len(row_values),
-        len(col_values) + 1,
-        figsize=(size * (len(col_values) + 1), (size + 0.35) * len(row_values)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for ax in axes.flat:
-        ax.axis("off")
-    for i, row in enumerate(row_values):
-        if i == 0:
-            _put(axes[0, 0], sweep.image, "input")
-        for j, col in enumerate(col_values):
-            if (row, col) not in at:
-                continue
-            told = [f"{SHORT.get(name, name)} {plain(value)}" for name, value in ((rows, row), (cols, col)) if name]
-            _put(axes[i, j + 1], at[row, col], "\n".join(told))
-    finish(figure, file)
+    def tile(index: int) -> Tile:
+        taken = records[index].get("seconds") if seconds else None
+        note = "" if taken is None else f"{taken:.2f} s" if taken < 10 else f"{taken:.1f} s"
+        return Tile(shrunk(sweep.images[index]), note)
+
+    _plot(records, rows, cols, tile, _inputs(sweep) if show_input else {}, file, page)
 
 
-def _values(sweep: Sweep, name: str | None) -> list[Any]:
-    """The values of an argument, in the order they first appear."""
-    return list(dict.fromkeys(cell.get(name) for cell in sweep.cells)) if name else [None]
+def plot_plan(
+    plan: Plan,
+    rows: Axis = None,
+    cols: Axis = None,
+    show_input: bool = True,
+    file: str | Path | None = None,
+    page: int = PAGE,
+) -> None:
+    """Show the grid that a sweep will fill: an empty box for every cell, and in it how many steps will run.
+
+    Args:
+        plan: from ``plan``.
+        rows, cols, show_input, file, page: as of ``plot_sweep``.
+
+    Raises:
+        InputError: as ``plot_sweep``.
+    """
+    records = plan.records
+
+    def tile(index: int) -> Tile:
+        steps = records[index]["steps_run"]
+        return Tile(None, f"{steps} step{'s' * (steps != 1)}", shape=plan.jobs[index].image.size)
+
+    inputs = {record["image"]: job.image for record, job in zip(records, plan.jobs, strict=True)}
+    _plot(records, rows, cols, tile, inputs if show_input else {}, file, page)
+
+
+def _inputs(sweep: Sweep) -> dict[str, Image.Image]:
+    """The input pictures by their names in the records."""
+    inputs: dict[str, Image.Image] = {}
+    sources = getattr(sweep.images, "sources", sweep.images)
+    for record, cell, source in zip(sweep.records, sweep.cells, sources, strict=True):
+        if record["image"] in inputs:
+            continue
+        if isinstance(source, Path):
+            inputs[record["image"]] = read_input(source)
+        else:
+            inputs[record["image"]] = load_image(cell["image"]) if "image" in cell else sweep.image
+    return inputs
+
+
+def _plot(
+    records: Sequence[Record],
+    rows: Axis,
+    cols: Axis,
+    tile: Callable[[int], Tile],
+    inputs: Mapping[str, Image.Image],
+    file: str | Path | None,
+    page: int,
+) -> None:
+    if isinstance(page, bool) or not isinstance(page, int) or not 1 <= page <= MAX_PAGE:
+        raise InputError(f"page must be a whole number from 1 to {MAX_PAGE}, got {page!r}")
+    layout = lay_out(records, rows, cols, free=1 if len(inputs) == 1 else 0)
+    parts = list(layout.pages(page))
+    for number, part in enumerate(parts, 1):
+        sheet = _sheet(part, records, tile, inputs)
+        if len(parts) == 1:
+            finish(sheet.draw(), file)
+        else:
+            numbered = file and Path(file).with_stem(f"{Path(file).stem}-{number}")
+            finish(sheet.draw(f"page {number} of {len(parts)}"), numbered)
+
+
+def _sheet(
+    part: Layout, records: Sequence[Record], tile: Callable[[int], Tile], inputs: Mapping[str, Image.Image]
+) -> Sheet:
+    """One page with its pictures, and with the inputs along a side on which each of them stays the same."""
+    tiles = {place: tile(index) for place, index in part.places.items()}
+    if part.titles is not None:
+        tiles = {place: replace(tiles[place], title=part.titles[index]) for place, index in part.places.items()}
+        if len(inputs) == 1 and (0, 0) not in tiles:
+            tiles[0, 0] = Tile(*inputs.values(), title="input")
+        return Sheet(part.rows, part.columns, tiles)
+    sheet = Sheet(part.rows, part.columns, tiles)
+    for side in (0, 1) if inputs else ():
+        names: dict[int, set[str]] = {}
+        for place, index in sorted(part.places.items()):
+            names.setdefault(place[side], set()).add(records[index]["image"])
+        if all(len(some) == 1 for some in names.values()):
+            first = {name: at for at, (name,) in sorted(names.items(), reverse=True)}
+            return sheet.with_inputs(side, {at: Tile(inputs[name]) for name, at in first.items()})
+    return sheet
 
 
 def _put(ax: Axes, image: Image.Image, title: str) -> None:

@@ -1,107 +1,98 @@
-"""A sweep: one image and one prompt, run once for every cell of a design.
+"""A sweep: an image and a prompt, run once for every cell of a design, planned first and denoised together.
 
-A cell is a plain dict with the argument names of diffusers, a design is a plain list of cells. So designs are joined
-with ``+``, thinned with a list comprehension, and sampled with ``random.sample``.
+``run_sweep`` makes the images, ``load_sweep`` brings back what a folder holds, and ``replay`` makes one image again
+from its file.
 """
 
-import hashlib
-import importlib.metadata
-import itertools
-import json
-import time
+import csv
+import os
+import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from decinb import inputs
+from decinb.denoise import Done, Tick, denoise, fitting_pack
+from decinb.designs import Cell
 from decinb.errors import InputError
-from decinb.images import load_image, save_image
-from decinb.pipeline import DeciDiffusionImg2ImgPipeline
+from decinb.images import read_input, read_record
+from decinb.labels import ARGUMENTS, label
+from decinb.pipeline import MODELS, DeciDiffusionImg2ImgPipeline, load_pipeline
+from decinb.planning import NEEDED, Plan, count_calls, plan, read_cell
+from decinb.progress import Bar, LiveGrid
+from decinb.store import Images, Record, Store, weights_hash
 
-Cell = dict[str, Any]
-
-SHORT = {"strength": "strength", "guidance_scale": "guidance", "num_inference_steps": "steps", "seed": "seed"}
-"""The arguments that are told in labels and file names, in this order, and how."""
-
-
-def grid(**axes: Sequence[Any]) -> list[Cell]:
-    """Every combination of the values given, the last argument changing fastest.
-
-    Example: ``grid(strength=[0.5, 0.75], guidance_scale=[5, 7.5])`` gives four cells.
-
-    Raises:
-        InputError: an axis is not a list of values, or is empty.
-    """
-    for name, values in axes.items():
-        if isinstance(values, str) or not isinstance(values, Iterable):
-            raise InputError(f"{name} must be a list of values, got {values!r}")
-    lists = {name: list(values) for name, values in axes.items()}
-    if empty := [name for name, values in lists.items() if not values]:
-        raise InputError(f"{empty[0]} is an empty list: give at least one value")
-    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A cell understood: every argument of the call as a plain value, and how many steps really run."""
-
-    prompt: str
-    negative_prompt: str | None
-    strength: float
-    guidance_scale: float
-    num_inference_steps: int
-    seed: int
-    steps_run: int
-
-    @classmethod
-    def read(cls, cell: Cell, defaults: Cell, where: str) -> "Run":
-        """Understand a cell, or raise an InputError that begins with ``where``."""
-        if not isinstance(cell, dict):
-            raise InputError(f"{where}a cell must be a dict such as {{'strength': 0.75}}, got {cell!r}")
-        inputs.known(cell, defaults, where)
-        given = {**defaults, **cell}
-        steps = inputs.num_inference_steps(given["num_inference_steps"], where)
-        strength = inputs.strength(given["strength"], where)
-        negative = given["negative_prompt"]
-        return cls(
-            prompt=inputs.text(given["prompt"], f"{where}prompt"),
-            negative_prompt=None if negative is None else inputs.text(negative, f"{where}negative_prompt"),
-            strength=strength,
-            guidance_scale=inputs.guidance_scale(given["guidance_scale"], where),
-            num_inference_steps=steps,
-            seed=inputs.seed(given["seed"], where),
-            steps_run=inputs.steps_run(steps, strength, where),
-        )
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass
 class Sweep:
-    """What came out: cells, images and records (arguments, steps run, seconds) in one order, and where they lie."""
+    """What came out: cells as they were given, records of everything (arguments, steps, seconds), images; in one order.
+
+    ``images`` is a sequence; where the sweep has a folder, each is read from there when it is asked for.
+    """
 
     image: Image.Image
     prompt: str
     cells: list[Cell] = field(default_factory=list)
-    images: list[Image.Image] = field(default_factory=list)
-    records: list[dict[str, Any]] = field(default_factory=list)
+    images: Sequence[Image.Image] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
     folder: Path | None = None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.cells)
 
-    def plot(self, rows: str | None = None, cols: str | None = None, file: str | Path | None = None) -> None:
+    def select(self, **where: Any) -> "Sweep":
+        """The part of the sweep with these values: ``select(seed=0, strength=[0.5, 0.75])``.
+
+        Raises:
+            InputError: an argument is not known.
+        """
+        inputs.known(where, [*ARGUMENTS, "steps_run"])
+        several = (list, tuple, set, range)
+        wanted = {name: value if isinstance(value, several) else [value] for name, value in where.items()}
+        kept = [i for i, r in enumerate(self.records) if all(_among(r[name], some) for name, some in wanted.items())]
+        sources = self.images.sources if isinstance(self.images, Images) else self.images
+        return Sweep(
+            self.image,
+            self.prompt,
+            [self.cells[i] for i in kept],
+            Images([sources[i] for i in kept]),
+            [self.records[i] for i in kept],
+            self.folder,
+        )
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """The records as a table of pandas, a row for each image."""
+        import pandas  # takes longer to import than everything else, and only this needs it
+
+        return pandas.DataFrame([_flat(record) for record in self.records])
+
+    def to_csv(self, file: str | Path) -> Path:
+        """Write the records as a CSV file with a header, a row for each image."""
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = [_flat(record) for record in self.records]
+        with open(file, "w", newline="", encoding="utf-8") as out:
+            writer = csv.DictWriter(out, list(rows[0]) if rows else ARGUMENTS)
+            writer.writeheader()
+            writer.writerows(rows)
+        return file
+
+    def plot(self, *args: Any, **kwargs: Any) -> None:
         """Show the images as a labelled grid: see ``decinb.plotting.plot_sweep``."""
         from decinb.plotting import plot_sweep
 
-        plot_sweep(self, rows, cols, file)
+        plot_sweep(self, *args, **kwargs)
 
 
 class SweepError(RuntimeError):
-    """A cell failed while it ran. ``sweep`` holds everything that was finished before it."""
+    """A sweep broke while it ran. ``sweep`` holds everything that was finished before."""
 
     def __init__(self, message: str, sweep: Sweep):
         super().__init__(message)
@@ -117,113 +108,250 @@ def run_sweep(
     negative_prompt: str | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
+    guidance_rescale: float = 0.0,
+    pack: int | None = None,
+    show: bool = False,
 ) -> Sweep:
-    """Make one image for every cell.
+    """Make one image for every cell, many in each U-Net call, each as if it had been made alone.
 
     Each cell starts from a fresh ``torch.Generator().manual_seed(seed)`` on the CPU, so any of them can be made again
-    alone. All cells are checked before the first one runs. Stopping the notebook cell returns what is done.
+    alone. All cells are checked before the first one runs; cells that come to the same computation run once. With a
+    folder, each image is written there the moment it is finished, and what is there already is not made again: call
+    it again after an interruption, or with more cells. Stopping the notebook cell returns what is done.
+
+    Under ``accelerate launch`` the processes share the cells, and ``folder`` is where they meet.
 
     Args:
-        pipe: from ``load_pipeline``.
+        pipe: from ``load_pipeline``, or any other image-to-image pipeline of Stable Diffusion's kind.
         image: from ``load_image``, or what it takes.
         prompt: what the picture should become; a cell's own ``prompt`` goes before it.
         cells: dicts with any of ``strength`` (above 0, at most 1), ``guidance_scale`` (0 or more; 1 or less switches
-            guidance off), ``num_inference_steps`` (1 to 999), ``prompt``, ``negative_prompt``, and ``seed``
+            guidance off), ``num_inference_steps`` (1 to 999), ``prompt``, ``negative_prompt``, ``image``, and ``seed``
             (0 to 2**63 - 1).
         seed: of every cell that names none.
         negative_prompt: of every cell that names none.
-        folder: where every finished image is written at once, as a PNG with its record inside.
+        folder: where every finished image is written at once, as a PNG with its record and its input inside.
         progress: show a bar.
+        guidance_rescale: 0 to 1; the publisher uses 0.7 for text to image, and nothing here.
+        pack: the most rows in a U-Net call; None suits it to the device and the images' size.
+        show: in a notebook, show a grid that fills while the sweep runs.
 
     Raises:
         InputError: a cell cannot run; the message names it.
-        SweepError: a cell failed while running; what was finished before is in its ``sweep``.
+        SweepError: the sweep broke while running; what was finished before is in its ``sweep``.
     """
-    defaults = {
-        "strength": 0.8,
-        "guidance_scale": 7.5,
-        "num_inference_steps": pipe.deci_default_number_of_iterations,
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "seed": seed,
-    }
-    if not isinstance(cells, Sequence) or isinstance(cells, str) or not cells:
-        raise InputError(f"cells must be a list of at least one dict, got {cells!r}")
-    runs = [Run.read(cell, defaults, where=f"cell {i}: ") for i, cell in enumerate(cells)]
-    image = load_image(image)
-    origin = _origin(pipe, image)
+    if folder is None and _is_shared():
+        raise InputError("folder must be given where several processes share a sweep: it is where they meet")
+    planned = plan(pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, timed=False)
+    store = None
     if folder is not None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-
-    sweep = Sweep(image, prompt, folder=folder)
-    bar_config = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(disable=True)
+        store = Store(folder)
+        store.note(planned.records)
+    run = _Run(pipe, planned, store, pack, guidance_rescale, progress, show)
     try:
-        for i, (cell, run) in enumerate(
-            zip(tqdm(cells, "sweep", disable=not progress, leave=False), runs, strict=True)
-        ):
-            made, seconds = _make(pipe, image, run)
-            record = {**vars(run), **origin, "seconds": seconds}
-            sweep.cells.append(cell)
-            sweep.images.append(made)
-            sweep.records.append(record)
-            if folder is not None:
-                save_image(made, folder / f"{i:03d}_{_file_name(cell, record)}.png", record)
+        run.go()
     except KeyboardInterrupt:
-        print(f"stopped: {len(sweep)} of {len(cells)} cells are done")
+        print(f"stopped: {len(run.made)} of {len(planned.cells)} cells are done")
     except Exception as error:
-        done = f"{len(sweep)} of {len(cells)} cells were done and are in this error's `sweep`"
-        raise SweepError(f"cell {i} ({label(cell)}) failed: {error}; {done}", sweep) from error
+        sweep = run.result()
+        under_way = "; ".join(f"cell {i} ({label(planned.records[i])})" for i in run.under_way[:3])
+        more = f" and {len(run.under_way) - 3} more" if len(run.under_way) > 3 else ""
+        done = f"{len(sweep)} of {len(planned.cells)} cells were done and are in this error's `sweep`"
+        raise SweepError(f"{under_way or 'the sweep'}{more} failed: {error}; {done}", sweep) from error
     finally:
-        pipe.set_progress_bar_config(**bar_config)
-    return sweep
+        if run.grid:
+            run.grid.close()
+    return run.result()
 
 
-def label(cell: Cell) -> str:
-    """A cell in a few words, as it stands above its picture."""
-    return ", ".join(f"{SHORT[name]} {plain(cell[name])}" for name in SHORT if name in cell) or "defaults"
+def load_sweep(folder: str | Path) -> Sweep:
+    """Bring back what a folder of ``run_sweep`` holds: every finished image, in the order it was asked for.
+
+    Raises:
+        InputError: the folder holds no sweep, or none of its images is finished.
+    """
+    store = Store(folder)
+    paths, records, image = store.read()
+    return Sweep(image, records[0]["prompt"], [r["cell"] for r in records], Images(paths), records, store.folder)
 
 
-def plain(value: Any) -> str:
-    """A value as a reader would write it: 0.85, not 0.8500000000000001."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def replay(path: str | Path, pipe: DeciDiffusionImg2ImgPipeline | None = None) -> Image.Image:
+    """Make an image again from nothing but its PNG.
+
+    Args:
+        path: a file that ``run_sweep`` has written.
+        pipe: the pipeline that made it; may be left out if it was a known one (a name in ``MODELS``).
+
+    Raises:
+        InputError: the file is not such a PNG, or the pipeline has other weights than those it was made with.
+    """
+    record = read_record(path)
+    inputs.known(NEEDED, record, f"{str(path)!r}: ")
+    if pipe is None:
+        if record["model"] not in MODELS:  # a name in a file is no reason to fetch and run a model
+            known = ", ".join(MODELS)
+            raise InputError(f"{str(path)!r} was made by {record['model']!r}, not by one of {known}: give its pipe")
+        pipe = load_pipeline(record["model"])
+    if weights_hash(pipe) != record["weights"]:
+        raise InputError(f"pipe has other weights than those that made {str(path)!r} ({record['model']})")
+    cell = {name: record[name] for name in ARGUMENTS if name != "image"}
+    job = read_cell(cell, {**cell, "image": read_input(path)}, lambda image: image, where=f"{str(path)!r}: ")
+    before = pipe.scheduler
+    pipe.scheduler = _scheduler(pipe, record, str(path))
+    try:
+        rescale = inputs.share(record["guidance_rescale"], "guidance_rescale")
+        done = [done for tick in denoise(pipe, [job], None, rescale) for done in tick.done].pop()
+    finally:
+        pipe.scheduler = before
+    if done.image is None:
+        raise InputError(f"{str(path)!r}: {done.fault}")
+    return done.image
 
 
-def _make(pipe: DeciDiffusionImg2ImgPipeline, image: Image.Image, run: Run) -> tuple[Image.Image, float]:
-    started = time.perf_counter()
-    made = pipe(
-        prompt=run.prompt,
-        image=image,
-        strength=run.strength,
-        num_inference_steps=run.num_inference_steps,
-        guidance_scale=run.guidance_scale,
-        negative_prompt=run.negative_prompt,
-        generator=torch.Generator().manual_seed(run.seed),
-    ).images[0]
-    return made, round(time.perf_counter() - started, 3)
+def _scheduler(pipe: DeciDiffusionImg2ImgPipeline, record: Record, path: str) -> Any:
+    """The scheduler that a record names, if it is one that the pipeline could have had."""
+    kinds = {kind.__name__: kind for kind in (type(pipe.scheduler), *pipe.scheduler.compatibles)}
+    if record["scheduler"] not in kinds or not isinstance(record["scheduler_config"], dict):
+        raise InputError(f"{path!r} names the scheduler {record['scheduler']!r}, which this pipeline cannot have")
+    return kinds[record["scheduler"]].from_config(record["scheduler_config"])
 
 
-def _origin(pipe: DeciDiffusionImg2ImgPipeline, image: Image.Image) -> dict[str, Any]:
-    """What all cells share and an image cannot be made again without."""
-    return {
-        "model": _model_name(pipe),
-        "scheduler": type(pipe.scheduler).__name__,
-        "image": hashlib.sha256(image.tobytes()).hexdigest()[:16],
-        "image_size": list(image.size),
-        "device": pipe.device.type,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "versions": {name: importlib.metadata.version(name) for name in ("decinb", "diffusers", "torch")},
-    }
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _model_name(pipe: DeciDiffusionImg2ImgPipeline) -> str:
-    name = str(pipe.config.get("_name_or_path") or "unnamed")
-    return Path(name).name if Path(name).is_absolute() else name  # where a folder lies is nobody's business
+def _flat(record: Record) -> dict[str, Any]:
+    """The part of a record that fits into a table."""
+    kept = {name: value for name, value in record.items() if _is_plain(value)}
+    return {**kept, **{f"{name}_version": version for name, version in record.get("versions", {}).items()}}
 
 
-def _file_name(cell: Cell, record: dict[str, Any]) -> str:
-    """The cell in words, and a short key of all that made the image: another prompt or image is another file."""
-    words = "_".join(f"{SHORT[name]}-{plain(cell[name])}" for name in SHORT if name in cell) or "defaults"
-    made_by = {name: value for name, value in record.items() if name != "seconds"}
-    return f"{words}_{hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]}"
+def _among(value: Any, wanted: Iterable[Any]) -> bool:
+    numeric = isinstance(value, float)
+    return any(abs(value - one) < 1e-6 if numeric and isinstance(one, (int, float)) else value == one for one in wanted)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def _is_shared() -> bool:
+    """Whether this is one of several processes, as ``accelerate launch`` and ``torchrun`` start them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+class _Run:
+    """A sweep under way: what is asked for, what is made, and where it goes."""
+
+    def __init__(
+        self,
+        pipe: DeciDiffusionImg2ImgPipeline,
+        planned: Plan,
+        store: Store | None,
+        pack: int | None,
+        guidance_rescale: float,
+        progress: bool,
+        show: bool,
+    ):
+        self.pipe, self.plan, self.store, self.guidance_rescale = pipe, planned, store, guidance_rescale
+        self.pack, self.progress = pack, progress
+        self.made: dict[int, tuple[Image.Image | Path, Record]] = {}  # by cell
+        self.under_way: list[int] = []
+        self.arrived: list[Done] = []  # of the last tick, not yet taken
+        self.cells_of: dict[str, list[int]] = {}  # by key: cells of one computation
+        for i, record in enumerate(planned.records):
+            self.cells_of.setdefault(record["key"], []).append(i)
+        self.grid = LiveGrid(pipe, planned.image, planned.records) if show else None
+
+    def go(self) -> None:
+        for found, path in self.plan.found.items():
+            self._take(found, path)
+        mine = [made_by for made_by in self.cells_of if made_by not in self.plan.found]
+        if not _is_shared():
+            self._compute(mine)
+            return
+        from accelerate import PartialState
+
+        with PartialState(cpu=self.pipe.device.type == "cpu").split_between_processes(mine) as share:
+            self._compute(share)
+        while left := self._left(mine):  # of a process that is slower, or is no more: from its far end
+            self._compute(left[-1:])
+
+    def _left(self, keys: Sequence[str]) -> list[str]:
+        """What no process has finished yet; what another has is taken."""
+        missing = [made_by for made_by in keys if self.cells_of[made_by][0] not in self.made]
+        for made_by, path in self.store.find([self.plan.records[self.cells_of[one][0]] for one in missing]).items():
+            self._take(made_by, path)
+            missing.remove(made_by)
+        return missing
+
+    def _compute(self, keys: Sequence[str]) -> None:
+        if not keys:
+            return
+        jobs = [self.plan.jobs[self.cells_of[made_by][0]] for made_by in keys]
+        calls = count_calls(self.pipe, jobs)
+        rows = sum(n * (2 if job.guided else 1) for n, job in zip(calls, jobs, strict=True))
+        pack = self.pack or fitting_pack(self.pipe, jobs)
+        with Bar(rows, self.progress) as bar:
+            ticks = denoise(self.pipe, jobs, pack, self.guidance_rescale)
+            try:
+                for tick in ticks:
+                    self._note(tick, keys)
+                    bar.update(tick.rows)
+            except KeyboardInterrupt as stop:  # wherever it came: what is denoised is still brought
+                with suppress(KeyboardInterrupt):
+                    self._take_all(keys)
+                    tick = ticks.throw(stop)
+                    while True:
+                        self._note(tick, keys)
+                        tick = next(ticks)
+                raise
+
+    def _note(self, tick: Tick, keys: Sequence[str]) -> None:
+        """Take what a tick has finished, and show how far the others are."""
+        self.under_way = sorted(self.cells_of[keys[index]][0] for index in tick.live)
+        self.arrived += tick.done
+        self._take_all(keys)
+        if self.grid:
+            for index, latents in tick.live.items():
+                self.grid.preview(self.cells_of[keys[index]][0], latents)
+
+    def _take_all(self, keys: Sequence[str]) -> None:
+        while self.arrived:
+            done = self.arrived.pop(0)
+            made_by = keys[done.index]
+            if done.image is None:
+                named = label(self.plan.records[self.cells_of[made_by][0]])
+                warnings.warn(f"cell {named}: {done.fault}; the others go on", stacklevel=6)
+            else:
+                self._take(made_by, done.image, done.seconds)
+
+    def _take(self, made_by: str, source: Image.Image | Path, seconds: float = 0.0) -> None:
+        """Note an image for every cell that it is of, and write it where that is wanted."""
+        image = source if isinstance(source, Image.Image) else None
+        if image is None:
+            seconds = read_record(source)["seconds"]
+        for i in self.cells_of[made_by]:
+            record = {**self.plan.records[i], "seconds": round(seconds, 3)}
+            if self.store is None:
+                self.made[i] = image, record
+            else:
+                self.made[i] = (image or source), record  # should the folder fail, it is not lost
+                path = self.store.path(record)
+                before = self.store.held(path, record)
+                if before is None:
+                    image = image or Images([source])[0]
+                    self.store.save(image, record, self.plan.jobs[i].image)
+                self.made[i] = path, before or record
+            if self.grid:
+                self.grid.show(i, image or Images([source])[0])
+
+    def result(self) -> Sweep:
+        order = sorted(self.made)
+        return Sweep(
+            self.plan.image,
+            self.plan.prompt,
+            [self.plan.cells[i] for i in order],
+            Images([self.made[i][0] for i in order]),
+            [self.made[i][1] for i in order],
+            self.store.folder if self.store else None,
+        )

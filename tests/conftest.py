@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["DECINB_MODEL"] = "tiny"  # reaches the notebooks' kernels too
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("DECINB_TRAIN_MINUTES", "0.2")  # notebook 07 takes five where it is read
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest

@@ -11,7 +11,7 @@ from PIL import Image
 import decinb
 from decinb import images
 from decinb.errors import InputError
-from decinb.images import SAMPLES, load_image, read_record, save_image
+from decinb.images import SAMPLES, load_image, read_input, read_record, save_image
 
 MAX_ROUNDING = 1  # of 255: a change of mode may round
 
@@ -184,5 +184,23 @@ def test_a_png_brings_its_record_back(tmp_path):
     assert read_record(tmp_path / "made.png") == record
     assert [file.name for file in tmp_path.iterdir()] == ["made.png"]
     photo().save(tmp_path / "other.png")
-    with pytest.raises(InputError, match="not a PNG with a record"):
+    with pytest.raises(InputError, match="not a whole PNG with a record"):
         decinb.read_record(tmp_path / "other.png")
+
+
+def test_a_png_holds_the_picture_it_was_made_from_to_the_last_bit(tmp_path):
+    noisy = Image.fromarray(np.random.default_rng(0).integers(0, 256, (72, 64, 3), dtype=np.uint8))
+    save_image(photo(), tmp_path / "made.png", {}, noisy)
+    assert read_input(tmp_path / "made.png").tobytes() == noisy.tobytes()
+    save_image(photo(), tmp_path / "alone.png", {})
+    with pytest.raises(InputError, match="does not hold the picture"):
+        read_input(tmp_path / "alone.png")
+
+
+def test_a_png_that_was_cut_short_is_not_taken_for_a_good_one(tmp_path):
+    save_image(photo(), tmp_path / "made.png", {"key": "0"}, photo())
+    whole = (tmp_path / "made.png").read_bytes()
+    for length in (0, 20, len(whole) // 3, len(whole) // 2, len(whole) - 30):
+        (tmp_path / "cut.png").write_bytes(whole[:length])
+        with pytest.raises(InputError, match="not a whole PNG"):
+            read_record(tmp_path / "cut.png")

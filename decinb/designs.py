@@ -1,0 +1,94 @@
+"""Designs: which settings to try. A cell is a dict with argument names of diffusers, a design is a list of cells.
+
+Being plain lists, designs are joined with ``+``, thinned with a comprehension, and sampled with ``random.sample``.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from decinb import inputs
+from decinb.errors import InputError
+
+Cell = dict[str, Any]
+
+
+def grid(**axes: Sequence[Any]) -> list[Cell]:
+    """Every combination of the values given, the last argument changing fastest.
+
+    Example: ``grid(strength=[0.5, 0.75], guidance_scale=[5, 7.5])`` gives four cells.
+
+    Raises:
+        InputError: an axis is not a list of values, or is empty.
+    """
+    lists = _lists(axes)
+    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+
+def zipped(**axes: Sequence[Any]) -> list[Cell]:
+    """The first values together, then the second ones, and so on.
+
+    Example: ``zipped(strength=[0.5, 1.0], num_inference_steps=[30, 15])`` gives two cells of 15 steps each.
+
+    Raises:
+        InputError: an axis is not a list of values, or is empty; the lists are not of one length.
+    """
+    lists = _lists(axes)
+    lengths = {name: len(values) for name, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise InputError(f"zipped takes lists of one length: {told}")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
+def one_at_a_time(base: Cell, **axes: Sequence[Any]) -> list[Cell]:
+    """A base cell, and from it each argument changed alone to each of its values.
+
+    Example: ``one_at_a_time({"strength": 0.6, "guidance_scale": 5}, strength=[0.4, 0.8], guidance_scale=[2])`` gives
+    four cells, the base first.
+
+    Raises:
+        InputError: the base is not a dict, or does not name an argument that is to change.
+    """
+    if not isinstance(base, dict):
+        raise InputError(f"base must be a dict such as {{'strength': 0.6}}, got {base!r}")
+    lists = _lists(axes)
+    if missing := [name for name in lists if name not in base]:
+        raise InputError(f"base must name {missing[0]}, which is to change from there: {base!r} does not")
+    changed = [{**base, name: value} for name, values in lists.items() for value in values]
+    return [dict(base), *(cell for cell in changed if cell != base)]
+
+
+def random_design(n: int, seed: int = 0, **axes: Sequence[Any]) -> list[Cell]:
+    """``n`` different combinations of the values given, drawn evenly from all of them; the same for the same seed.
+
+    They are the cells that ``random.Random(seed).sample(grid(...), n)`` draws, without building the grid. An axis of
+    seeds is given by its plural, ``seeds=[...]``, since ``seed`` is that of the draw.
+
+    Raises:
+        InputError: ``n`` is not from 1 to the number of combinations; an axis is not a list of values, or is empty.
+    """
+    lists = _lists({("seed" if name == "seeds" else name): values for name, values in axes.items()})
+    total = math.prod(len(values) for values in lists.values())
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
+        raise InputError(f"n must be a whole number from 1 to {total}, the number of combinations, got {n!r}")
+    cells = []
+    for place in random.Random(inputs.seed(seed)).sample(range(total), n):
+        values = []
+        for axis in reversed(lists.values()):
+            place, at = divmod(place, len(axis))
+            values.append(axis[at])
+        cells.append(dict(zip(lists, reversed(values), strict=True)))
+    return cells
+
+
+def _lists(axes: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    for name, values in axes.items():
+        if isinstance(values, (str, dict)) or not isinstance(values, Iterable):
+            raise InputError(f"{name} must be a list of values, got {values!r}")
+    lists = {name: values if isinstance(values, Sequence) else list(values) for name, values in axes.items()}
+    if empty := [name for name, values in lists.items() if not len(values)]:
+        raise InputError(f"{empty[0]} is an empty list: give at least one value")
+    return lists
