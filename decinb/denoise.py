@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from decinb.errors import InputError
+from decinb.unet_nas import UNetNAS
 
 DECODED = 4  # latents a call of the VAE's decoder, which gains little from more and needs much memory for each
 REMEMBERED = 64  # prompts whose encodings are kept
@@ -300,14 +301,18 @@ class _Packer:
 
     def _predict(self, latents: list[Tensor], timesteps: list[Tensor], words: list[str]) -> list[Tensor]:
         """The U-Net's answer for every row, in calls of at most a pack of rows of one shape."""
+        shares = isinstance(self.pipe.unet, UNetNAS)  # which begins without the text: once for both rows of a cell
 
         def ask(rows: list[int]) -> Tensor:
-            return self.pipe.unet(
-                torch.cat([latents[row] for row in rows]),
-                torch.stack([timesteps[row] for row in rows]),
-                encoder_hidden_states=torch.cat([self.encode_prompt(words[row]) for row in rows]),
-                return_dict=False,
-            )[0]
+            text = torch.cat([self.encode_prompt(words[row]) for row in rows])
+            once = list({id(latents[row]): row for row in rows}.values()) if shares else rows
+            more = {}
+            if len(once) < len(rows):
+                place = {id(latents[row]): i for i, row in enumerate(once)}
+                more["latent_of"] = torch.tensor([place[id(latents[row])] for row in rows], device=self.device)
+            sample = torch.cat([latents[row] for row in once])
+            timestep = torch.stack([timesteps[row] for row in once])
+            return self.pipe.unet(sample, timestep, encoder_hidden_states=text, return_dict=False, **more)[0]
 
         predicted: list[Tensor | None] = [None] * len(latents)
         by_shape: dict[torch.Size, list[int]] = {}

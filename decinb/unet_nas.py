@@ -148,6 +148,7 @@ class UNetNAS(ModelMixin, AttentionMixin, ConfigMixin, UNet2DConditionLoadersMix
         cross_attention_kwargs: dict[str, Any] | None = None,
         added_cond_kwargs: None = None,
         return_dict: bool = True,
+        latent_of: Tensor | None = None,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Predict from a noisy latent.
 
@@ -158,9 +159,11 @@ class UNetNAS(ModelMixin, AttentionMixin, ConfigMixin, UNet2DConditionLoadersMix
             cross_attention_kwargs: for attention processors; ``scale`` weighs LoRA layers.
             timestep_cond, added_cond_kwargs: taken because the pipelines pass them; must be None.
             return_dict: a ``UNet2DConditionOutput``, or a plain tuple.
+            latent_of: the row of ``sample`` that each text is for, (texts,), where one latent has several, as under
+                guidance: the blocks without Transformers then run once a latent. None: each latent has its own text.
 
         Returns:
-            The prediction, in the shape of ``sample``.
+            The prediction, in the shape of ``sample``, a row a text.
         """
         if timestep_cond is not None or added_cond_kwargs is not None:
             raise InputError(
@@ -173,6 +176,9 @@ class UNetNAS(ModelMixin, AttentionMixin, ConfigMixin, UNet2DConditionLoadersMix
         hidden = self.conv_in(sample)
         skips = [hidden]
         for block in self.down_blocks:
+            if latent_of is not None and block.reads_text:  # until here, all texts of a latent are one
+                hidden, skips, temb = hidden[latent_of], [skip[latent_of] for skip in skips], temb[latent_of]
+                given, latent_of = (temb, *given[1:]), None
             hidden = block(hidden, skips, *given)
         skips.pop()  # what leaves the last down block goes to the mid block, not across
         hidden = self.mid_block(hidden, skips, *given)
@@ -236,6 +242,10 @@ class _Block(nn.Module):
         super().__init__()
         self.modules_list = nn.ModuleList(modules)
         self.gradient_checkpointing = False
+
+    @property
+    def reads_text(self) -> bool:
+        return any(isinstance(module, Transformer2DModel) for module in self.modules_list)
 
     def resnet(self, module: ResnetBlock2D, hidden: Tensor, temb: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -75,7 +75,8 @@ def alone(pipe, job: Job) -> np.ndarray:
 
 @contextmanager
 def hooked(module, hook, before=False):
-    handle = module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook, with_kwargs=True)
+    register = module.register_forward_pre_hook if before else module.register_forward_hook
+    handle = register(hook, with_kwargs=True)
     try:
         yield
     finally:
@@ -107,9 +108,10 @@ class Room:
     def __init__(self, rows: int, error: Exception):
         self.rows, self.error, self.seen = rows, error, []
 
-    def __call__(self, module, args):
-        self.seen.append(len(args[0]))
-        if len(args[0]) > self.rows:
+    def __call__(self, module, args, kwargs):
+        rows = len(kwargs.get("encoder_hidden_states", args[0]))  # the decoder reads no text
+        self.seen.append(rows)
+        if rows > self.rows:
             raise self.error
 
 

@@ -249,6 +249,19 @@ def test_attention_processors_agree(small):
     torch.testing.assert_close(run(small), slow, atol=ROUNDING, rtol=ROUNDING)
 
 
+def test_several_texts_on_a_latent_share_what_does_not_read_them(small):
+    sample, timesteps, text = inputs(batch=3)
+    latent_of = torch.tensor([1, 0, 1])
+    rows = []
+    for block in small.down_blocks[:2]:
+        block.register_forward_hook(lambda module, _, output: rows.append(len(output)))
+    together = run(small, sample[:2], timesteps[:2], text, latent_of=latent_of)
+    assert rows == [2, 3], "the first block has no Transformer"
+    torch.testing.assert_close(
+        together, run(small, sample[latent_of], timesteps[latent_of], text), atol=ROUNDING, rtol=0
+    )
+
+
 def test_fused_projections_agree(small):
     plain = run(small)
     small.fuse_qkv_projections()
