@@ -12,6 +12,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 
 import decinb
+from tests.promises import Seen
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,6 +21,20 @@ def pytest_sessionstart() -> None:
     """The kernels of the notebooks import what is installed: that must be what is tested here."""
     Distribution.from_name("decinb")
     assert Path(decinb.__file__).parent == ROOT / "decinb", "run `pip install -e .` in this checkout first"
+
+
+_seen = Seen()
+
+
+@pytest.fixture
+def happened():
+    """Tells of one of the promised cases: ``happened("E1", str(error))``."""
+    return _seen.happened
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == pytest.ExitCode.OK:
+        _seen.write()
 
 
 @pytest.fixture(scope="session")
