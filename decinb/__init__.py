@@ -2,52 +2,29 @@
 
 import os
 
+import lazy_loader
+
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")  # diffusers reads it once, when it is first imported
 
-from decinb.designs import grid, one_at_a_time, random_design, zipped
-from decinb.errors import InputError, ModelError
-from decinb.images import SAMPLES, load_image, read_record
-from decinb.metrics import adherence, change, named_attributes, oversaturated, saturated
-from decinb.pipeline import (
-    MODELS,
-    DeciDiffusionImg2ImgPipeline,
-    DeciDiffusionPipeline_img2img,
-    example,
-    load_pipeline,
+# A name is looked for where it is first used, so that `import decinb` costs next to nothing: torch, diffusers and
+# matplotlib come when there is work for them.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "designs": ["grid", "one_at_a_time", "random_design", "zipped"],
+        "errors": ["InputError", "ModelError"],
+        "images": ["SAMPLES", "load_image", "read_record"],
+        "metrics": ["adherence", "change", "named_attributes", "oversaturated", "saturated"],
+        "pipeline": [
+            "MODELS",
+            "DeciDiffusionImg2ImgPipeline",
+            "DeciDiffusionPipeline_img2img",
+            "example",
+            "load_pipeline",
+        ],
+        "planning": ["Plan", "plan"],
+        "plotting": ["plot_grid", "plot_images"],
+        "sweep": ["Sweep", "SweepError", "load_sweep", "replay", "run_sweep"],
+        "unet_nas": ["ModelMixin", "UNetNAS"],  # diffusers looks for ModelMixin here, when it loads a saved pipeline
+    },
 )
-from decinb.planning import Plan, plan
-from decinb.plotting import plot_grid, plot_images
-from decinb.sweep import Sweep, SweepError, load_sweep, replay, run_sweep
-from decinb.unet_nas import ModelMixin, UNetNAS  # noqa: F401  diffusers looks for ModelMixin here as well
-
-__all__ = [
-    "MODELS",
-    "SAMPLES",
-    "DeciDiffusionImg2ImgPipeline",
-    "DeciDiffusionPipeline_img2img",
-    "InputError",
-    "ModelError",
-    "Plan",
-    "Sweep",
-    "SweepError",
-    "UNetNAS",
-    "adherence",
-    "change",
-    "example",
-    "grid",
-    "load_image",
-    "load_pipeline",
-    "load_sweep",
-    "named_attributes",
-    "one_at_a_time",
-    "oversaturated",
-    "plan",
-    "plot_grid",
-    "plot_images",
-    "random_design",
-    "read_record",
-    "replay",
-    "run_sweep",
-    "saturated",
-    "zipped",
-]

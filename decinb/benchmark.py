@@ -11,18 +11,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionImg2ImgPipeline
+from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from decinb import latency
+from decinb import counting, latency, tuning
+from decinb.counting import sd15_text_encoder, sd15_vae
 from decinb.denoise import Job, denoise, fitting_pack
 from decinb.designs import Cell, grid
 from decinb.errors import InputError
 from decinb.images import load_image
-from decinb.latency import Record, sd15_text_encoder, sd15_vae
+from decinb.latency import Record
 from decinb.pipeline import MODELS, DeciDiffusionImg2ImgPipeline, example, load_pipeline
+from decinb.quiet import quiet
 from decinb.unet_nas import UNetNAS
+
+with quiet():  # importing these tells of optional libraries that are not needed here
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionImg2ImgPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 DESIGNS: dict[str, list[Cell]] = {
     "guidance": grid(guidance_scale=[i * 1.5 for i in range(3, 10)]),
@@ -78,7 +83,7 @@ def compare(
         "model": model,
         "size": image.width,
         "rounds": rounds,
-        "flops_of_a_row": latency.count(pipe.unet, latent, tokens).flops,
+        "flops_of_a_row": counting.count(pipe.unet, latent, tokens).flops,
         "flops_a_second_of_a_matrix_product": matrix_rate(pipe.device, pipe.dtype),
         "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "designs": {},
@@ -130,7 +135,7 @@ def watch(pipe: StableDiffusionImg2ImgPipeline, way: Way) -> tuple[dict[int, Ten
         torch.cuda.reset_peak_memory_stats(pipe.device)
     hook = pipe.vae.decoder.register_forward_hook(lambda module, args, output: decoded.append(output))
     try:
-        with latency.count_unet_calls(pipe) as counted:
+        with counting.count_unet_calls(pipe) as counted:
             for indices in way():
                 if indices:
                     pictures.update(zip(indices, (decoded.pop().float() / 2 + 0.5).clamp(0, 1).cpu(), strict=True))
@@ -169,10 +174,10 @@ def random_pipeline(
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     tokenizer.model_max_length = encoder.config.max_position_embeddings
     return DeciDiffusionImg2ImgPipeline(
-        latency.random_model(vae, device, dtype),
+        counting.random_model(vae, device, dtype),
         encoder,
         tokenizer,
-        latency.random_model(unet, device, dtype),
+        counting.random_model(unet, device, dtype),
         DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
     )
 
@@ -207,23 +212,63 @@ def table(record: Record) -> str:
     return "\n".join(lines)
 
 
+def options_table(record: Record) -> str:
+    """Say what ``decinb.tuning.compare_options`` measured in plain text: a line an option."""
+    where, settings = record.environment, record.settings
+    lines = [
+        f"{where['device']}, {where['dtype']}, threads {where['threads']}, load {where['load']}; {settings['model']}",
+        f"{'option':20}{'as loaded s':>12}{'with s':>9}{'faster':>8}{'PSNR dB':>9}{'first s':>9}",
+    ]
+    for name, timings in record.timings.items():
+        found, (before, after) = settings["options"][name], timings.values()
+        lines.append(
+            f"{name:20}{before.median:12.3f}{after.median:9.3f}{latency.ratio(before, after)[1]:8.2f}"
+            f"{found['psnr']:9.1f}{found['first']:9.1f}"
+        )
+    return "\n".join(lines)
+
+
+def picture_call(pipe: StableDiffusionImg2ImgPipeline, steps: int) -> Callable[[], Image.Image]:
+    """One guided image-to-image call of all ``steps``, from the pipeline's own example, ready to be timed."""
+    pipe.set_progress_bar_config(disable=True)
+    sample, prompt = example(pipe)
+    image = load_image(sample)
+
+    def call() -> Image.Image:
+        return pipe(prompt, image, 1.0, steps, generator=torch.Generator().manual_seed(0)).images[0]
+
+    return call
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m decinb.benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny", help="what load_pipeline takes; or random: full size, on CUDA")
+    parser.add_argument("what", nargs="?", default="sweep", choices=("sweep", "options"), help="what is compared")
+    parser.add_argument("--model", default="tiny", help="what load_pipeline takes; or random: full size")
+    parser.add_argument("--device", help="cuda, mps or cpu; by default the best there is")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default what suits the device")
     parser.add_argument("--designs", nargs="+", choices=DESIGNS, help="by default all; mixed for random")
+    parser.add_argument("--options", nargs="+", help="of decinb.tuning.options; by default all")
+    parser.add_argument("--steps", type=int, default=10, help="of the picture that options are timed on")
     parser.add_argument("--rounds", type=int, default=4, help="how often each way is timed (default %(default)s)")
     parser.add_argument("--pack", type=int, help="the most rows in a U-Net call; by default what suits the device")
     parser.add_argument("--folder", default="results", help="where to write the JSON (default %(default)s)")
     given = parser.parse_args()
     if given.model == "random":
-        device, dtype, _ = latency.choose("cuda", "float16")
+        device, dtype, _ = latency.choose(given.device, given.dtype)
         pipe = random_pipeline(device, dtype)
+        tuning.keep_freed_memory()
     else:
-        pipe = load_pipeline(given.model)
-    names = given.designs or (["mixed"] if given.model == "random" else list(DESIGNS))
-    record = compare(pipe, {name: DESIGNS[name] for name in names}, given.rounds, given.pack, given.model)
-    print(table(record))
-    print("written to", latency.save(record, given.folder, "benchmark"))
+        pipe = load_pipeline(given.model, given.device, given.dtype)
+    if given.what == "options":
+        names = given.options or list(tuning.options(pipe))
+        call = picture_call(pipe, given.steps)
+        record = tuning.compare_options(pipe, call, names, given.rounds, given.model)
+        print(options_table(record))
+    else:
+        names = given.designs or (["mixed"] if given.model == "random" else list(DESIGNS))
+        record = compare(pipe, {name: DESIGNS[name] for name in names}, given.rounds, given.pack, given.model)
+        print(table(record))
+    print("written to", latency.save(record, given.folder, "benchmark" if given.what == "sweep" else "options"))
 
 
 if __name__ == "__main__":

@@ -14,15 +14,18 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
-from diffusers import SchedulerMixin, StableDiffusionImg2ImgPipeline
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
 from decinb.errors import InputError
+from decinb.quiet import quiet
 from decinb.unet_nas import UNetNAS
+
+with quiet():  # importing these tells of optional libraries that are not needed here
+    from diffusers import SchedulerMixin, StableDiffusionImg2ImgPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+    from diffusers.utils.torch_utils import randn_tensor
 
 DECODED = 4  # latents a call of the VAE's decoder, which gains little from more and needs much memory for each
 REMEMBERED = 64  # prompts whose encodings are kept

@@ -1,13 +1,10 @@
-"""What a U-Net costs: parameters and FLOPs counted, seconds measured, for DeciDiffusion and Stable Diffusion v1.5.
+"""What a network costs, measured: seconds and memory, models in turns, with all that a number depends on beside it.
 
-Counting runs on torch's meta device, which does no arithmetic: it takes half a second and no memory. Measuring takes
-full-size U-Nets with random weights: a matrix product takes as long for random numbers as for trained ones, so no
-checkpoint is downloaded. One FLOP is one addition or one multiplication; torch counts those of matrix products,
-convolutions and attention, which are nearly all.
+What is measured has its full size and random weights where no checkpoint is at hand: a matrix product takes as long for
+random numbers as for trained ones.
 """
 
 import argparse
-import itertools
 import json
 import os
 import platform
@@ -15,7 +12,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -24,51 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
+from decinb.counting import NETWORKS, random_model, sd15_vae, text_width, unet_inputs
 from decinb.errors import InputError
 from decinb.quiet import quiet
 
 with quiet():  # importing these tells of optional libraries that are not needed here
     import diffusers
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
-    from diffusers.models.resnet import ResnetBlock2D
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from decinb.unet_nas import UNetNAS
-
-# --- the networks -----------------------------------------------------------------------------------------------------
-
-
-def sd15_unet() -> UNet2DConditionModel:
-    """The U-Net of Stable Diffusion v1.5."""
-    return UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
-    )
-
-
-def sd15_vae() -> AutoencoderKL:
-    """The VAE of Stable Diffusion v1.5, which DeciDiffusion shares."""
-    return AutoencoderKL(
-        sample_size=512,
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-    )
-
-
-def sd15_text_encoder() -> CLIPTextModel:
-    """The text encoder of Stable Diffusion v1.5, which DeciDiffusion shares: that of CLIP ViT-L/14."""
-    return CLIPTextModel(
-        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    )
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"U-Net-NAS": UNetNAS, "SD v1.5": sd15_unet}
-"""The two U-Nets that are compared: a name, and what builds it."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionImg2ImgPipeline
 
 PUBLISHED: dict[tuple[str, str, int], float] = {
     ("U-Net-NAS", "PyTorch", 50): 2.11,
@@ -83,166 +43,9 @@ PUBLISHED: dict[tuple[str, str, int], float] = {
 """Seconds an image by (U-Net, runtime, steps), as Deci published them for DeciDiffusion 1.0: text to image of 512 x 512
 pixels, float16, one image at a time, on an NVIDIA A10. Infery is Deci's own compiled runtime."""
 
+RESULTS = Path(__file__).parents[1] / "results"  # of the repository, with what was measured on other machines
+
 PUBLISHED_SOURCE = "https://huggingface.co/Deci/DeciDiffusion-v1-0"
-
-
-def random_model(
-    factory: Callable[[], nn.Module], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """Build a network with random weights in seconds, in the memory it needs and no more.
-
-    Weights are normal with a variance of one over the inputs of a layer, norms are 1 and biases 0, so that numbers keep
-    their size on the way through, as in a trained network: nothing overflows, and nothing sinks to slow denormals.
-    """
-    with torch.device("meta"):
-        model = factory()
-    nn.Module.to(model, dtype)  # diffusers' own `to` warns here of layers to keep in float32, though there are none
-    model.to_empty(device=device).eval().requires_grad_(False)
-    # Numbers cost more to draw than to copy: a pool of them is drawn once and laid out again and again.
-    pool = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    for name, weight in model.named_parameters():
-        if weight.dim() < 2:
-            weight.fill_(float(name.endswith("weight")))
-        else:
-            scaled = pool * weight[0].numel() ** -0.5
-            for piece in weight.view(-1).split(len(scaled)):
-                piece.copy_(scaled[: len(piece)])
-    return model
-
-
-# --- counting ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block of a network: what stands in it and what it costs in one row of a forward call.
-
-    ``side`` is the height and width at which the block works, in pixels of the latent; 0 for ``rest``.
-    """
-
-    name: str
-    side: int
-    resnets: int
-    transformers: int
-    parameters: int
-    flops: int
-    resnet_flops: int
-    transformer_flops: int
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a network costs in one row of a forward call: in all, and block by block as they run, the ``rest`` last."""
-
-    parameters: int
-    flops: int
-    blocks: tuple[Block, ...]
-
-
-def count(
-    model: nn.Module | Callable[[], nn.Module], size: int = 64, tokens: int = 77, inputs: tuple | None = None
-) -> Cost:
-    """Count parameters, and the FLOPs of one row of a forward call, without doing the arithmetic.
-
-    Args:
-        model: a network, which is left as it is, or what builds one, which then needs no memory.
-        size: height and width of a U-Net's latent.
-        tokens: length of its text embedding.
-        inputs: of a network that is no U-Net: tensors on the meta device, with a batch of one.
-    """
-    if not isinstance(model, nn.Module):
-        with torch.device("meta"):
-            model = model()
-    inputs = _unet_inputs(model, 1, size, tokens, "meta") if inputs is None else inputs
-    shadow = {name: t.to("meta") for name, t in itertools.chain(model.named_parameters(), model.named_buffers())}
-    sides: dict[str, int] = {}
-    hooks = [_note_side(block, name, sides) for name, block in _blocks(model).items()]
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            functional_call(model, shadow, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-    spent = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
-    blocks = [_block(model, name, side, spent) for name, side in sides.items()]  # in the order in which they ran
-    parameters, flops = _parameters(model), counter.get_total_flops()
-    others = parameters - sum(b.parameters for b in blocks), flops - sum(b.flops for b in blocks)
-    return Cost(parameters, flops, (*blocks, Block("rest", 0, 0, 0, *others, 0, 0)))
-
-
-def _blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The parts one level down, lists opened, in which ResNets or Transformers stand."""
-    parts = {}
-    for name, child in model.named_children():
-        opened = {f"{name}.{i}": c for i, c in enumerate(child)} if isinstance(child, nn.ModuleList) else {name: child}
-        parts.update({n: c for n, c in opened.items() if _parts(c, ResnetBlock2D) or _parts(c, Transformer2DModel)})
-    return parts
-
-
-def _parts(module: nn.Module, kind: type) -> list[str]:
-    return [name for name, part in module.named_modules() if isinstance(part, kind)]
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _note_side(block: nn.Module, name: str, sides: dict[str, int]) -> Any:
-    # A ResNet keeps the size of what it is given, a block need not: its last layer may be a sampler.
-    def note(module: nn.Module, args: tuple, output: Tensor) -> None:
-        sides[name] = output.shape[-1]
-
-    return block.get_submodule(_parts(block, ResnetBlock2D)[0]).register_forward_hook(note)
-
-
-def _block(model: nn.Module, name: str, side: int, spent: dict[str, int]) -> Block:
-    module, root = model.get_submodule(name), f"{type(model).__name__}.{name}"
-    resnets, transformers = _parts(module, ResnetBlock2D), _parts(module, Transformer2DModel)
-    return Block(
-        name,
-        side,
-        len(resnets),
-        len(transformers),
-        _parameters(module),
-        spent[root],
-        sum(spent[f"{root}.{part}"] for part in resnets),
-        sum(spent[f"{root}.{part}"] for part in transformers),
-    )
-
-
-def _unet_inputs(unet: nn.Module, rows: int, size: int, tokens: int, device: torch.device | str) -> tuple[Tensor, ...]:
-    kind = {"device": device, "dtype": next(unet.parameters()).dtype}
-    latent = torch.randn(rows, unet.config["in_channels"], size, size, **kind)
-    return latent, torch.full((rows,), 500, device=device), torch.randn(rows, tokens, _text_width(unet), **kind)
-
-
-def _text_width(unet: nn.Module) -> int:
-    return unet.config.get("configurations", unet.config)["cross_attention_dim"]
-
-
-@dataclass
-class UNetCalls:
-    """How often a U-Net was called, and how many rows it was given in all: two a call with guidance, else one."""
-
-    calls: int = 0
-    rows: int = 0
-
-
-@contextmanager
-def count_unet_calls(pipe: Any) -> Iterator[UNetCalls]:
-    """Count the calls of a pipeline's U-Net while the ``with`` block runs: what was done, not what was asked for."""
-    counted = UNetCalls()
-
-    def note(module: nn.Module, args: tuple, output: Any) -> None:
-        counted.calls += 1
-        counted.rows += output[0].shape[0]
-
-    hook = pipe.unet.register_forward_hook(note)
-    try:
-        yield counted
-    finally:
-        hook.remove()
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -250,9 +53,10 @@ def count_unet_calls(pipe: Any) -> Iterator[UNetCalls]:
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of the same work in seconds, in the order they were taken."""
+    """Times of the same work in seconds, in the order they were taken, and on CUDA the most bytes held meanwhile."""
 
     seconds: tuple[float, ...]
+    peak_bytes: int | None = None
 
     @property
     def median(self) -> float:
@@ -272,6 +76,7 @@ def measure(
     repeats: int = 6,
     warmup: int = 1,
     synchronize: Callable[[], None] | None = None,
+    prepare: Callable[[str], object] | None = None,
 ) -> dict[str, Timing]:
     """Time functions against each other, in turns: A B B A A B B A, so that a slow spell of the machine hits all alike.
 
@@ -280,6 +85,7 @@ def measure(
         repeats: times each function is timed, 1 or more. Even is fairer: then each goes first equally often.
         warmup: untimed calls of each function beforehand, 0 or more.
         synchronize: waits until the device has done what it was given; by default for the GPU, if torch has one.
+        prepare: is called with a name before each call of its function, and not timed.
 
     Returns:
         The times of every function; time i of one stands next to time i of the others.
@@ -291,18 +97,26 @@ def measure(
         raise InputError("functions is empty: there is nothing to measure")
     _check_turns(repeats, warmup)
     synchronize = synchronize or _synchronize
+    prepare = prepare or (lambda name: None)
     for _ in range(warmup):
-        for function in functions.values():
+        for name, function in functions.items():
+            prepare(name)
             function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    peaks: dict[str, list[int]] = {name: [] for name in functions}
     for turn in range(repeats):
         for name in functions if turn % 2 == 0 else reversed(functions):
+            prepare(name)
             synchronize()  # a GPU is only told what to do: without this, the clock would stop before the work does
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             functions[name]()
             synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
+            if torch.cuda.is_available():
+                peaks[name].append(torch.cuda.max_memory_allocated())
+    return {name: Timing(tuple(taken), max(peaks[name], default=None)) for name, taken in seconds.items()}
 
 
 def _check_turns(repeats: int, warmup: int) -> None:
@@ -317,6 +131,36 @@ def _synchronize() -> None:
         torch.mps.synchronize()
 
 
+@contextmanager
+def time_parts(pipe: Any) -> Iterator[dict[str, float]]:
+    """Add up the seconds that the parts of a pipeline take while the ``with`` block runs, each waited for.
+
+    Yields:
+        Seconds of ``text`` (the text encoder), ``encode`` and ``decode`` (the VAE) and ``denoise`` (the U-Net).
+    """
+    modules = {"text": pipe.text_encoder, "encode": pipe.vae.encoder, "denoise": pipe.unet, "decode": pipe.vae.decoder}
+    seconds = {part: 0.0 for part, module in modules.items() if module is not None}
+    started: dict[str, float] = {}
+
+    def start(part: str) -> None:
+        _synchronize()
+        started[part] = time.perf_counter()
+
+    def stop(part: str) -> None:
+        _synchronize()
+        seconds[part] += time.perf_counter() - started[part]
+
+    hooks = []
+    for part in seconds:
+        hooks.append(modules[part].register_forward_pre_hook(lambda *_, part=part: start(part)))
+        hooks.append(modules[part].register_forward_hook(lambda *_, part=part: stop(part)))
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
     """How many times longer one took than the other, turn by turn: the least, the median and the most."""
     ratios = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
@@ -325,7 +169,7 @@ def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
 
 def unet_call(unet: nn.Module, rows: int = 1, size: int = 64, tokens: int = 77) -> Callable[[], Tensor]:
     """One U-Net call on random inputs, ready to be timed: ``rows`` latents of ``size`` x ``size``."""
-    inputs = _unet_inputs(unet, rows, size, tokens, next(unet.parameters()).device)
+    inputs = unet_inputs(unet, rows, size, tokens, next(unet.parameters()).device)
 
     @torch.inference_mode()
     def call() -> Tensor:
@@ -350,7 +194,7 @@ def image_call(unet: nn.Module, vae: AutoencoderKL, steps: int, size: int = 64, 
     pipe = StableDiffusionImg2ImgPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     kind = {"device": next(unet.parameters()).device, "dtype": next(unet.parameters()).dtype}
-    text = torch.randn(2, 1, tokens, _text_width(unet), **kind)
+    text = torch.randn(2, 1, tokens, text_width(unet), **kind)
     image = torch.rand(1, 3, 8 * size, 8 * size)
 
     def call() -> Any:
@@ -426,15 +270,17 @@ def compare(
     size: int | None = None,
     repeats: int = 6,
     warmup: int = 1,
-    steps: tuple[int, ...] | None = None,
+    rows: Sequence[int] = (1, 2),
+    steps: Sequence[int] | None = None,
     networks: Mapping[str, Callable[[], nn.Module]] = NETWORKS,
     vae: Callable[[], AutoencoderKL] = sd15_vae,
 ) -> Record:
-    """Measure U-Nets of full size with random weights: calls of one and of two rows, and on a GPU whole images.
+    """Measure U-Nets of full size with random weights: calls of a number of rows, and on a GPU whole images.
 
     Args:
         device, dtype, size: where, in what numbers, and the side of the latent; see ``choose``.
         repeats, warmup: see ``measure``.
+        rows: calls of these numbers of rows are measured: one latent each, and a guided step has two.
         steps: whole image-to-image calls of these numbers of steps are measured too; by default 30 and 50 on a GPU,
             and none on a CPU, where one takes minutes.
         networks, vae: what is compared, by name, and the VAE of whole images: what builds them.
@@ -445,18 +291,19 @@ def compare(
     device, dtype, size = choose(device, dtype, size)
     steps = ((30, 50) if device.type == "cuda" else ()) if steps is None else steps
     _check_turns(repeats, warmup)
-    if any(number < 1 for number in steps):
-        raise InputError(f"steps must be numbers of at least 1, got {steps}")
+    for name, numbers in {"rows": rows, "steps": steps}.items():
+        if any(number < 1 for number in numbers):
+            raise InputError(f"{name} must be numbers of at least 1, got {tuple(numbers)}")
     where = environment(device, dtype)
     unets = {name: random_model(factory, device, dtype) for name, factory in networks.items()}
     timings = {}
-    for rows in (1, 2):
-        calls = {name: unet_call(unet, rows, size) for name, unet in unets.items()}
-        timings["1 row" if rows == 1 else f"{rows} rows"] = measure(calls, repeats, warmup)
+    for number in rows:
+        calls = {name: unet_call(unet, number, size) for name, unet in unets.items()}
+        timings["1 row" if number == 1 else f"{number} rows"] = measure(calls, repeats, warmup)
     coder = random_model(vae, device, dtype) if steps else None
     for number in steps:
         calls = {name: image_call(unet, coder, number, size) for name, unet in unets.items()}
-        timings[f"image, {number} steps"] = measure(calls, repeats, warmup)
+        timings["image, 1 step" if number == 1 else f"image, {number} steps"] = measure(calls, repeats, warmup)
     return Record(timings, {"size": size, "tokens": 77, "repeats": repeats, "warmup": warmup}, where)
 
 
@@ -525,12 +372,21 @@ def load(path: str | Path) -> Record:
     try:
         found = json.loads(Path(path).read_text())
         timings = {
-            work: {name: Timing(tuple(timing["seconds"])) for name, timing in by_name.items()}
+            work: {name: Timing(tuple(timing["seconds"]), timing.get("peak_bytes")) for name, timing in by_name.items()}
             for work, by_name in found["timings"].items()
         }
         return Record(timings, found["settings"], found["environment"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"path: {str(path)!r} is not a latency record: {error}") from error
+
+
+def stored(name: str = "latency") -> dict[str, Record]:
+    """The newest record of that name of every machine, by device and dtype, that lies in the repository's ``results``.
+
+    Empty where decinb was installed without its repository.
+    """
+    records = [load(path) for path in sorted(RESULTS.glob(f"*/{name}-*.json"))]
+    return {f"{one.environment['device']}, {one.environment['dtype']}": one for one in records}
 
 
 def table(record: Record) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from decinb.plotting import finish
 
 if TYPE_CHECKING:
-    from decinb.latency import Block, Cost, Timing
+    from decinb.counting import Block, Cost
+    from decinb.latency import Record, Timing
 
 COLOURS = {"U-Net-NAS": "#2a6fbb", "SD v1.5": "#c9772b"}
 KINDS = {"ResNets": "#7a9cc6", "Transformers": "#d9843b", "samplers": "#b5b5b5"}
@@ -113,6 +114,94 @@ def plot_ratios(ratios: Mapping[str, Sequence[float]]) -> None:
     ax.invert_yaxis()
     ax.margins(y=0.25)
     ax.set_xlabel("SD v1.5 / U-Net-NAS")
+    ax.spines[["top", "right"]].set_visible(False)
+    finish(figure)
+
+
+def plot_rows(timings: Mapping[str, Mapping[str, Timing]]) -> None:
+    """Show what a row costs in calls of more and more rows: a line a U-Net, from works named ``<number> row(s)``."""
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    works = {int(work.split()[0]): by_name for work, by_name in timings.items() if work.split()[1].startswith("row")}
+    for name in next(iter(works.values())):
+        each = {rows: [second / rows for second in by_name[name].seconds] for rows, by_name in works.items()}
+        middle = [by_name[name].median / rows for rows, by_name in works.items()]
+        ax.plot(list(works), middle, "o-", color=COLOURS.get(name), label=name)
+        ax.vlines(
+            list(works), [min(e) for e in each.values()], [max(e) for e in each.values()], color=COLOURS.get(name)
+        )
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(works), list(works))
+    ax.set(xlabel="rows in a U-Net call", ylabel="seconds a row", ylim=(0, None))
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    finish(figure)
+
+
+def plot_whole_calls(timings: Mapping[str, Mapping[str, Timing]], lines: Mapping[str, tuple[float, float]]) -> None:
+    """Show whole image-to-image calls over the steps they ran: dots measured, and each U-Net's line up to 50 steps.
+
+    Args:
+        timings: works named ``image, <number> step(s)``.
+        lines: by U-Net, seconds a step and seconds apart from the steps.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    works = {int(work.split()[1]): by_name for work, by_name in timings.items() if work.startswith("image")}
+    for name, (a_step, apart) in lines.items():
+        ax.plot([0, 50], [apart, apart + 50 * a_step], color=COLOURS.get(name), linewidth=1, label=name)
+        for steps, by_name in works.items():
+            taken = by_name[name].seconds
+            ax.plot([steps] * len(taken), taken, "o", color=COLOURS.get(name), markersize=4)
+    ax.set(xlabel="steps that run", ylabel="seconds of a whole call", xlim=(0, None), ylim=(0, None))
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    finish(figure)
+
+
+def plot_parts(seconds: Mapping[str, float]) -> None:
+    """Show where the seconds of a call go, as one bar in parts."""
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(8, 1.5), layout="constrained")
+    left = 0.0
+    for part, taken in seconds.items():
+        ax.barh(0, taken, left=left, label=f"{part} {taken:.3g} s")
+        left += taken
+    ax.set_yticks([])
+    ax.set_xlabel("seconds")
+    ax.legend(ncols=len(seconds), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    finish(figure)
+
+
+def plot_options(records: Mapping[str, Record]) -> None:
+    """Show how many times faster each option is than the pipeline as it was loaded: a group of bars a record."""
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(name for record in records.values() for name in record.timings))
+    figure, ax = plt.subplots(figsize=(8, 0.32 * len(names) * len(records) + 1.6), layout="constrained")
+    height = 0.8 / len(records)
+    for i, (title, record) in enumerate(records.items()):
+        for j, name in enumerate(names):
+            if name not in record.timings:
+                continue
+            before, after = record.timings[name].values()
+            faster = sorted(a / b for a, b in zip(before.seconds, after.seconds, strict=True))
+            place, found = j + (i - (len(records) - 1) / 2) * height, record.settings["options"][name]
+            ax.barh(place, faster[len(faster) // 2], height * 0.9, color=f"C{i}", label=title if j == 0 else None)
+            ax.plot([faster[0], faster[-1]], [place, place], color="black", linewidth=1)
+            told = f"{found['psnr']:.0f} dB" if found["psnr"] < 150 else "equal"
+            first = f", first call {found['first']:.0f} s" if found["first"] > 3 * after.median else ""
+            ax.text(faster[-1] + 0.03, place, told + first, va="center", fontsize=8)
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel("times faster than as loaded; beside each bar how alike the two pictures are")
+    ax.margins(x=0.25)
+    ax.legend(loc="outside upper center", frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     finish(figure)
 

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from decinb import hub, inputs
+from decinb import hub, inputs, tuning
 from decinb.errors import InputError, ModelError
 from decinb.images import as_rgb
 from decinb.quiet import quiet
@@ -162,6 +162,7 @@ def load_pipeline(
     model: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    compile: bool = False,
 ) -> DeciDiffusionImg2ImgPipeline:
     """Load a model, ready to run, and print one line that says which, where, in which numbers, and why.
 
@@ -171,6 +172,8 @@ def load_pipeline(
             variable ``DECINB_MODEL`` names.
         device: None takes CUDA (under ``accelerate launch`` the process's own), else Apple's MPS, else the CPU.
         dtype: ``torch.float16`` or ``"fp16"``, and so on. None takes float16 on CUDA and float32 elsewhere.
+        compile: turn on what is faster on the device and keeps the pictures, but for rounding; see ``decinb.tuning``.
+            It pays for long sweeps: the first call waits for the compiler.
 
     Returns:
         An ordinary diffusers pipeline. Images of ``image_size`` pixels suit it best.
@@ -183,7 +186,10 @@ def load_pipeline(
     dtype = _dtype(dtype, device)
     name, folder, why = _find(model, device)
     pipe = _load(folder, name, dtype).to(device)
-    print(f"decinb: {name} on {device}, {str(dtype).removeprefix('torch.')} ({why})")
+    if device.type == "cpu":
+        tuning.keep_freed_memory()
+    tuned = f", {tuning.tune(pipe)}" if compile else ""
+    print(f"decinb: {name} on {device}, {str(dtype).removeprefix('torch.')}{tuned} ({why})")
     return pipe
 
 

@@ -1,4 +1,4 @@
-"""Counts, times and their record: what notebook 06 and ``python -m decinb.latency`` stand on."""
+"""Times and their record: what notebook 06 and ``python -m decinb.latency`` stand on."""
 
 import json
 import os
@@ -7,26 +7,13 @@ import time
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 
-from decinb import latency, latency_plots
+from decinb import counting, latency, latency_plots
 from decinb.errors import InputError
-from decinb.unet_nas import V1_CONFIGURATIONS, UNetNAS
+from tests.small import small_nas, small_sd, small_vae
 
-FLOPS_TOLERANCE = 0.005  # the known counts are given to three digits
-GROWTH = 3.5  # of four times the positions: what works on the prompt and the timestep stays as it is
 WAIT = 0.01  # seconds a pretended device works
 QUEUED = 40  # calls left over from the warm-up: longer together than a busy machine delays one of them
-
-SMALL = {
-    **V1_CONFIGURATIONS,
-    "down_blocks_in_channels": [32, 32, 32],
-    "down_blocks_out_channels": [32, 32, 64],
-    "prev_output_channels": [64, 64, 32],
-    "cross_attention_dim": 16,
-    "temb_dim": 32,
-    "num_attention_heads": 2,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,122 +23,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def small_nas() -> UNetNAS:
-    return UNetNAS(SMALL, sample_size=8)
-
-
-def small_sd() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 32, 64, 64), cross_attention_dim=16, attention_head_dim=2
-    )
-
-
-def small_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(32,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    )
-
-
-# --- counting ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters", "tflop"), [("U-Net-NAS", 814746884, 0.614), ("SD v1.5", 859520964, 0.803)]
-)
-def test_the_two_unets_have_their_known_cost(name, parameters, tflop):
-    cost = latency.count(latency.NETWORKS[name])
-    assert cost.parameters == parameters
-    assert cost.flops / 1e12 == pytest.approx(tflop, rel=FLOPS_TOLERANCE)
-    assert sum(block.flops for block in cost.blocks) == cost.flops
-    assert sum(block.parameters for block in cost.blocks) == cost.parameters
-    assert cost.blocks[-1].name == "rest"
-
-
-def test_blocks_come_in_the_order_of_the_way_and_say_what_stands_in_them():
-    nas, sd = (latency.count(latency.NETWORKS[name]).blocks[:-1] for name in ("U-Net-NAS", "SD v1.5"))
-    assert [(b.name, b.side, b.transformers) for b in nas] == [
-        ("down_blocks.0", 64, 0),
-        ("down_blocks.1", 32, 1),
-        ("down_blocks.2", 16, 3),
-        ("mid_block", 8, 2),
-        ("up_blocks.0", 16, 6),
-        ("up_blocks.1", 32, 3),
-        ("up_blocks.2", 64, 0),
-    ]
-    assert [b.side for b in sd] == [64, 32, 16, 8, 8, 8, 16, 32, 64]
-    assert [b.resnets for b in sd] == [2, 2, 2, 2, 2, 3, 3, 3, 3]
-    for block in (*nas, *sd):
-        assert block.resnet_flops > 0
-        assert (block.transformer_flops > 0) == (block.transformers > 0)
-        assert block.resnet_flops + block.transformer_flops <= block.flops
-
-
-def test_a_built_model_counts_as_its_factory_and_is_left_as_it_was():
-    model = small_nas()
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
-    assert latency.count(model, size=8) == latency.count(small_nas, size=8)
-    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    assert model(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 7, 16)).sample.device.type == "cpu"
-
-
-def test_flops_follow_the_size_of_the_latent():
-    assert latency.count(small_nas, size=16).flops > GROWTH * latency.count(small_nas, size=8).flops
-
-
-def test_the_other_networks_can_be_counted():
-    vae = latency.count(latency.sd15_vae, inputs=(torch.empty(1, 3, 64, 64, device="meta"),))
-    text = latency.count(latency.sd15_text_encoder, inputs=(torch.zeros(1, 77, dtype=torch.long, device="meta"),))
-    assert (vae.parameters, text.parameters) == (83653863, 123060480)
-    assert [block.name for block in vae.blocks] == ["encoder", "decoder", "rest"]
-    assert text.flops > 0
-
-
-# --- counting calls ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
-    pipe = StableDiffusionImg2ImgPipeline(
-        small_vae(), None, None, small_nas(), scheduler, None, None, requires_safety_checker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def run(pipe, **arguments):
-    text = torch.zeros(1, 7, 16)
-    image = torch.full((1, 3, 64, 64), 0.5)
-    pipe(image=image, prompt_embeds=text, negative_prompt_embeds=text, output_type="latent", **arguments)
-
-
-@pytest.mark.parametrize(("guidance_scale", "rows"), [(7.5, 10), (1.0, 5)])
-def test_real_calls_and_rows_are_counted(pipe, guidance_scale, rows):
-    with latency.count_unet_calls(pipe) as counted:
-        run(pipe, strength=0.5, num_inference_steps=10, guidance_scale=guidance_scale)
-    assert (counted.calls, counted.rows) == (5, rows)
-
-
-def test_calls_are_counted_where_the_formula_is_one_short(pipe):
-    ddim = pipe.scheduler
-    pipe.scheduler = PNDMScheduler(steps_offset=1, skip_prk_steps=True)
-    try:
-        with latency.count_unet_calls(pipe) as counted:
-            run(pipe, strength=0.5, num_inference_steps=10, guidance_scale=1.0)
-    finally:
-        pipe.scheduler = ddim
-    assert counted.calls == 6
-
-
-def test_counting_ends_with_the_block_even_after_an_error(pipe):
-    with pytest.raises(RuntimeError, match="stop"), latency.count_unet_calls(pipe) as counted:
-        raise RuntimeError("stop")
-    run(pipe, strength=0.5, num_inference_steps=2)
-    assert counted.calls == 0
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -208,7 +79,7 @@ def test_compare_refuses_before_it_builds_anything(bad):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_random_model_gives_ordinary_numbers(dtype):
-    unet = latency.random_model(small_nas, "cpu", dtype)
+    unet = counting.random_model(small_nas, "cpu", dtype)
     made = latency.unet_call(unet, rows=2, size=8, tokens=7)()
     assert made.shape == (2, 4, 8, 8) and made.dtype == dtype
     assert torch.isfinite(made).all()
@@ -241,7 +112,7 @@ def test_compare_measures_both_unets_at_the_same_work(record):
 
 
 def test_an_image_call_runs_every_step_guided_and_makes_a_picture():
-    unet, vae = latency.random_model(small_nas), latency.random_model(small_vae)
+    unet, vae = counting.random_model(small_nas), counting.random_model(small_vae)
     call = latency.image_call(unet, vae, steps=3, size=8, tokens=7)
     rows = []
     unet.register_forward_hook(lambda module, args, output: rows.append(output[0].shape[0]))
@@ -297,7 +168,7 @@ def test_every_picture_can_be_drawn_of_real_results(record, monkeypatch):
     drawn = []
     plt.switch_backend("agg")
     monkeypatch.setattr(plt, "close", lambda figure: drawn.append(figure))
-    latency_plots.plot_blocks({name: latency.count(network) for name, network in latency.NETWORKS.items()})
+    latency_plots.plot_blocks({name: counting.count(network) for name, network in counting.NETWORKS.items()})
     latency_plots.plot_timings(record.timings)
     latency_plots.plot_chain({"before": 3.0, "between": 2.0, "after": 1.0})
     latency_plots.plot_ratios({"one": (1.4,), "three": (1.2, 1.3, 1.5)})

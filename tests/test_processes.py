@@ -16,7 +16,7 @@ from decinb.images import read_record
 ONE_LEVEL = 1  # of 255: packs of other cells add in another order
 SWEEP = """
 import sys, torch, decinb
-from decinb.latency import count_unet_calls
+from decinb.counting import count_unet_calls
 torch.set_num_threads(1)
 pipe = decinb.load_pipeline("tiny", device="cpu")
 cells = decinb.grid(strength=[0.5, 0.75, 1.0], guidance_scale=[1, 5], num_inference_steps=[10], seed=[0, 1])

@@ -13,9 +13,9 @@ from PIL import Image
 
 import decinb
 from decinb import InputError, grid, run_sweep
+from decinb.counting import count_unet_calls
 from decinb.images import read_input, read_record, save_image
 from decinb.labels import label, plain
-from decinb.latency import count_unet_calls
 from decinb.store import Store
 from decinb.sweep import SweepError
 

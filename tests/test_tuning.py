@@ -1,0 +1,95 @@
+"""Faster ways to run a pipeline: the pictures stay, every option can be taken back, and memory is kept."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+
+import decinb
+from decinb import benchmark, tuning
+
+SAME = 40  # dB: what the issue of speed allows; rounding alone leaves more than 80
+ROUNDING = 1e-4  # compiled kernels add in another order
+FEWER = 10  # times: without keeping, every large tensor is taken page by page
+
+FAULTS = """
+import resource, torch
+torch.set_num_threads(1)
+kept = {keep}
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.zeros(16_000_000).add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(kept, faults())
+"""
+
+
+@pytest.fixture(scope="module")
+def record(tiny):
+    names = [name for name, option in tuning.options(tiny).items() if not option.compiles]
+    return tuning.compare_options(tiny, benchmark.picture_call(tiny, 2), names, repeats=2, model="tiny")
+
+
+def test_no_option_changes_the_picture(record):
+    found = record.settings["options"]
+    assert {"plain attention", "channels last", "fused QKV", "one thread"} <= set(found)
+    assert all(option["psnr"] > SAME for option in found.values())
+    assert all(list(timings) == ["as loaded", name] for name, timings in record.timings.items())
+    told = benchmark.options_table(record)
+    assert all(name in told for name in found)
+
+
+def test_every_option_is_taken_back(tiny, record):
+    assert {type(processor) for processor in tiny.unet.attn_processors.values()} == {AttnProcessor2_0}
+    assert tiny.unet.conv_in.weight.is_contiguous() and tiny.vae.decoder.conv_in.weight.is_contiguous()
+    assert torch.get_num_threads() > 0 and "forward" not in vars(tiny.unet)
+
+
+def test_an_unknown_option_is_refused(tiny):
+    with pytest.raises(decinb.InputError, match="'magic' is no option on cpu; known are plain attention"):
+        tuning.compare_options(tiny, lambda: None, ["magic"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc gives memory back so eagerly")
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch):
+    def told(keep: str) -> tuple[str, int]:
+        code = FAULTS.format(keep=keep)
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        kept, faults = run.stdout.split()
+        return kept, int(faults)
+
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"):
+        monkeypatch.delenv(name, raising=False)
+    given_back = told("None")[1]
+    kept, faults = told("__import__('decinb.tuning', fromlist=['']).keep_freed_memory()")
+    assert kept == "True" and faults * FEWER < given_back
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "131072")
+    assert not tuning.keep_freed_memory()
+
+
+def test_without_a_compiler_the_switch_says_so_and_changes_nothing(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.warns(UserWarning, match=r"compile=True changes nothing here: no C\+\+ compiler"):
+        pipe = decinb.load_pipeline("tiny", "cpu", compile=True)
+    assert "forward" not in vars(pipe.unet)
+
+
+@pytest.mark.skipif(not tuning.has_compiler(), reason="torch needs a C++ compiler")
+def test_compiled_a_network_says_the_same_and_hooks_stay_outside():
+    block = ResnetBlock2D(in_channels=8, out_channels=8, temb_channels=8, groups=2).eval()
+    given = torch.randn(2, 8, 8, 8), torch.randn(2, 8)
+    seen = []
+    block.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    with torch.no_grad():
+        plain = block(*given)
+        tuning._compile(block)
+        compiled = block(*given)
+        tuning._uncompile(block)
+    torch.testing.assert_close(compiled, plain, atol=ROUNDING, rtol=0)
+    assert seen == [2, 2] and "forward" not in vars(block)
