@@ -191,7 +191,13 @@ def plot_options(records: Mapping[str, Record]) -> None:
             before, after = record.timings[name].values()
             faster = sorted(a / b for a, b in zip(before.seconds, after.seconds, strict=True))
             place, found = j + (i - (len(records) - 1) / 2) * height, record.settings["options"][name]
-            ax.barh(place, faster[len(faster) // 2], height * 0.9, color=f"C{i}", label=title if j == 0 else None)
+            ax.barh(
+                place,
+                faster[len(faster) // 2],
+                height * 0.9,
+                color=f"C{i}",
+                label=title if name == next(iter(record.timings)) else None,
+            )
             ax.plot([faster[0], faster[-1]], [place, place], color="black", linewidth=1)
             told = f"{found['psnr']:.0f} dB" if found["psnr"] < 150 else "equal"
             first = f", first call {found['first']:.0f} s" if found["first"] > 3 * after.median else ""
@@ -201,7 +207,7 @@ def plot_options(records: Mapping[str, Record]) -> None:
     ax.invert_yaxis()
     ax.set_xlabel("times faster than as loaded; beside each bar how alike the two pictures are")
     ax.margins(x=0.25)
-    ax.legend(loc="outside upper center", frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     finish(figure)
 

@@ -4,10 +4,12 @@ import json
 import os
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+import decinb
 from decinb import counting, latency, latency_plots
 from decinb.errors import InputError
 from tests.small import small_nas, small_sd, small_vae
@@ -61,6 +63,27 @@ def test_ratios_are_taken_turn_by_turn():
     assert latency.ratio(slow, fast) == (2.0, 3.0, 4.0)
 
 
+def test_what_must_be_prepared_is_prepared_before_every_call_and_not_timed():
+    told = []
+    timings = latency.measure(
+        {"A": lambda: told.append("a"), "B": lambda: told.append("b")},
+        repeats=2,
+        prepare=lambda name: (told.append(name), time.sleep(WAIT)),
+    )
+    assert "".join(told) == "AaBb" + "AaBb" + "BbAa"
+    assert timings["A"].fastest < WAIT
+
+
+def test_the_parts_of_a_call_are_timed_apart(tiny):
+    image = decinb.load_image("day")
+    with latency.time_parts(tiny) as parts:
+        tiny("a red house", image, 0.5, 4)
+    assert list(parts) == ["text", "encode", "denoise", "decode"] and min(parts.values()) > 0
+    before = dict(parts)
+    tiny("a red house", image, 0.5, 2)
+    assert parts == before, "the hooks are gone"
+
+
 @pytest.mark.parametrize("bad", [{"repeats": 0}, {"warmup": -1}])
 def test_measure_refuses_what_it_cannot_do(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
@@ -69,7 +92,7 @@ def test_measure_refuses_what_it_cannot_do(bad):
         latency.measure({})
 
 
-@pytest.mark.parametrize("bad", [{"repeats": 0}, {"warmup": -1}, {"steps": (30, 0)}])
+@pytest.mark.parametrize("bad", [{"repeats": 0}, {"warmup": -1}, {"steps": (30, 0)}, {"rows": (0,)}])
 def test_compare_refuses_before_it_builds_anything(bad):
     built = []
     with pytest.raises(InputError, match=next(iter(bad))):
@@ -163,6 +186,15 @@ def test_the_published_table_gives_its_three_factors():
     assert round(sd / latency.PUBLISHED["U-Net-NAS", "Infery", 30], 1) == 3.0
 
 
+def test_records_of_other_machines_are_found_the_newest_of_each(record, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "RESULTS", tmp_path)
+    assert latency.stored() == {}
+    latency.save(replace(record, environment={**record.environment, "date": "2020-01-01T00:00:00+00:00"}), tmp_path)
+    latency.save(record, tmp_path)
+    latency.save(record, tmp_path, "options")
+    assert list(latency.stored().values()) == [record]
+
+
 def test_every_picture_can_be_drawn_of_real_results(record, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot")
     drawn = []
@@ -173,7 +205,11 @@ def test_every_picture_can_be_drawn_of_real_results(record, monkeypatch):
     latency_plots.plot_chain({"before": 3.0, "between": 2.0, "after": 1.0})
     latency_plots.plot_ratios({"one": (1.4,), "three": (1.2, 1.3, 1.5)})
     latency_plots.plot_calls([0.5, 1.0], {10: [5, 10]})
-    assert [len(figure.axes) for figure in drawn] == [2, 3, 1, 1, 1]
+    latency_plots.plot_rows(record.timings)
+    latency_plots.plot_whole_calls(record.timings, {"U-Net-NAS": (0.1, 1.0), "SD v1.5": (0.2, 1.0)})
+    latency_plots.plot_parts({"encode": 0.5, "denoise": 2.0})
+    assert [len(figure.axes) for figure in drawn] == [2, 3, 1, 1, 1, 1, 1, 1]
+    assert [tick.get_text() for tick in drawn[5].axes[0].get_xticklabels()] == ["1", "2"]
     shown = [text.get_text() for ax in drawn[0].axes for text in ax.texts]
     assert "2R 6T" in shown and len(shown) == 7 + 9
     assert [text.get_text() for text in drawn[2].axes[0].texts][-2:] == ["÷ 1.50", "÷ 2.00"]

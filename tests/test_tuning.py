@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 
 import decinb
-from decinb import benchmark, tuning
+from decinb import benchmark, latency_plots, tuning
 
 SAME = 40  # dB: what the issue of speed allows; rounding alone leaves more than 80
 ROUNDING = 1e-4  # compiled kernels add in another order
@@ -42,6 +42,7 @@ def test_no_option_changes_the_picture(record):
     assert all(list(timings) == ["as loaded", name] for name, timings in record.timings.items())
     told = benchmark.options_table(record)
     assert all(name in told for name in found)
+    latency_plots.plot_options({"one machine": record, "another": record})
 
 
 def test_every_option_is_taken_back(tiny, record):
