@@ -85,7 +85,7 @@ def test_a_phone_photo_is_turned_upright(tmp_path):
     ("source", "message"),
     [
         ("no_such_file.png", "neither a file nor one of the samples: day"),
-        (None, "image must be a sample's name, a path, a URL or a PIL image, got NoneType"),
+        (None, "image must be a sample's name, a path, a URL, bytes, an array or a PIL image, got NoneType"),
         (Image.new("RGB", (7, 64)), "at least 64 x 64 pixels, got 7 x 64"),
         ("file:///etc/hostname", "http or https"),
         ("http://127.0.0.1:9/x.png", "inside the own network"),
