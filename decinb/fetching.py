@@ -59,9 +59,7 @@ def fetch(url: str, allow_private: bool = False) -> bytes:
                 raise InputError(f"{named}: {host} does not answer") from error
             why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise InputError(f"{named} could not be fetched from {host}: {' '.join(why.split())}") from error
-    raise InputError(
-        f"image {told(asked)} was redirected more than {MAX_REDIRECTS} times, last by {host} to {told(url)}"
-    )
+    raise InputError(f"{named} was redirected more than {MAX_REDIRECTS} times, last by {host} to {told(url)}")
 
 
 def _addresses(parts: SplitResult, named: str, allow_private: bool) -> list[str]:

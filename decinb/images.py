@@ -68,7 +68,7 @@ def load_image(source: Source, size: int | None = None, allow_private: bool = Fa
         InputError: there is no such sample or file, the picture is damaged, too large or too small, or the server
             did not send a picture (at most 20 MB in 20 seconds).
     """
-    return _fit(read_image(source, size, allow_private), size)
+    return fit(read_image(source, size, allow_private), size)
 
 
 def read_image(source: Source, size: int | None = None, allow_private: bool = False) -> Image.Image:
@@ -293,7 +293,8 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     return (values // 257 if deep else values).astype(np.uint8)
 
 
-def _fit(image: Image.Image, size: int | None) -> Image.Image:
+def fit(image: Image.Image, size: int | None = None) -> Image.Image:
+    """The middle of a picture in a size that a model can take: see ``load_image``."""
     width, height = image.size
     if min(image.size) < MIN_SIDE:
         raise InputError(f"image must be at least {MIN_SIDE} x {MIN_SIDE} pixels, got {width} x {height}")

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+import torch
+
 from decinb.errors import InputError
 
 MAX_STEPS = 999  # of the 1,000 noise levels, a scheduler with an offset reaches one less
@@ -89,6 +91,15 @@ def together(**lengths: int) -> int:
     return most
 
 
+def generators(value: Any, number: int) -> None:
+    """Where random numbers come from: nowhere in particular, one generator for all, or one for each."""
+    several = isinstance(value, (list, tuple))
+    if value is not None and not all(isinstance(one, torch.Generator) for one in (value if several else [value])):
+        raise InputError(f"generator must be a torch.Generator, as torch.Generator().manual_seed(7), got {told(value)}")
+    if several and len(value) != number:
+        raise InputError(f"generator must be one, or one for each of the {number} images, got {len(value)}")
+
+
 def folder(value: Any) -> str | os.PathLike[str]:
     """A folder's name, whether or not it is there."""
     if not isinstance(value, (str, os.PathLike)) or not str(value) or "\0" in str(value):
@@ -144,13 +155,19 @@ def late_start(steps: int, scheduler: Any) -> str | None:
     """What to say where a scheduler, set to so many steps, begins far below full noise.
 
     "Leading" spacing rounds the distance of two steps down: 600 steps of 1,000 levels lie one apart and begin at 600.
+
+    Raises:
+        InputError: it cannot take so many steps.
     """
-    levels, first = scheduler.config.get("num_train_timesteps", 1000), float(scheduler.timesteps[0])
+    name, fresh = type(scheduler).__name__, type(scheduler).from_config(scheduler.config)
+    try:
+        fresh.set_timesteps(steps)
+    except Exception as error:
+        raise InputError(f"num_inference_steps: {name} cannot take {steps}: {' '.join(str(error).split())}") from error
+    levels, first = scheduler.config.get("num_train_timesteps", 1000), float(fresh.timesteps[0])
     if first >= 0.9 * levels * (1 - 1 / steps):
         return None
-    return (
-        f"{steps} steps begin at noise level {first:.0f} of {levels} with {type(scheduler).__name__}: use fewer steps"
-    )
+    return f"num_inference_steps {steps} begins at noise level {first:.0f} of {levels} with {name}: use fewer steps"
 
 
 def lost_words(words: str, tokenizer: Any) -> str:
