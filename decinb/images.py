@@ -300,10 +300,14 @@ def fit(image: Image.Image, size: int | None = None) -> Image.Image:
         raise InputError(f"image must be at least {MIN_SIDE} x {MIN_SIDE} pixels, got {width} x {height}")
     if size:
         return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    shrink = min(1, MAX_SIDE / max(image.size))
+    if min(image.size) * shrink < MIN_SIDE:
+        raise InputError(
+            f"image of {width} x {height} pixels is too long: at {MAX_SIDE}, its shorter side has less than {MIN_SIDE}"
+        )
     if max(image.size) > MAX_ASPECT * min(image.size):
         inputs.warn(f"image of {width} x {height} pixels is longer than {MAX_ASPECT}:1, which no model has learnt")
-    shrink = min(1, MAX_SIDE / max(image.size))
-    width, height = (max(MULTIPLE, int(side * shrink) // MULTIPLE * MULTIPLE) for side in image.size)
+    width, height = (int(side * shrink) // MULTIPLE * MULTIPLE for side in image.size)
     if shrink < 1:
         return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2

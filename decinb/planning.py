@@ -162,9 +162,8 @@ def _notes(
     if len(alike) < len(cells):
         same = max(alike.values(), key=len)
         settings = "; ".join(label(cells[i]) for i in same[:LISTED])
-        notes.append(
-            f"{len(cells)} cells come to {len(alike)} images, each made once: {_of(same)} are one ({settings})"
-        )
+        number = f"{len(cells) - len(alike)} of {len(cells)}"
+        notes.append(f"cells that repeat another are not made again, {number}: {_of(same)} are one ({settings})")
     for name in ("prompt", "negative_prompt"):
         for words in dict.fromkeys(record["truncated"].get(name) for record in records):
             notes.append(words and inputs.lost(name, words))
