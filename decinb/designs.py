@@ -14,6 +14,8 @@ from decinb.errors import InputError
 
 Cell = dict[str, Any]
 
+MAX_CELLS = 100_000  # of a grid: weeks of work on any device, and more than memory should hold
+
 
 def grid(**axes: Sequence[Any]) -> list[Cell]:
     """Every combination of the values given, the last argument changing fastest.
@@ -21,9 +23,12 @@ def grid(**axes: Sequence[Any]) -> list[Cell]:
     Example: ``grid(strength=[0.5, 0.75], guidance_scale=[5, 7.5])`` gives four cells.
 
     Raises:
-        InputError: an axis is not a list of values, or is empty.
+        InputError: an axis is not a list of values, or is empty; there are more than 100,000 combinations.
     """
     lists = _lists(axes)
+    total = math.prod(len(values) for values in lists.values())
+    if total > MAX_CELLS:
+        raise InputError(f"a grid has at most {MAX_CELLS:,} cells, got {total:,}; random_design draws some of them")
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 

@@ -25,8 +25,8 @@ PORTS = {"http": 80, "https": 443}
 HEADERS = {"User-Agent": "decinb", "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
 
 
-def fetch(url: str, allow_private: bool = False) -> bytes:
-    """The body behind a URL, after three redirects at most, of which each is checked anew.
+def fetch(url: str, allow_private: bool = False) -> tuple[bytes, str]:
+    """The body behind a URL, and the host that sent it; after three redirects at most, of which each is checked anew.
 
     Args:
         url: an http or https address.
@@ -49,7 +49,7 @@ def fetch(url: str, allow_private: bool = False) -> bytes:
                 continue
             if response.status != 200:
                 raise InputError(f"{named}: {host} answered with status {response.status}")
-            return _body(response, f"{named}: {host}, status {response.status}")
+            return _body(response, f"{named}: {host}, status {response.status}"), f"{host}, status {response.status}"
         except InputError:
             raise
         except (OSError, ValueError, http.client.HTTPException) as error:

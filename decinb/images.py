@@ -93,7 +93,7 @@ def read_image(source: Source, size: int | None = None, allow_private: bool = Fa
     except InputError:
         raise
     except (MemoryError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name} has too many pixels: {' '.join(str(error).split())}") from error
+        raise InputError(f"{name} has more pixels than the {MAX_PIXELS // 10**6} million that are allowed") from error
     except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to
         raise InputError(f"{name} is damaged: {' '.join(str(error).split())}") from error
 
@@ -219,7 +219,8 @@ def _bytes(source: Any, allow_private: bool) -> tuple[bytes, str]:
     text = os.fsdecode(source)
     name = f"image {inputs.told(text)}"
     if "://" in text or re.match("(data|file):", text, re.IGNORECASE):
-        return fetch(text.strip(), allow_private), name
+        data, host = fetch(text.strip(), allow_private)
+        return data, f"{name} from {host}"
     try:
         path = Path(text).expanduser()
         if path.is_dir():

@@ -2,7 +2,9 @@
 
 import http.server
 import io
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -300,12 +302,13 @@ def test_prompts_and_pictures_go_together(tiny, happened):
 
 def test_what_is_no_picture_is_named(tiny, happened, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "pictures").mkdir()
     (tmp_path / "empty.png").touch()
     for given, message in [
         (None, "image must be a sample's name, a path, a URL, bytes, an array or a PIL image, got NoneType"),
         (("a", 5), r"image\[0\]: image 'a' is neither a file"),
         (tmp_path / "missing.png", r"missing.png' is neither a file nor one of the samples: day, sunset"),
-        (str(tmp_path), "is a folder: give a file in it"),
+        (str(tmp_path / "pictures"), "pictures' is a folder: give a file in it"),
         (tmp_path / "notes.txt", "notes.txt' is not a PNG, JPEG, WEBP picture"),
         (tmp_path / "empty.png", "empty.png' is not a PNG, JPEG, WEBP picture: it is empty"),
         ("x" * 5000, "cannot be read|neither a file"),
@@ -659,14 +662,35 @@ def test_a_picture_is_fetched_and_followed(tiny, server, outside):
     assert record["image"] == "photo.png"
 
 
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes the certificate")
+def test_a_secure_server_is_believed_only_with_a_certificate(outside, tmp_path, monkeypatch):
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "certificate.pem"]
+    subprocess.run([*make.split(), *names], cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate.pem", tmp_path / "key.pem")
+    with Serving(("127.0.0.1", 0), Server) as serving:
+        serving.socket = context.wrap_socket(serving.socket, server_side=True)
+        threading.Thread(target=serving.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setattr(fetching, "is_public", lambda address: True)
+        url = f"https://localhost:{serving.server_port}/photo.png"
+        with pytest.raises(InputError, match="could not be fetched from localhost: SSLCertVerificationError"):
+            load_image(url)
+        monkeypatch.setattr("requests.certs.where", lambda: tmp_path / "certificate.pem")
+        assert close(load_image(url), photo())
+        with pytest.raises(InputError, match="could not be fetched from 127.0.0.1: SSLCertVerificationError"):
+            load_image(url.replace("localhost", "127.0.0.1"))
+        serving.shutdown()
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
         ("missing.png", "missing.png': 127.0.0.1 answered with status 404$"),
         ("broken.png", "answered with status 503$"),
         ("page.png", r"127.0.0.1, status 200: a web page \('text/html; charset=utf-8'\) and no picture$"),
-        ("unnamed.png", "unnamed.png' is not a PNG, JPEG, WEBP picture: it is a web page$"),
-        ("packed.png", "packed.png' is not a PNG"),
+        ("unnamed.png", "unnamed.png' from 127.0.0.1, status 200 is not a PNG, JPEG, WEBP picture: it is a web page$"),
+        ("packed.png", "packed.png' from 127.0.0.1, status 200 is not a PNG"),
         ("cut.png", "status 200: the connection broke after 100 of [0-9]+ bytes$"),
         ("round", "round' was redirected more than 3 times, last by 127.0.0.1 to 'http://127.0.0.1:[0-9]+/round.4'$"),
         ("to?http://127.0.0.2:1/x.png", "leads to 127.0.0.2, inside the own network; allow_private=True"),
@@ -777,6 +801,11 @@ def test_equal_cells_are_made_once(tiny, happened):
     assert count.calls == 2 and len(sweep) == 2
     assert told[0].startswith("cells that repeat another are not made again, 1 of 2: cells 0, 1 are one")
     happened("E40", told[0])
+
+
+def test_more_cells_than_memory_holds_are_refused():
+    with pytest.raises(InputError, match="at most 100,000 cells, got 3,000,000,000; random_design draws some of them"):
+        grid(seed=range(10**9), strength=[0.5, 0.6, 0.7])
 
 
 def test_very_many_cells_are_told_before_they_run(tiny, happened):
