@@ -7,6 +7,7 @@ time it is asked for. For the same reason no proxy is used.
 import http.client
 import io
 import ipaddress
+import re
 import socket
 import ssl
 import time
@@ -36,7 +37,7 @@ def fetch(url: str, allow_private: bool = False) -> tuple[bytes, str]:
         InputError: it leads elsewhere, fails, is too large or takes too long; the message names the URL, and the host
             and status where one answered.
     """
-    named, host, deadline = f"image {told(url)}", "", time.monotonic() + MAX_SECONDS
+    named, host, deadline = f"image {_shown(url)}", "", time.monotonic() + MAX_SECONDS
     for _ in range(MAX_REDIRECTS + 1):
         try:
             parts = urlsplit(url)
@@ -59,13 +60,18 @@ def fetch(url: str, allow_private: bool = False) -> tuple[bytes, str]:
                 raise InputError(f"{named}: {host} does not answer") from error
             why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise InputError(f"{named} could not be fetched from {host}: {' '.join(why.split())}") from error
-    raise InputError(f"{named} was redirected more than {MAX_REDIRECTS} times, last by {host} to {told(url)}")
+    raise InputError(f"{named} was redirected more than {MAX_REDIRECTS} times, last by {host} to {_shown(url)}")
+
+
+def _shown(url: str) -> str:
+    """A URL as an error repeats it: without a password."""
+    return told(re.sub("//[^/@]*@", "//…@", url))
 
 
 def _addresses(parts: SplitResult, named: str, allow_private: bool) -> list[str]:
     """Where a URL's host lies, if one may go there."""
     if parts.scheme not in PORTS or not parts.hostname or parts.username is not None:
-        leads = f" (it leads to {told(parts.geturl())})" if told(parts.geturl()) not in named else ""
+        leads = f" (it leads to {shown})" if (shown := _shown(parts.geturl())) not in named else ""
         raise InputError(f"{named} must be an http or https URL without a user name{leads}")
     try:
         found = socket.getaddrinfo(parts.hostname, parts.port or PORTS[parts.scheme], type=socket.SOCK_STREAM)

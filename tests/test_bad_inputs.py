@@ -700,7 +700,7 @@ def test_a_secure_server_is_believed_only_with_a_certificate(outside, tmp_path, 
         ("to?http://169.254.169.254/latest", "leads to 169.254.169.254, inside the own network"),
         ("to?http://10.0.0.1/x.png", "leads to 10.0.0.1, inside the own network"),
         ("to?file:///etc/hostname", r"must be an http or https URL without a user name \(it leads to 'file:///etc"),
-        ("to?http://me:word@127.0.0.1/x.png", "without a user name"),
+        ("to?http://me:word@127.0.0.1/x.png", "without a user name .it leads to 'http://…@127.0.0.1/x.png'"),
         ("to?https://[::1", "could not be fetched"),
     ],
 )
