@@ -1,10 +1,12 @@
 # make demo   creates the environment, runs every notebook on the bundled model, says where the pictures are
 #             (notebook 07 trains a model for a minute there; MINUTES=5 gives it as long as it asks for)
 # make test   style, tests, and every notebook from its first cell to its last
+# make fuzz   a hundred times as many random inputs as `make test` tries (EXAMPLES=100000 for more yet)
 PYTHON ?= python3
 VENV   ?= .venv
 DEMO   := runs/demo
 MINUTES ?= 1
+EXAMPLES ?= 10000
 BIN    := $(VENV)/bin
 
 # glibc gives large blocks back to the system after every operation; told to keep them, it runs diffusion faster.
@@ -12,7 +14,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 export MALLOC_TOP_PAD_ := 268435456
 
-.PHONY: demo test notebooks environment clean
+.PHONY: demo test fuzz notebooks environment clean
 .DEFAULT_GOAL := demo
 
 environment: $(VENV)/ready
@@ -37,6 +39,9 @@ test: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
+
+fuzz: environment
+	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -p no:nbval -o addopts= tests/test_fuzz.py
 
 # Runs every notebook anew, in place. Look at the pictures before you commit them.
 notebooks: environment

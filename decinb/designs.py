@@ -14,6 +14,8 @@ from decinb.errors import InputError
 
 Cell = dict[str, Any]
 
+MAX_CELLS = 100_000  # of a grid: weeks of work on any device, and more than memory should hold
+
 
 def grid(**axes: Sequence[Any]) -> list[Cell]:
     """Every combination of the values given, the last argument changing fastest.
@@ -21,9 +23,12 @@ def grid(**axes: Sequence[Any]) -> list[Cell]:
     Example: ``grid(strength=[0.5, 0.75], guidance_scale=[5, 7.5])`` gives four cells.
 
     Raises:
-        InputError: an axis is not a list of values, or is empty.
+        InputError: an axis is not a list of values, or is empty; there are more than 100,000 combinations.
     """
     lists = _lists(axes)
+    total = math.prod(len(values) for values in lists.values())
+    if total > MAX_CELLS:
+        raise InputError(f"a grid has at most {MAX_CELLS:,} cells, got {total:,}; random_design draws some of them")
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
@@ -53,7 +58,7 @@ def one_at_a_time(base: Cell, **axes: Sequence[Any]) -> list[Cell]:
         InputError: the base is not a dict, or does not name an argument that is to change.
     """
     if not isinstance(base, dict):
-        raise InputError(f"base must be a dict such as {{'strength': 0.6}}, got {base!r}")
+        raise InputError(f"base must be a dict such as {{'strength': 0.6}}, got {inputs.told(base)}")
     lists = _lists(axes)
     if missing := [name for name in lists if name not in base]:
         raise InputError(f"base must name {missing[0]}, which is to change from there: {base!r} does not")
@@ -73,7 +78,7 @@ def random_design(n: int, seed: int = 0, **axes: Sequence[Any]) -> list[Cell]:
     lists = _lists({("seed" if name == "seeds" else name): values for name, values in axes.items()})
     total = math.prod(len(values) for values in lists.values())
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
-        raise InputError(f"n must be a whole number from 1 to {total}, the number of combinations, got {n!r}")
+        raise InputError(f"n must be a whole number from 1 to {total} (all combinations), got {inputs.told(n)}")
     cells = []
     for place in random.Random(inputs.seed(seed)).sample(range(total), n):
         values = []
@@ -87,7 +92,7 @@ def random_design(n: int, seed: int = 0, **axes: Sequence[Any]) -> list[Cell]:
 def _lists(axes: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
     for name, values in axes.items():
         if isinstance(values, (str, dict)) or not isinstance(values, Iterable):
-            raise InputError(f"{name} must be a list of values, got {values!r}")
+            raise InputError(f"{name} must be a list of values, got {inputs.told(values)}")
     lists = {name: values if isinstance(values, Sequence) else list(values) for name, values in axes.items()}
     if empty := [name for name, values in lists.items() if not len(values)]:
         raise InputError(f"{empty[0]} is an empty list: give at least one value")

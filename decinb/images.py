@@ -1,26 +1,27 @@
 """Images in and out.
 
-In: a sample's name, a path, a URL or a PIL image becomes an upright RGB picture of a size the model can take.
+In: whatever a user calls a picture (a sample's name, a path, a URL, bytes, an array, a PIL image) becomes an upright
+RGB picture of a size the model can take.
 Out: a PNG that is whole or not there at all, and that carries the record of how it was made.
 """
 
 import functools
 import io
-import ipaddress
 import json
 import os
-import socket
-import time
+import re
 import warnings
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from decinb import inputs
 from decinb.errors import InputError
+from decinb.fetching import fetch
 from decinb.tiny.scenes import Scene, render
 
 SAMPLES: dict[str, tuple[Scene, int]] = {
@@ -35,26 +36,30 @@ SAMPLES: dict[str, tuple[Scene, int]] = {
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64_000_000  # a large phone photo; read from the header, before anything is decoded
+MAX_FILE = 250_000_000  # bytes: so many pixels, not compressed
 MAX_SIDE = 2048  # of an image given to a pipeline
 MIN_SIDE = 64
+ROUNDING = 1e-4  # that floats of a picture may lie below 0 or above 1
+MAX_ASPECT = 4  # no model has seen a picture that is longer
 MULTIPLE = 8  # a latent pixel is 8 x 8 image pixels
 
 RECORD = "decinb"  # the PNG text chunk with the record
 INPUT = b"inPt"  # the PNG chunk with the input: by its capitals ancillary, private and safe to copy
 
-MAX_BYTES = 20_000_000
-MAX_SECONDS = 20
-MAX_REDIRECTS = 3
+Source = str | os.PathLike[str] | bytes | np.ndarray | torch.Tensor | Image.Image
+"""What a user may call a picture."""
 
 
-def load_image(source: str | Path | Image.Image, size: int | None = None, allow_private: bool = False) -> Image.Image:
-    """Read an image from the name of a sample, a path, a URL, or a PIL image.
+def load_image(source: Source, size: int | None = None, allow_private: bool = False) -> Image.Image:
+    """Read an image from the name of a sample, a path, a URL, bytes, an array, or a PIL image.
 
     The picture is turned upright, laid on white where it is transparent, and made RGB. It is never squashed: what does
     not fit is cut off evenly at the edges.
 
     Args:
-        source: a key of ``SAMPLES``, a path to a PNG, JPEG or WEBP file, an http(s) URL of one, or a PIL image.
+        source: a key of ``SAMPLES``, a path to a PNG, JPEG or WEBP file, an http(s) URL of one, its bytes, a PIL image,
+            an array (height, width, channels) or a tensor (channels, height, width); whole numbers from 0 to 255, or
+            floats from 0 to 1.
         size: height and width of the result in pixels, a multiple of 8 from 64 to 2048: the largest square in the
             middle, scaled. Without it the picture keeps its size, cut to a multiple of 8, at most 2048.
         allow_private: let a URL lead to an address inside the own network.
@@ -63,20 +68,70 @@ def load_image(source: str | Path | Image.Image, size: int | None = None, allow_
         InputError: there is no such sample or file, the picture is damaged, too large or too small, or the server
             did not send a picture (at most 20 MB in 20 seconds).
     """
+    return fit(read_image(source, size, allow_private), size)
+
+
+def read_image(source: Source, size: int | None = None, allow_private: bool = False) -> Image.Image:
+    """As ``load_image``, of the size that the picture has: a sample is drawn at the size that is asked for."""
     if size is not None and (not isinstance(size, int) or size % MULTIPLE or not MIN_SIDE <= size <= MAX_SIDE):
-        raise InputError(f"size must be a multiple of {MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}, got {size!r}")
+        raise InputError(
+            f"size must be a multiple of {MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}, got {inputs.told(size)}"
+        )
     if isinstance(source, str) and source in SAMPLES:
         scene, own_size = SAMPLES[source]
         return render(scene, size or own_size)
-    name = "image" if isinstance(source, Image.Image) else str(source)
-    return _fit(_upright_rgb(_open(source, allow_private), name), size)
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return _from_array(source)
+    data, name = (b"", "image") if isinstance(source, Image.Image) else _bytes(source, allow_private)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of many pixels, for which there is a limit here, and of damaged EXIF
+            image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(data), formats=FORMATS)
+            return _upright_rgb(image, name)
+    except UnidentifiedImageError:
+        raise InputError(f"{name} is not a {', '.join(FORMATS)} picture{_looks_like(data)}") from None
+    except InputError:
+        raise
+    except (MemoryError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name} has more pixels than the {MAX_PIXELS // 10**6} million that are allowed") from error
+    except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to
+        raise InputError(f"{name} is damaged: {' '.join(str(error).split())}") from error
+
+
+def load_images(source: Source | list[Source], name: str = "image") -> list[Image.Image]:
+    """One picture or several of one size, each as ``load_image`` reads it; an array may hold them along its first axis.
+
+    Raises:
+        InputError: there is none, one cannot be used, or they differ in size.
+    """
+    if isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 4:
+        source = list(source)
+    if not isinstance(source, (list, tuple)):
+        return [load_image(source)]
+    if not source:
+        raise InputError(f"{name} is an empty list: give at least one")
+    made = []
+    for i, one in enumerate(source):
+        try:
+            made.append(load_image(one))
+        except InputError as error:
+            raise InputError(f"{name}[{i}]: {error}") from error
+    for i, one in enumerate(made):
+        if one.size != made[0].size:
+            raise InputError(
+                f"{name}[{i}] has {one.width} x {one.height} pixels and {name}[0] {made[0].width} x {made[0].height}: "
+                "those of one call must be of one size"
+            )
+    return made
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB: laid on white where it is transparent, 16 bits scaled to 8."""
-    if image.mode.startswith("I;16"):
+    """A picture of any mode as RGB: laid on white where it is transparent, 16 bits and floats scaled to 8 bits."""
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         # Pillow would cut off everything above 255; half grey must stay half grey.
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")  # the only mode that Pillow makes of it
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -153,97 +208,108 @@ def _lossless(image: Image.Image) -> bytes:
     return _webp(image.size, image.tobytes())
 
 
-def _open(source: str | Path | Image.Image, allow_private: bool) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    if not isinstance(source, (str, Path)):
-        raise InputError(f"image must be a sample's name, a path, a URL or a PIL image, got {type(source).__name__}")
-    if "://" in str(source):
-        data, name = _download(str(source), allow_private), str(source)
-    else:
-        path = Path(source).expanduser()
-        if not path.is_file():
-            samples = ", ".join(SAMPLES)
-            raise InputError(f"image {str(source)!r} is neither a file nor one of the samples: {samples}")
-        data, name = path.read_bytes(), str(source)
+def _bytes(source: Any, allow_private: bool) -> tuple[bytes, str]:
+    """What is to be decoded, and what to call it in an error."""
+    if isinstance(source, (bytes, bytearray)):
+        return bytes(source), f"image of {len(source)} bytes"
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"image must be a sample's name, a path, a URL, bytes, an array or a PIL image, got {type(source).__name__}"
+        )
+    text = os.fsdecode(source)
+    name = f"image {inputs.told(text)}"
+    if "://" in text or re.match("(data|file):", text, re.IGNORECASE):
+        data, host = fetch(text.strip(), allow_private)
+        return data, f"{name} from {host}"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a lower limit of our own follows
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise InputError(f"image {name!r} is not a {', '.join(FORMATS)} picture") from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"image {name!r} is damaged or too large: {error}") from error
-    return image
+        path = Path(text).expanduser()
+        if path.is_dir():
+            raise InputError(f"{name} is a folder: give a file in it")
+        if not path.is_file():
+            raise InputError(f"{name} is neither a file nor one of the samples: {', '.join(SAMPLES)}")
+        if path.stat().st_size > MAX_FILE:
+            raise InputError(f"{name} has {path.stat().st_size} bytes; at most {MAX_FILE} are allowed")
+        return path.read_bytes(), name
+    except (OSError, RuntimeError, ValueError) as error:  # no right to read it, no such user, no possible name
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name} cannot be read: {inputs.told(str(error))}") from error
+
+
+def _looks_like(data: bytes) -> str:
+    start = data[:512].lstrip().lower()
+    if not data:
+        return ": it is empty"
+    return ": it is a web page" if start.startswith((b"<!doctype html", b"<html")) else ""
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise InputError(
-            f"image {name!r} has {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million are allowed"
-        )
-    try:
-        return as_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"image {name!r} is damaged: {error}") from error
+        raise InputError(f"{name} has {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million are allowed")
+    return as_rgb(ImageOps.exif_transpose(image))
 
 
-def _fit(image: Image.Image, size: int | None) -> Image.Image:
+def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+    """A picture from numbers: (height, width), (height, width, channels), or of a tensor (channels, height, width)."""
+    shape = tuple(array.shape)
+    if isinstance(array, torch.Tensor):
+        expected, channels = "(channels, height, width), CHW", shape[0] if len(shape) == 3 else 1
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+        array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+        other = len(shape) == 3 and shape[-1] in (1, 3, 4) and "HWC"
+    else:
+        expected, channels = "(height, width, channels), HWC", shape[-1] if len(shape) == 3 else 1
+        other = len(shape) == 3 and shape[0] in (1, 3, 4) and "CHW"
+    if len(shape) not in (2, 3) or channels not in (1, 3, 4) or 0 in shape:
+        looks = f", which looks like {other}" if other and channels not in (1, 3, 4) else ""
+        raise InputError(f"image must have the shape {expected} with 1, 3 or 4 channels, got {shape}{looks}")
+    if channels == 4 and array.dtype != np.uint8:
+        raise InputError(f"image of {array.dtype} has 4 channels, as latents have: a picture has 1 or 3")
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise InputError(f"image has the shape {shape}; at most {MAX_PIXELS // 10**6} million pixels are allowed")
+    return as_rgb(Image.fromarray(_eight_bits(array.squeeze(-1) if array.ndim == 3 and channels == 1 else array)))
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Numbers of a picture as bytes: 16 bits, and floats from 0 to 1, are scaled."""
+    kind = values.dtype.kind
+    if values.dtype == np.uint8:
+        return values
+    if kind == "b":
+        return values.astype(np.uint8) * 255
+    if kind not in "fiu":
+        raise InputError(f"image must hold whole numbers or floats, got {values.dtype}")
+    low, high = values.min(), values.max()
+    if kind == "f":
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise InputError("image holds NaN or infinity")
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            raise InputError(f"floats of an image must be from 0 to 1, got {low:g} to {high:g}; divide bytes by 255")
+        return (values.clip(0, 1) * 255).round().astype(np.uint8)
+    if low < 0 or high > 65535:
+        raise InputError(f"whole numbers of an image must be from 0 to 255, or of 16 bits, got {low} to {high}")
+    deep = high > 255 or values.dtype.itemsize == 2
+    return (values // 257 if deep else values).astype(np.uint8)
+
+
+def fit(image: Image.Image, size: int | None = None) -> Image.Image:
+    """The middle of a picture in a size that a model can take: see ``load_image``."""
+    width, height = image.size
     if min(image.size) < MIN_SIDE:
-        raise InputError(f"image must be at least {MIN_SIDE} x {MIN_SIDE} pixels, got {image.width} x {image.height}")
+        raise InputError(f"image must be at least {MIN_SIDE} x {MIN_SIDE} pixels, got {width} x {height}")
     if size:
         return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     shrink = min(1, MAX_SIDE / max(image.size))
-    width, height = (max(MULTIPLE, int(side * shrink) // MULTIPLE * MULTIPLE) for side in image.size)
+    if min(image.size) * shrink < MIN_SIDE:
+        raise InputError(
+            f"image of {width} x {height} pixels is too long: at {MAX_SIDE}, its shorter side has less than {MIN_SIDE}"
+        )
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        inputs.warn(f"image of {width} x {height} pixels is longer than {MAX_ASPECT}:1, which no model has learnt")
+    width, height = (int(side * shrink) // MULTIPLE * MULTIPLE for side in image.size)
     if shrink < 1:
         return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
-
-
-def _download(url: str, allow_private: bool) -> bytes:
-    """The body of a URL, from public addresses only, with its size and time bounded while it is read."""
-    import requests
-
-    deadline = time.monotonic() + MAX_SECONDS
-    asked = url
-    try:
-        for _ in range(MAX_REDIRECTS + 1):
-            _check_address(url, asked, allow_private)
-            with requests.get(url, stream=True, timeout=(5, 10), allow_redirects=False) as response:
-                if response.is_redirect:
-                    url = urljoin(url, response.headers["location"])
-                    continue
-                if not response.ok:
-                    raise InputError(
-                        f"image {asked!r}: {urlsplit(url).hostname} answered with status {response.status_code}"
-                    )
-                body = bytearray()
-                for chunk in response.iter_content(65536):
-                    body += chunk
-                    if len(body) > MAX_BYTES or time.monotonic() > deadline:
-                        raise InputError(
-                            f"image {asked!r} is more than {MAX_BYTES // 10**6} MB or took more than {MAX_SECONDS} s"
-                        )
-                return bytes(body)
-    except requests.RequestException as error:
-        raise InputError(
-            f"image {asked!r} could not be fetched from {urlsplit(url).hostname}: {type(error).__name__}"
-        ) from error
-    raise InputError(f"image {asked!r} was redirected more than {MAX_REDIRECTS} times")
-
-
-def _check_address(url: str, asked: str, allow_private: bool) -> None:
-    parts = urlsplit(url)
-    if parts.scheme.lower() not in ("http", "https") or not parts.hostname or parts.username:
-        raise InputError(f"image {asked!r} must be an http or https URL without a user name (it leads to {url!r})")
-    try:
-        found = socket.getaddrinfo(parts.hostname, parts.port or parts.scheme, type=socket.SOCK_STREAM)
-    except (OSError, ValueError) as error:
-        raise InputError(f"image {asked!r}: the host {parts.hostname} is not known ({error})") from error
-    inside = [address[4][0] for address in found if not ipaddress.ip_address(address[4][0].split("%")[0]).is_global]
-    if inside and not allow_private:
-        raise InputError(
-            f"image {asked!r} leads to {parts.hostname}, inside the own network; allow_private=True permits that"
-        )

@@ -2,14 +2,23 @@
 
 import math
 import numbers
+import os
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
+
+import torch
 
 from decinb.errors import InputError
 
 MAX_STEPS = 999  # of the 1,000 noise levels, a scheduler with an offset reaches one less
 MAX_SEED = 2**63 - 1
+MAX_GUIDANCE = 10_000  # beyond it half precision ends
+HIGH_GUIDANCE = 30  # beyond it there is nothing but glaring colours to see
+MAX_LETTERS = 4_000  # of a prompt, of which a text encoder reads some 300
+TOLD = 80  # letters of a value that an error repeats
 
 
 def strength(value: Any, where: str = "") -> float:
@@ -21,10 +30,10 @@ def strength(value: Any, where: str = "") -> float:
 
 
 def guidance_scale(value: Any, where: str = "") -> float:
-    """How closely to follow the prompt: 0 or more."""
-    value = _number(value, f"{where}guidance_scale", "of 0 or more")
-    if value < 0:
-        raise InputError(f"{where}guidance_scale must be 0 or more, got {value:g}")
+    """How closely to follow the prompt: 0 to 10,000, of which 1 and less are no guidance."""
+    value = _number(value, f"{where}guidance_scale", f"from 0 to {MAX_GUIDANCE}")
+    if not 0 <= value <= MAX_GUIDANCE:
+        raise InputError(f"{where}guidance_scale must be from 0 to {MAX_GUIDANCE}, got {value:g}")
     return value
 
 
@@ -46,10 +55,63 @@ def seed(value: Any, where: str = "") -> int:
     return _whole(value, f"{where}seed", 0, MAX_SEED)
 
 
+def number_of(value: Any, name: str) -> int:
+    """How many of something: 1 to 1,000."""
+    return _whole(value, name, 1, 1000)
+
+
 def text(value: Any, name: str) -> str:
-    """A prompt."""
+    """A prompt: at most 4,000 letters, each of them one."""
     if not isinstance(value, str):
-        raise InputError(f"{name} must be a string, got {value!r}")
+        raise InputError(f"{name} must be a string, got {told(value)}")
+    if len(value) > MAX_LETTERS:
+        raise InputError(f"{name} must have at most {MAX_LETTERS} letters, got {len(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} has half a letter at position {error.start}: {told(value)} is no Unicode") from None
+    return value
+
+
+def texts(value: Any, name: str) -> list[str]:
+    """A prompt, or a list of some."""
+    if not isinstance(value, (list, tuple)):
+        return [text(value, name)]
+    if not value:
+        raise InputError(f"{name} is an empty list: give at least one")
+    return [text(one, f"{name}[{i}]") for i, one in enumerate(value)]
+
+
+def together(**lengths: int) -> int:
+    """Of what many are given, as many must be given of all; one serves for any number."""
+    most = max(lengths.values())
+    if odd := [name for name, length in lengths.items() if length not in (1, most)]:
+        given = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise InputError(f"{odd[0]} must be one, or as many as the others: {given}")
+    return most
+
+
+def generators(value: Any, number: int) -> None:
+    """Where random numbers come from: nowhere in particular, one generator for all, or one for each."""
+    several = isinstance(value, (list, tuple))
+    if value is not None and not all(isinstance(one, torch.Generator) for one in (value if several else [value])):
+        raise InputError(f"generator must be a torch.Generator, as torch.Generator().manual_seed(7), got {told(value)}")
+    if several and len(value) != number:
+        raise InputError(f"generator must be one, or one for each of the {number} images, got {len(value)}")
+
+
+def folder(value: Any) -> str | os.PathLike[str]:
+    """A folder's name, whether or not it is there."""
+    if not isinstance(value, (str, os.PathLike)) or not str(value) or "\0" in str(value):
+        raise InputError(f"folder must be a path, got {told(value)}")
+    return value
+
+
+def choice(value: Any, name: str, allowed: Iterable[str]) -> str:
+    """One of a few words."""
+    allowed = list(allowed)
+    if not isinstance(value, str) or value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {told(value)}")
     return value
 
 
@@ -76,17 +138,105 @@ def known(names: Iterable[str], allowed: Iterable[str], where: str = "") -> None
         if name not in allowed:
             near = get_close_matches(str(name), allowed, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(allowed)}"
-            raise InputError(f"{where}unknown argument {name!r}; {hint}")
+            raise InputError(f"{where}unknown argument {told(name)}; {hint}")
+
+
+# --- what can run, but hardly as it was meant -------------------------------------------------------------------------
+
+
+def high_guidance(scale: float) -> str | None:
+    """What to say of a guidance scale that burns a picture out."""
+    if scale > HIGH_GUIDANCE:
+        return f"guidance_scale {scale:g} burns the picture out; above {HIGH_GUIDANCE} nothing else is to be seen"
+    return None
+
+
+def late_start(steps: int, scheduler: Any) -> str | None:
+    """What to say where a scheduler, set to so many steps, begins far below full noise.
+
+    "Leading" spacing rounds the distance of two steps down: 600 steps of 1,000 levels lie one apart and begin at 600.
+
+    Raises:
+        InputError: it cannot take so many steps.
+    """
+    name, fresh = type(scheduler).__name__, type(scheduler).from_config(scheduler.config)
+    try:
+        fresh.set_timesteps(steps)
+    except Exception as error:
+        raise InputError(f"num_inference_steps: {name} cannot take {steps}: {' '.join(str(error).split())}") from error
+    levels, first = scheduler.config.get("num_train_timesteps", 1000), float(fresh.timesteps[0])
+    if first >= 0.85 * levels * (1 - 1 / steps):  # the first of any number of steps may lie one step below the top
+        return None
+    return f"num_inference_steps {steps} begins at noise level {first:.0f} of {levels} with {name}: use fewer steps"
+
+
+def lost_words(words: str, tokenizer: Any) -> str:
+    """The end of a prompt that a text encoder does not read, since it takes only so many tokens."""
+    if tokenizer is None or not words:
+        return ""
+    room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    read = tokenizer(words, add_special_tokens=False, verbose=False)
+    if len(read.input_ids) <= room:
+        return ""
+    if not tokenizer.is_fast:
+        return str(tokenizer.decode(read.input_ids[room:]))
+    return words[read.token_to_chars(room).start :]
+
+
+def lost(name: str, words: str) -> str:
+    """What to say of the words that were lost."""
+    return f"{name} is too long for the text encoder, which does not read its end: {told(words)}"
+
+
+def unused_negative(scale: float) -> str:
+    """What to say of a negative prompt without guidance."""
+    return f"negative_prompt is unused at guidance_scale {scale:g}: it takes a scale above 1"
+
+
+def warn(note: str) -> None:
+    """Warn in one line, at the line of the user's own that called decinb."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "decinb":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(note, stacklevel=level)
+
+
+# --- the values themselves --------------------------------------------------------------------------------------------
+
+
+def told(value: Any) -> str:
+    """A value as an error repeats it: on one line, and not at any length."""
+    if isinstance(value, (str, bytes)):
+        value = value[: TOLD + 1]
+    try:
+        words = " ".join(repr(value).split())
+    except Exception:  # a whole number of 5,000 digits has none, and a stranger's class may raise anything
+        words = f"a value of type {type(value).__name__}"
+    return words if len(words) <= TOLD else f"{words[:TOLD]}…"
 
 
 def _number(value: Any, name: str, allowed: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise InputError(f"{name} must be a number {allowed}, got {value!r}")
-    return round(float(value), 6)  # a list built by adding 0.05 ends in 1.0000000000000002
+    number = _real(value)
+    if number is None or not math.isfinite(number):
+        raise InputError(f"{name} must be a number {allowed}, got {told(value)}")
+    return round(float(number), 6)  # a list built by adding 0.05 ends in 1.0000000000000002
 
 
 def _whole(value: Any, name: str, low: int, high: int) -> int:
-    fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
-    if not fits or value != int(value):
-        raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-    return int(value)
+    number = _real(value)
+    if number is None or not low <= number <= high or number != int(number):
+        raise InputError(f"{name} must be a whole number from {low} to {high}, got {told(value)}")
+    return int(number)
+
+
+def _real(value: Any) -> Any:
+    """A number of Python, NumPy or torch; None for what is none, a truth value included."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    return value

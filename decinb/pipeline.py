@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
 from decinb import hub, inputs, tuning
 from decinb.errors import InputError, ModelError
-from decinb.images import as_rgb
+from decinb.images import load_images
 from decinb.quiet import quiet
 
 with quiet():  # importing these tells of optional libraries that are not needed here
@@ -32,6 +31,10 @@ with quiet():  # importing these tells of optional libraries that are not needed
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from decinb.unet_nas import UNetNAS, refuse_partial
+
+SIGNATURE = inspect.signature(StableDiffusionImg2ImgPipeline.__call__)
+ARGUMENTS = [name for name in SIGNATURE.parameters if name not in ("self", "kwargs")]
+"""What a call of the pipeline takes."""
 
 
 class DeciDiffusionImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
@@ -80,23 +83,60 @@ class DeciDiffusionImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
     ) -> Any:
         """As ``StableDiffusionImg2ImgPipeline``, with 30 for ``num_inference_steps`` where none is given.
 
+        Pictures are read as ``load_image`` reads them, so a path or an array will do, and are cut to a multiple of 8.
+        One prompt serves for several pictures, and one picture for several prompts.
+
         Raises:
-            InputError: ``strength`` is not above 0 and at most 1, or leaves no step to run; ``num_inference_steps`` is
-                not 1 to 999; the list of prompts or images is empty; an argument's name is not known.
+            InputError: an argument cannot be used, or its name is not known; the message says what is allowed.
         """
-        if num_inference_steps is None:
-            num_inference_steps = self.deci_default_number_of_iterations
-        num_inference_steps, strength = inputs.num_inference_steps(num_inference_steps), inputs.strength(strength)
-        inputs.steps_run(num_inference_steps, strength)
-        inputs.known(kwargs, inspect.signature(StableDiffusionImg2ImgPipeline.__call__).parameters)
-        for name, given in {"prompt": prompt, "image": image}.items():
-            if isinstance(given, (list, tuple)) and not given:
-                raise InputError(f"{name} is an empty list: give at least one")
-        if isinstance(image, Image.Image):
-            image = as_rgb(image)  # diffusers would take four channels for a latent
-        elif isinstance(image, (list, tuple)) and all(isinstance(one, Image.Image) for one in image):
-            image = [as_rgb(one) for one in image]
-        return super().__call__(prompt, image, strength, num_inference_steps, *args, **kwargs)
+        inputs.known(kwargs, ARGUMENTS)
+        bound = SIGNATURE.bind(self, prompt, image, strength, num_inference_steps, *args, **kwargs)
+        bound.apply_defaults()
+        return super().__call__(**self._understood({name: bound.arguments[name] for name in ARGUMENTS}))
+
+    def _understood(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call as plain values that can run, with a warning of what will surprise."""
+        steps = given["num_inference_steps"]
+        steps = inputs.num_inference_steps(self.deci_default_number_of_iterations if steps is None else steps)
+        strength, scale = inputs.strength(given["strength"]), inputs.guidance_scale(given["guidance_scale"])
+        inputs.steps_run(steps, strength)
+        per_prompt = inputs.number_of(given["num_images_per_prompt"], "num_images_per_prompt")
+        read: dict[str, list[Any]] = {"image": load_images(given["image"])}
+        for name in ("prompt", "negative_prompt"):
+            if given[name] is not None or (name == "prompt" and given["prompt_embeds"] is None):
+                read[name] = inputs.texts(given[name], name)
+        embeds = [name for name in ("prompt_embeds", "negative_prompt_embeds") if given[name] is not None]
+        lengths = {name: len(values) for name, values in read.items()} | {name: len(given[name]) for name in embeds}
+        most = inputs.together(**lengths)
+        inputs.generators(given["generator"], most * per_prompt)
+
+        notes = [inputs.high_guidance(scale)]
+        if given["timesteps"] is None and given["sigmas"] is None:
+            notes.append(inputs.late_start(steps, self.scheduler))
+        if scale <= 1 and any(read.get("negative_prompt", [])):
+            notes.append(inputs.unused_negative(scale))
+        for name in ("prompt", "negative_prompt") if scale > 1 else ("prompt",):
+            for words in dict.fromkeys(read.get(name, [])):
+                if lost := inputs.lost_words(words, self.tokenizer):
+                    notes.append(inputs.lost(name, lost))
+        for note in filter(None, notes):
+            inputs.warn(note)
+
+        return given | {
+            **{name: values[0] if most == 1 else values * (most // len(values)) for name, values in read.items()},
+            **{name: given[name].expand(most, -1, -1) for name in embeds},
+            "strength": strength,
+            "guidance_scale": scale,
+            "num_inference_steps": steps,
+            "num_images_per_prompt": per_prompt,
+            "eta": inputs.share(given["eta"], "eta"),
+            "output_type": inputs.choice(given["output_type"], "output_type", ("pil", "np", "pt", "latent")),
+        }
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers does, which logs page after page of a long prompt: what is cut off was told at the door."""
+        with quiet():
+            return super().encode_prompt(*args, **kwargs)
 
     @property
     def image_size(self) -> int:

@@ -1,8 +1,10 @@
 """The plan of a sweep: every cell understood, checked and counted before anything runs."""
 
 import importlib.metadata
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ from decinb import inputs
 from decinb.denoise import Job, seconds_per_row
 from decinb.designs import Cell
 from decinb.errors import InputError
-from decinb.images import load_image
-from decinb.labels import ARGUMENTS
+from decinb.images import Source, fit, read_image
+from decinb.labels import ARGUMENTS, label
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.store import Record, Store, image_hash, key, weights_hash
+
+MANY = 1000  # images in one sweep, beyond which one may not have meant it
+LISTED = 5  # cells that a note names
 
 
 @dataclass
@@ -24,6 +29,7 @@ class Plan:
 
     ``computations`` are the distinct images among the cells, ``finished`` those that the folder holds already, and
     ``calls``, ``rows``, ``seconds`` (None if not timed) and ``bytes`` what the rest takes; calls as if each ran alone.
+    ``notes`` say what may not be as it was meant.
     """
 
     image: Image.Image
@@ -36,6 +42,7 @@ class Plan:
     rows: int
     seconds: float | None
     bytes: int
+    notes: list[str]
 
     @property
     def computations(self) -> int:
@@ -54,7 +61,7 @@ class Plan:
         if self.seconds is not None:
             parts.append(f"about {_duration(self.seconds)}")
         parts.append(f"about {max(self.bytes / 1e6, 0.1):,.1f} MB on disk")
-        return "; ".join(parts)
+        return "; ".join(parts + self.notes)
 
     def plot(self, *args: Any, **kwargs: Any) -> None:
         """Show the empty grid: see ``decinb.plotting.plot_plan``."""
@@ -65,7 +72,7 @@ class Plan:
 
 def plan(
     pipe: DeciDiffusionImg2ImgPipeline,
-    image: Image.Image | str | Path,
+    image: Source,
     prompt: str,
     cells: Sequence[Cell],
     seed: int = 0,
@@ -82,6 +89,10 @@ def plan(
 
     Raises:
         InputError: a cell cannot run; the message names it.
+
+    Warns:
+        Once, of each kind of cell that can run and will surprise: settings that come to the same image, prompts that
+        are cut off, guidance that burns out, a negative prompt without guidance, steps that begin late, very many.
     """
     defaults = {
         "strength": 0.8,
@@ -93,23 +104,32 @@ def plan(
         "image": image,
     }
     guidance_rescale = inputs.share(guidance_rescale, "guidance_rescale")
-    if not isinstance(cells, Sequence) or isinstance(cells, str) or not cells:
-        raise InputError(f"cells must be a list of at least one dict, got {cells!r}")
-    load = _loader()
-    jobs = [read_cell(cell, defaults, load, where=f"cell {i}: ") for i, cell in enumerate(cells)]
+    prompt = inputs.text(prompt, "prompt")
+    if not isinstance(cells, Sequence) or isinstance(cells, (str, bytes)) or not cells:
+        raise InputError(f"cells must be a list of at least one dict, got {inputs.told(cells)}")
+    store = Store(inputs.folder(folder)) if folder is not None else None
+    pictures = _Pictures()
+    jobs = [read_cell(cell, defaults, pictures.load, where=f"cell {i}: ") for i, cell in enumerate(cells)]
     calls = count_calls(pipe, jobs)
     origin = _origin(pipe, guidance_rescale)
+    cut = lru_cache(None)(lambda words: inputs.lost_words(words, pipe.tokenizer))
     records = [
         _record(cell, job, origin, _name(cell.get("image", image), job.image))
+        | {"original_size": list(pictures.original_size(job.image)), "truncated": _truncated(job, cut)}
         for cell, job in zip(cells, jobs, strict=True)
     ]
-    found = Store(folder).find(records) if folder is not None else {}
+    found = store.find(records) if store else {}
     missing = {record["key"]: i for i, record in enumerate(records) if record["key"] not in found}
     rows = sum(calls[i] * (2 if jobs[i].guided else 1) for i in missing.values())
     width, height = jobs[0].image.size
+    loud, quiet = _notes(pipe, cells, jobs, records)
+    if len(missing) > MANY:
+        loud.append(f"{len(missing):,} images are to be made: print the plan of this sweep to see how long that takes")
+    for note in loud:
+        inputs.warn(note)
     return Plan(
-        load(image),
-        inputs.text(prompt, "prompt"),
+        pictures.load(image),
+        prompt,
         list(cells),
         records,
         jobs,
@@ -118,7 +138,49 @@ def plan(
         rows,
         rows * seconds_per_row(pipe, [jobs[i] for i in missing.values()]) if timed and missing else None,
         len(missing) * 3 * width * height,  # a picture of many colours, and its input, half as large each at best
+        loud + quiet,
     )
+
+
+def _notes(
+    pipe: DeciDiffusionImg2ImgPipeline, cells: Sequence[Cell], jobs: Sequence[Job], records: Sequence[Record]
+) -> tuple[list[str], list[str]]:
+    """What can run and will surprise: to warn of, and only to mention."""
+    notes = [inputs.high_guidance(max(job.guidance_scale for job in jobs))]
+    steps = sorted({job.num_inference_steps for job in jobs}, reverse=True)
+    notes.append(next(filter(None, (inputs.late_start(number, pipe.scheduler) for number in steps)), None))
+
+    # A cell that names both means it: it shows that without guidance a negative prompt does nothing.
+    unused = [i for i, job in enumerate(jobs) if job.negative_prompt and not job.guided]
+    meant = [i for i in unused if {"negative_prompt", "guidance_scale"} <= cells[i].keys()]
+    if by_default := [i for i in unused if i not in meant]:
+        notes.append(inputs.unused_negative(jobs[by_default[0]].guidance_scale) + f", {_of(by_default)}")
+
+    alike: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        alike.setdefault(record["key"], []).append(i)
+    if len(alike) < len(cells):
+        same = max(alike.values(), key=len)
+        settings = "; ".join(label(cells[i]) for i in same[:LISTED])
+        number = f"{len(cells) - len(alike)} of {len(cells)}"
+        notes.append(f"cells that repeat another are not made again, {number}: {_of(same)} are one ({settings})")
+    for name in ("prompt", "negative_prompt"):
+        for words in dict.fromkeys(record["truncated"].get(name) for record in records):
+            notes.append(words and inputs.lost(name, words))
+    mentioned = [f"negative_prompt is unused in {_of(meant)}"] if meant else []
+    return [note for note in notes if note], mentioned
+
+
+def _of(cells: Sequence[int]) -> str:
+    """A few cells by number."""
+    more = f" and {len(cells) - LISTED} more" if len(cells) > LISTED else ""
+    return f"cell{'s' if len(cells) > 1 else ''} {', '.join(map(str, cells[:LISTED]))}{more}"
+
+
+def _truncated(job: Job, cut: Callable[[str], str]) -> dict[str, str]:
+    """The words of a job that the text encoder does not read."""
+    read = {"prompt": job.prompt, "negative_prompt": (job.negative_prompt or "") if job.guided else ""}
+    return {name: lost for name, words in read.items() if (lost := cut(words))}
 
 
 # --- from cells to jobs -----------------------------------------------------------------------------------------------
@@ -127,7 +189,7 @@ def plan(
 def read_cell(cell: Cell, defaults: Cell, load: Callable[[Any], Image.Image], where: str) -> Job:
     """Understand a cell, or raise an InputError that begins with ``where``."""
     if not isinstance(cell, dict):
-        raise InputError(f"{where}a cell must be a dict such as {{'strength': 0.75}}, got {cell!r}")
+        raise InputError(f"{where}a cell must be a dict such as {{'strength': 0.75}}, got {inputs.told(cell)}")
     inputs.known(cell, defaults, where)
     given = {**defaults, **cell}
     steps = inputs.num_inference_steps(given["num_inference_steps"], where)
@@ -145,19 +207,25 @@ def read_cell(cell: Cell, defaults: Cell, load: Callable[[Any], Image.Image], wh
     )
 
 
-def _loader() -> Callable[[Any], Image.Image]:
-    """``load_image`` that gives the same object for the same source."""
-    loaded: dict[Any, tuple[Any, Image.Image]] = {}
+class _Pictures:
+    """The pictures of a sweep, each read once: the same object for the same source."""
 
-    def load(source: Any) -> Image.Image:
-        name = id(source) if isinstance(source, Image.Image) else source
-        if not isinstance(name, (int, str, Path)):
-            return load_image(source)  # which refuses it
-        if name not in loaded:
-            loaded[name] = source, load_image(source)  # the source is held, so that its id is not given again
-        return loaded[name][1]
+    def __init__(self) -> None:
+        self._read: dict[Any, tuple[Any, Image.Image]] = {}
+        self._original: dict[int, tuple[int, int]] = {}
 
-    return load
+    def load(self, source: Any) -> Image.Image:
+        name = source if isinstance(source, (str, bytes, Path)) else id(source)
+        if name not in self._read:
+            original = read_image(source)
+            image = fit(original)
+            self._original[id(image)] = original.size
+            self._read[name] = source, image  # the source is held, so that its id is not given again
+        return self._read[name][1]
+
+    def original_size(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height of what was loaded as this, before it was cut to fit."""
+        return self._original[id(image)]
 
 
 def count_calls(pipe: DeciDiffusionImg2ImgPipeline, jobs: Sequence[Job]) -> list[int]:
@@ -223,9 +291,9 @@ def _record(cell: Cell, job: Job, origin: Record, image_name: str) -> Record:
 
 def _name(source: Any, image: Image.Image) -> str:
     """What to call an input: a sample's or a file's name, else a piece of its hash. Where a file lies is not told."""
-    if isinstance(source, Image.Image):
-        return f"image {image_hash(image)[:6]}"
-    return Path(str(source).split("?")[0]).name
+    if isinstance(source, (str, os.PathLike)):
+        return Path(os.fsdecode(source).split("?")[0]).name
+    return f"image {image_hash(image)[:6]}"
 
 
 def _model_name(pipe: DeciDiffusionImg2ImgPipeline) -> str:

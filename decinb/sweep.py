@@ -19,7 +19,7 @@ from decinb import inputs
 from decinb.denoise import Done, Tick, denoise, fitting_pack
 from decinb.designs import Cell
 from decinb.errors import InputError
-from decinb.images import read_input, read_record
+from decinb.images import Source, read_input, read_record
 from decinb.labels import ARGUMENTS, label
 from decinb.pipeline import MODELS, DeciDiffusionImg2ImgPipeline, load_pipeline
 from decinb.planning import NEEDED, Plan, count_calls, plan, read_cell
@@ -101,7 +101,7 @@ class SweepError(RuntimeError):
 
 def run_sweep(
     pipe: DeciDiffusionImg2ImgPipeline,
-    image: Image.Image | str | Path,
+    image: Source,
     prompt: str,
     cells: Sequence[Cell],
     seed: int = 0,
@@ -142,6 +142,8 @@ def run_sweep(
     """
     if folder is None and _is_shared():
         raise InputError("folder must be given where several processes share a sweep: it is where they meet")
+    if pack is not None:
+        pack = inputs.number_of(pack, "pack")
     planned = plan(pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, timed=False)
     store = None
     if folder is not None:
