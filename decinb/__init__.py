@@ -12,6 +12,7 @@ from decinb.pipeline import (
     MODELS,
     DeciDiffusionImg2ImgPipeline,
     DeciDiffusionPipeline_img2img,
+    download,
     example,
     load_pipeline,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "UNetNAS",
     "adherence",
     "change",
+    "download",
     "example",
     "grid",
     "load_image",

@@ -8,7 +8,6 @@ import difflib
 import inspect
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +17,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
 from torch import nn
 
 from decinb import hub, inputs
 from decinb.errors import InputError, ModelError
 from decinb.images import as_rgb
 from decinb.quiet import quiet
+from decinb.weights import check_file, check_numbers
 
 with quiet():  # importing these tells of optional libraries that are not needed here
     import diffusers
@@ -116,7 +115,10 @@ DeciDiffusionPipeline_img2img = DeciDiffusionImg2ImgPipeline
 
 @dataclass(frozen=True)
 class Model:
-    """A known model: its folder or hub id, what it is, its images' side in pixels, and something to try it on."""
+    """A known model: its folder or hub id, what it is, its images' side in pixels, and something to try it on.
+
+    ``allow_pickle`` is the permission of ``load_pipeline``, given once for a model that is known to need it.
+    """
 
     source: Path | str
     about: str
@@ -124,6 +126,7 @@ class Model:
     example_image: str
     example_prompt: str
     revision: str | None = None
+    allow_pickle: bool = False
 
 
 MODELS: dict[str, Model] = {
@@ -140,6 +143,7 @@ MODELS: dict[str, Model] = {
         512,
         "valley",
         "A cute baby dragon with blue and green scales, artstation painting",  # the guide's own
+        allow_pickle=True,  # of 2023, when parts were still published as .bin alone; safetensors win where they exist
     ),
 }
 
@@ -162,6 +166,7 @@ def load_pipeline(
     model: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    allow_pickle: bool = False,
 ) -> DeciDiffusionImg2ImgPipeline:
     """Load a model, ready to run, and print one line that says which, where, in which numbers, and why.
 
@@ -171,6 +176,8 @@ def load_pipeline(
             variable ``DECINB_MODEL`` names.
         device: None takes CUDA (under ``accelerate launch`` the process's own), else Apple's MPS, else the CPU.
         dtype: ``torch.float16`` or ``"fp16"``, and so on. None takes float16 on CUDA and float32 elsewhere.
+        allow_pickle: read weights that exist as ``.bin`` only. They are read as plain tensors, and refused if they hold
+            anything else. The published checkpoint has this permission by itself.
 
     Returns:
         An ordinary diffusers pipeline. Images of ``image_size`` pixels suit it best.
@@ -181,10 +188,32 @@ def load_pipeline(
     """
     device = _device(device)
     dtype = _dtype(dtype, device)
-    name, folder, why = _find(model, device)
-    pipe = _load(folder, name, dtype).to(device)
+    name, folder, why = _find(model, device, allow_pickle)
+    pipe = _load(folder, name, dtype, _may_pickle(name, allow_pickle)).to(device)
     print(f"decinb: {name} on {device}, {str(dtype).removeprefix('torch.')} ({why})")
     return pipe
+
+
+def download(model: str = PUBLISHED, allow_pickle: bool = False) -> Path:
+    """Fetch a model ahead of its use, for a room without network. Run again, it goes on where it stopped.
+
+    The hub is asked for the newest version, and every file, new or already here, is compared with the SHA-256 that the
+    hub gives for it; what differs is fetched again.
+
+    Args:
+        model: a name in ``MODELS``, or ``owner/name`` on the hub.
+        allow_pickle: as for ``load_pipeline``.
+
+    Returns:
+        The folder with the model. ``load_pipeline`` takes it, and finds it by the model's name as well.
+
+    Raises:
+        InputError: there is no such name.
+        ModelError: the model cannot be had, with the true cause, or arrives damaged twice.
+    """
+    if not (isinstance(model, str) and (model in MODELS or hub.is_model_id(model))):
+        raise InputError(f"model: give one of {', '.join(map(repr, MODELS))} or a hub id 'owner/name', got {model!r}")
+    return _folder(MODELS.get(model) or _model_on_hub(model), allow_pickle=allow_pickle, fresh=True)
 
 
 def example(pipe: DeciDiffusionImg2ImgPipeline) -> tuple[str, str]:
@@ -226,33 +255,41 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     return found
 
 
-def _find(model: str | Path | None, device: torch.device) -> tuple[str, Path, str]:
+def _model_on_hub(name: str) -> Model:
+    return Model(name, "a model on the hub", 0, "", "")
+
+
+def _may_pickle(name: str, allowed: bool) -> bool:
+    return allowed or (name in MODELS and MODELS[name].allow_pickle)
+
+
+def _find(model: str | Path | None, device: torch.device, allow_pickle: bool = False) -> tuple[str, Path, str]:
     """From what a user calls a model to its name, the folder it lies in, and why it was taken."""
     if model is None and os.environ.get("DECINB_MODEL"):
-        name, folder, _ = _find(os.environ["DECINB_MODEL"], device)
+        name, folder, _ = _find(os.environ["DECINB_MODEL"], device, allow_pickle)
         return name, folder, "as DECINB_MODEL says"
     if model is None:
         why = "no CUDA GPU is used"
         if device.type == "cuda":
             try:
                 known = MODELS[PUBLISHED]
-                return PUBLISHED, _folder(known.source, known.revision, IMPATIENT), "a CUDA GPU is used"
+                return PUBLISHED, _folder(known, IMPATIENT), "a CUDA GPU is used"
             except ModelError as error:
                 why = str(error)
-        return "tiny", _folder(MODELS["tiny"].source), why
+        return "tiny", _folder(MODELS["tiny"]), why
 
     if not isinstance(model, (str, Path)):
         raise InputError(f"model: give a name, a folder or a hub id, got {model!r}")
     name, asked = str(model), "as asked"
     if known := MODELS.get(name):
-        return name, _folder(known.source, known.revision), asked
+        return name, _folder(known, allow_pickle=allow_pickle), asked
     if name and (folder := Path(model).expanduser()).is_dir():
         return name, folder, asked
     if isinstance(model, Path) or model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1:
         raise InputError(f"model: folder not found: {name!r}")
     if hub.is_model_id(name):
         try:
-            return name, _folder(name), asked
+            return name, _folder(_model_on_hub(name), allow_pickle=allow_pickle), asked
         except ModelError as error:
             raise ModelError(f"{error} (and there is no folder {name!r} here)") from error
     close = difflib.get_close_matches(name.lower(), MODELS, n=1)
@@ -261,17 +298,19 @@ def _find(model: str | Path | None, device: torch.device) -> tuple[str, Path, st
     raise InputError(f"model: {name!r} is not known; {hint}give one of {names}, a folder, or a hub id 'owner/name'")
 
 
-def _folder(source: Path | str, revision: str | None = None, timeout: float | None = None) -> Path:
-    if isinstance(source, Path):
-        return source
+def _folder(model: Model, timeout: float | None = None, allow_pickle: bool = False, fresh: bool = False) -> Path:
+    """Where a model lies; from the hub where it is not here yet, or, ``fresh``, to see that all of it is right."""
+    if isinstance(model.source, Path):
+        return model.source
 
     def choose(names: list[str], read: Callable[[str], Path]) -> list[str]:
-        return [name for used in _files(names, read, source).values() for name in used]
+        files = _files(names, read, model.source, allow_pickle or model.allow_pickle)
+        return [name for used in files.values() for name in used]
 
-    return hub.fetch(source, revision, choose, timeout)
+    return hub.fetch(model.source, model.revision, choose, timeout, fresh)
 
 
-def _files(names: list[str], read: Callable[[str], Path], where: str) -> dict[str, list[str]]:
+def _files(names: list[str], read: Callable[[str], Path], where: str, allow_pickle: bool) -> dict[str, list[str]]:
     """The files of a model that are used, by component, config first: none is missing, and no other is fetched."""
 
     def need(name: str) -> str:
@@ -281,11 +320,18 @@ def _files(names: list[str], read: Callable[[str], Path], where: str) -> dict[st
 
     def model(folder: str, safe: str, pickled: str) -> list[str]:
         for whole in (f"{folder}/{safe}", f"{folder}/{pickled}"):
-            stem, ending = whole.rsplit(".", 1)
-            shards = [name for name in names if re.fullmatch(rf"{stem}-\d+-of-\d+\.{ending}", name)]
-            for weights in ([whole], [f"{whole}.index.json", *shards]):
-                if weights[0] in names:
-                    return [need(f"{folder}/config.json"), *weights]
+            index = f"{whole}.index.json"
+            if whole not in names and index not in names:
+                continue
+            if whole.endswith(".bin") and not allow_pickle:
+                raise ModelError(
+                    f"{folder}: {where} has no safetensors but {whole}, a pickle, which can hold code: look for a copy "
+                    "in safetensors, or give load_pipeline allow_pickle=True to read plain tensors from it"
+                )
+            weights = [whole]
+            if whole not in names:
+                weights = [index, *map(need, sorted({f"{folder}/{shard}" for shard in _shards(read(index))}))]
+            return [need(f"{folder}/config.json"), *weights]
         raise ModelError(f"{where} has no {folder}/{safe}, and nothing in its place")
 
     unet = "flexible_unet" if any(name.startswith("flexible_unet/") for name in names) else "unet"
@@ -305,18 +351,23 @@ def _files(names: list[str], read: Callable[[str], Path], where: str) -> dict[st
     }
 
 
-def _load(folder: Path, name: str, dtype: torch.dtype) -> DeciDiffusionImg2ImgPipeline:
-    files = _files(hub.names_in(folder), folder.joinpath, str(folder))
+def _shards(index: Path) -> list[str]:
+    with _blaming(f"{index} lists no shards"):
+        return [str(name) for name in _json(index)["weight_map"].values()]
+
+
+def _load(folder: Path, name: str, dtype: torch.dtype, allow_pickle: bool) -> DeciDiffusionImg2ImgPipeline:
+    files = _files(hub.names_in(folder), folder.joinpath, str(folder), allow_pickle)
     if pickles := [file for used in files.values() for file in used if file.endswith(".bin")]:
         warnings.warn(f"{name} has no safetensors for {', '.join(pickles)}: read as plain tensors only", stacklevel=3)
+    from_hub = isinstance(MODELS[name].source, str) if name in MODELS else not Path(name).is_dir()
+    repair = f"decinb.download({name!r}) fetches it anew" if from_hub else "bring it anew from where it came from"
 
     def model(component: str, cls: type, **dtype_option: torch.dtype) -> nn.Module:
         config, *weights = files[component]
         for file in weights:
-            if file.endswith(".safetensors"):
-                whole_file = _blaming(f"{component}: {folder / file} is damaged or cut short, fetch it again")
-                with whole_file, safe_open(folder / file, "pt"):
-                    pass
+            if not file.endswith(".json"):
+                check_file(component, folder / file, repair)
         where, pickled = (folder / config).parent, ".bin" in weights[0]
         # What a library says of a refused pickle is how to run its code after all: that is left out.
         reason = "the .bin is damaged, or more than plain tensors, or torch is older than 2.6" if pickled else None
@@ -330,9 +381,7 @@ def _load(folder: Path, name: str, dtype: torch.dtype) -> DeciDiffusionImg2ImgPi
                 **dtype_option,
             )
         refuse_partial(info, where)
-        for tensor_name, tensor in (*loaded.named_parameters(), *loaded.named_buffers()):
-            if tensor.is_meta:
-                raise ModelError(f"{component}: {tensor_name} got no values from {where}")
+        check_numbers(component, loaded, where)
         return loaded
 
     with quiet():
