@@ -22,6 +22,7 @@ from torch import nn
 from decinb import hub, inputs
 from decinb.errors import InputError, ModelError
 from decinb.images import as_rgb
+from decinb.locks import turn
 from decinb.quiet import quiet
 from decinb.weights import check_file, check_numbers
 
@@ -95,7 +96,41 @@ class DeciDiffusionImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
             image = as_rgb(image)  # diffusers would take four channels for a latent
         elif isinstance(image, (list, tuple)) and all(isinstance(one, Image.Image) for one in image):
             image = [as_rgb(one) for one in image]
-        return super().__call__(prompt, image, strength, num_inference_steps, *args, **kwargs)
+        return self._watched(prompt, image, strength, num_inference_steps, *args, **kwargs)
+
+    def _watched(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock call, one thread at a time, and with an error where it would make NaN a black picture."""
+        named = dict(zip(inspect.signature(super().__call__).parameters, args, strict=False)) | kwargs
+        theirs = named.get("callback_on_step_end")
+        wanted = getattr(theirs, "tensor_inputs", None) or named.get("callback_on_step_end_tensor_inputs", ["latents"])
+        finite: list[torch.Tensor] = []  # a flag a step, read at the end: until then a GPU need not wait
+
+        def watch(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            changed = theirs(pipe, step, timestep, {name: tensors[name] for name in wanted}) if theirs else None
+            finite.append({**tensors, **(changed or {})}["latents"].isfinite().all())
+            return changed or {}
+
+        with turn(self):
+            self._decoded_finite = True
+            watched = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": [*wanted, "latents"]}
+            made = super().__call__(**{**named, **watched})
+            decoded_finite = self._decoded_finite
+        if not decoded_finite or not all(finite):
+            lost = next((step for step, fine in enumerate(finite, 1) if not fine), None)
+            where = f"the U-Net or its guidance, at step {lost}" if lost else "the VAE's decoder, after step"
+            where += f" of {len(finite)}" if lost else f" {len(finite)} of {len(finite)}"
+            raise ModelError(
+                f"no picture was made, only NaN or infinity, by {where}: lower guidance_scale, or load_pipeline with "
+                "dtype='float32'"
+            )
+        return made
+
+    def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, list[bool] | None]:
+        """As in diffusers; every decoded picture comes by here, so this is also where it is seen whether it is one."""
+        if torch.is_tensor(image):
+            self._decoded_finite = bool(image.isfinite().all())
+            image = image.nan_to_num()
+        return super().run_safety_checker(image, device, dtype)
 
     @property
     def image_size(self) -> int:

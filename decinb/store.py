@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,6 +19,7 @@ from PIL import Image
 from decinb.errors import InputError
 from decinb.images import part_of, read_input, read_record, save_image
 from decinb.labels import SHORT, plain
+from decinb.locks import alone
 
 Record = dict[str, Any]
 
@@ -114,12 +116,19 @@ class Store:
     def note(self, records: Sequence[Record]) -> None:
         """Add records to the manifest: what is asked for here, finished or not."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        listed = {entry["file"]: entry for entry in self._entries()}
-        for record in records:
-            listed.setdefault(self.path(record).name, {"file": self.path(record).name, "cell": record["cell"]})
-        part = part_of(self.folder / MANIFEST)
-        part.write_text(json.dumps({"cells": list(listed.values())}, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self.folder / MANIFEST)
+        with alone(self.folder / f".{MANIFEST}.lock"):  # what another process adds meanwhile is not to be lost
+            listed = {entry["file"]: entry for entry in self._entries()}
+            for record in records:
+                listed.setdefault(self.path(record).name, {"file": self.path(record).name, "cell": record["cell"]})
+            part = part_of(self.folder / MANIFEST)
+            part.write_text(json.dumps({"cells": list(listed.values())}, indent=1) + "\n", encoding="utf-8")
+            os.replace(part, self.folder / MANIFEST)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Work in the folder while no other process does; it waits until then, and says so."""
+        return alone(
+            self.folder / ".lock", f"folder {str(self.folder)!r} is in use by another process: waiting until it is done"
+        )
 
     def read(self) -> tuple[list[Path], list[Record], Image.Image]:
         """The finished images of the manifest, in its order: files, records, and the input of the first.

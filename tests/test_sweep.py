@@ -245,11 +245,12 @@ def test_an_image_that_cannot_be_saved_is_not_lost(tiny, image, tmp_path):
 
     hook = tiny.vae.decoder.register_forward_pre_hook(vanish)
     try:
-        with pytest.raises(SweepError, match="1 of 1 cells were done") as caught:
-            run_sweep(tiny, image, PROMPT, [QUICK], folder=folder, progress=False)
+        with pytest.warns(UserWarning, match="cannot be written to .*stays in memory") as caught:
+            sweep = run_sweep(tiny, image, PROMPT, [QUICK], folder=folder, progress=False)
     finally:
         hook.remove()
-    assert caught.value.sweep.images[0].size == image.size
+    assert len(caught) == 1
+    assert sweep.images[0].size == image.size
 
 
 def test_a_plan_says_what_a_sweep_takes_before_it_runs(tiny, image, tmp_path):
@@ -347,14 +348,16 @@ class Stop:
         self.hook.remove()
 
 
-def test_stopping_keeps_and_returns_what_is_done(tiny, image, capsys):
+def test_stopping_keeps_and_returns_what_is_done(tiny, image, capsys, happened):
     cells = [{**QUICK, "seed": seed} for seed in range(3)]
     with Stop(tiny, 5, KeyboardInterrupt()):
         sweep = run_sweep(tiny, image, PROMPT, cells, progress=False, pack=2)
     assert len(sweep) == 2 and sweep.cells == cells[:2]
-    assert "2 of 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of 3" in said
     again = run_sweep(tiny, image, PROMPT, cells, progress=False, pack=2)
     assert same(again.images[1], sweep.images[1])
+    happened("F2", f"{said.strip()}; the next run made the same pictures")
 
 
 def test_stopping_while_an_image_is_saved_loses_nothing(tiny, image, tmp_path, monkeypatch):
@@ -386,7 +389,7 @@ def test_a_fault_names_what_ran_and_loses_nothing(tiny, image, tmp_path):
 
 def test_a_cell_that_turns_to_nan_is_named_and_alone(tiny, image):
     cells = [{**QUICK, "guidance_scale": scale} for scale in (1e38, 5)]
-    with pytest.warns(UserWarning, match="guidance 1e.38.*NaN or infinity"):
+    with pytest.warns(UserWarning, match="guidance 1e.38.*NaN or infinity .*at step 1 of 2"):
         sweep = run_sweep(tiny, image, PROMPT, cells, progress=False)
     alone = run_sweep(tiny, image, PROMPT, cells[1:], progress=False)
     assert sweep.cells == cells[1:]
