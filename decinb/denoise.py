@@ -26,6 +26,7 @@ from decinb.unet_nas import UNetNAS
 
 DECODED = 4  # latents a call of the VAE's decoder, which gains little from more and needs much memory for each
 REMEMBERED = 64  # prompts whose encodings are kept
+OUTGROWN = 1e4  # latents are a few units large; these are none that a U-Net could read
 
 # Rows a call: a small picture leaves even a CPU half idle, a large one does not.
 PIXELS = {"cpu": 64 * 16 * 16, "mps": 16 * 64 * 64, "cuda": 64 * 64 * 64}
@@ -321,7 +322,9 @@ class _Packer:
         if not all(self.encode_prompt(said).isfinite().all() for said in cell.words):
             return "the text encoder made NaN or infinity of the prompt"
         if not all(prediction.isfinite().all() for prediction in predictions):
-            return f"the U-Net gave NaN or infinity {at}"
+            largest = before.abs().max()
+            grown = f", of latents that guidance {cell.job.guidance_scale:g} had grown to {largest:.0e}"
+            return f"the U-Net gave NaN or infinity {at}{grown if cell.job.guided and largest > OUTGROWN else ''}"
         if cell.job.guided:
             return f"guidance {cell.job.guidance_scale:g} made NaN or infinity of the U-Net's answer {at}"
         return f"{type(cell.scheduler).__name__} made NaN or infinity of the U-Net's answer {at}"

