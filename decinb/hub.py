@@ -72,7 +72,7 @@ def fetch(
     Raises:
         ModelError: with the true cause: no such model, gated, offline, out of reach, not the hub that answered.
     """
-    if not fresh and (folder := _cached(repo_id, revision, choose)):
+    if not fresh and (folder := cached(repo_id, revision, choose)):
         return folder
     timeout = timeout or constants.HF_HUB_ETAG_TIMEOUT
     try:
@@ -90,7 +90,7 @@ def fetch(
     except ModelError:
         raise
     except Exception as error:  # the network library's errors are not the hub's own, and differ between its versions
-        here = fresh and _cached(repo_id, revision, choose)
+        here = fresh and cached(repo_id, revision, choose)
         lead = "is here, but was not compared with the hub's" if here else "is not in the cache"
         raise ModelError(f"{repo_id} {_cause(error, repo_id, revision, lead)}") from error
 
@@ -101,12 +101,12 @@ def _file(repo_id: str, name: str, commit: str, timeout: float, check: bool) -> 
     Only the bytes are brought here, since the hub's library begins a broken download again from nothing and compares
     nothing but the size. It lays out the cache itself.
     """
-    cached = try_to_load_from_cache(repo_id, name, revision=commit)
-    if isinstance(cached, str):
-        blob = Path(cached).resolve()  # which bears its hash as its name, unless the system has no links
+    here = try_to_load_from_cache(repo_id, name, revision=commit)
+    if isinstance(here, str):
+        blob = Path(here).resolve()  # which bears its hash as its name, unless the system has no links
         if not check or is_sound(blob, blob.name):
-            return Path(cached)
-        Path(cached).unlink()
+            return Path(here)
+        Path(here).unlink()
         blob.unlink(missing_ok=True)
     url = hf_hub_url(repo_id, name, revision=commit)
     announced = get_hf_file_metadata(url, timeout=timeout)
@@ -185,7 +185,8 @@ def is_sound(file: Path, etag: str) -> bool:
     return digest.hexdigest() == etag
 
 
-def _cached(repo_id: str, revision: str | None, choose: Choose) -> Path | None:
+def cached(repo_id: str, revision: str | None, choose: Choose) -> Path | None:
+    """The folder of a model that is in the cache whole, without a request; None if it is not."""
     path = try_to_load_from_cache(repo_id, ANCHOR, revision=revision)
     if not isinstance(path, str):
         return None

@@ -333,16 +333,24 @@ def _find(model: str | Path | None, device: torch.device, allow_pickle: bool = F
     raise InputError(f"model: {name!r} is not known; {hint}give one of {names}, a folder, or a hub id 'owner/name'")
 
 
+def is_here(model: Model) -> bool:
+    """Whether a model can be loaded without a network."""
+    return isinstance(model.source, Path) or hub.cached(model.source, model.revision, _chooser(model)) is not None
+
+
 def _folder(model: Model, timeout: float | None = None, allow_pickle: bool = False, fresh: bool = False) -> Path:
     """Where a model lies; from the hub where it is not here yet, or, ``fresh``, to see that all of it is right."""
     if isinstance(model.source, Path):
         return model.source
+    return hub.fetch(model.source, model.revision, _chooser(model, allow_pickle), timeout, fresh)
 
+
+def _chooser(model: Model, allow_pickle: bool = False) -> hub.Choose:
     def choose(names: list[str], read: Callable[[str], Path]) -> list[str]:
-        files = _files(names, read, model.source, allow_pickle or model.allow_pickle)
+        files = _files(names, read, str(model.source), allow_pickle or model.allow_pickle)
         return [name for used in files.values() for name in used]
 
-    return hub.fetch(model.source, model.revision, choose, timeout, fresh)
+    return choose
 
 
 def _files(names: list[str], read: Callable[[str], Path], where: str, allow_pickle: bool) -> dict[str, list[str]]:

@@ -158,6 +158,8 @@ def _run(run: "_Run") -> Sweep:
     except KeyboardInterrupt:
         print(f"stopped: {len(run.made)} of {len(planned.cells)} cells are done")
     except Exception as error:
+        if isinstance(error, InputError) and not run.made:  # found at the last door: the folder, or the U-Net
+            raise
         sweep = run.result()
         under_way = "; ".join(f"cell {i} ({label(planned.records[i])})" for i in run.under_way[:3])
         more = f" and {len(run.under_way) - 3} more" if len(run.under_way) > 3 else ""
