@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "MODELS",
             "DeciDiffusionImg2ImgPipeline",
             "DeciDiffusionPipeline_img2img",
+            "download",
             "example",
             "load_pipeline",
         ],

@@ -22,13 +22,14 @@ from decinb.quiet import quiet
 from decinb.unet_nas import UNetNAS
 
 with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import SchedulerMixin, StableDiffusionImg2ImgPipeline
+    from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionImg2ImgPipeline
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
     from diffusers.utils.torch_utils import randn_tensor
 
 DECODED = 4  # latents a call of the VAE's decoder, which gains little from more and needs much memory for each
 REMEMBERED = 64  # prompts whose encodings are kept
+OUTGROWN = 1e4  # latents are a few units large; these are none that a U-Net could read
 
 # Rows a call: a small picture leaves even a CPU half idle, a large one does not.
 PIXELS = {"cpu": 64 * 16 * 16, "mps": 16 * 64 * 64, "cuda": 64 * 64 * 64}
@@ -76,12 +77,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """A job that has ended: its number in the list, its picture or what went wrong, and its share of the time."""
+    """A job that has ended: its number in the list, its picture or what went wrong, and its share of the time.
+
+    A picture that a safety checker took for unsafe is black, and ``blacked_out``; a fault never gives a picture.
+    """
 
     index: int
     image: Image.Image | None
     fault: str | None
     seconds: float
+    blacked_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,8 @@ def denoise(
             arXiv:2305.08891, section 3.4). The stock image to image has no such thing, which is 0.
 
     Yields:
-        A ``Tick`` when jobs begin, after each step of all that live, and after each call of the VAE's decoder. On an
+        A ``Tick`` when jobs begin, after each step of all that live, and after each call of the VAE's decoder. A job
+        whose numbers are none any more ends at that step, with a fault that names the part it came from. On an
         error, or a ``KeyboardInterrupt``, what had been denoised is still decoded and brought before it is raised.
 
     Raises:
@@ -159,6 +165,7 @@ class _Live:
     step_arguments: dict[str, Any]
     position: int = 0
     seconds: float = 0.0
+    fault: str | None = None
 
     @property
     def timestep(self) -> Tensor:
@@ -227,9 +234,10 @@ class _Packer:
                 share = (perf_counter() - started) / rows
                 for cell in self.live:
                     cell.seconds += share * len(cell.words)
-                self.ended += [cell for cell in self.live if cell.ended]
-                self.live = [cell for cell in self.live if not cell.ended]
-                yield Tick(rows, [], self._latents())
+                lost = [Done(cell.index, None, cell.fault, cell.seconds) for cell in self.live if cell.fault]
+                self.ended += [cell for cell in self.live if cell.ended and not cell.fault]
+                self.live = [cell for cell in self.live if not (cell.ended or cell.fault)]
+                yield Tick(rows, lost, self._latents())
                 while len(self.ended) >= self.together or (self.ended and not self.live and not self.waiting):
                     yield Tick(0, self._decode(), self._latents())
         except (KeyboardInterrupt, Exception):
@@ -298,9 +306,31 @@ class _Packer:
                     timesteps.append(cell.timestep)
                     words.append(said)
         predictions = self._predict(latents, timesteps, words)
+        answers = {cell.index: [predictions[keys[cell.row(said)]] for said in cell.words] for cell in self.live}
+        before = self._latents()
         for cell in self.live:
-            mine = [predictions[keys[cell.row(said)]] for said in cell.words]
-            cell.step(mine, self.guidance_rescale)
+            cell.step(answers[cell.index], self.guidance_rescale)
+        are_finite = torch.stack(
+            [cell.latents.isfinite().all() for cell in self.live]
+        ).tolist()  # the device waits once
+        for cell, is_finite in zip(self.live, are_finite, strict=True):
+            if not is_finite:
+                cell.fault = self._blame(cell, before[cell.index], answers[cell.index])
+
+    def _blame(self, cell: _Live, before: Tensor, predictions: list[Tensor]) -> str:
+        """In whose hands a cell's numbers were lost, in the step that it has just made."""
+        at = f"at step {cell.position} of {len(cell.timesteps)}"
+        if not before.isfinite().all():
+            return "the VAE's encoder made NaN or infinity of the input picture"
+        if not all(self.encode_prompt(said).isfinite().all() for said in cell.words):
+            return "the text encoder made NaN or infinity of the prompt"
+        if not all(prediction.isfinite().all() for prediction in predictions):
+            largest = before.abs().max()
+            grown = f", of latents that guidance {cell.job.guidance_scale:g} had grown to {largest:.0e}"
+            return f"the U-Net gave NaN or infinity {at}{grown if cell.job.guided and largest > OUTGROWN else ''}"
+        if cell.job.guided:
+            return f"guidance {cell.job.guidance_scale:g} made NaN or infinity of the U-Net's answer {at}"
+        return f"{type(cell.scheduler).__name__} made NaN or infinity of the U-Net's answer {at}"
 
     def _predict(self, latents: list[Tensor], timesteps: list[Tensor], words: list[str]) -> list[Tensor]:
         """The U-Net's answer for every row, in calls of at most a pack of rows of one shape."""
@@ -336,24 +366,39 @@ class _Packer:
         pictures, self.together = _as_many_as_fit(self._pictures, alike, self.together)
         share = (perf_counter() - started) / len(pictures)
         done = []
-        for cell, picture in zip(alike, pictures, strict=False):
-            fault = None if picture else "its latents turned into NaN or infinity"
-            done.append(Done(cell.index, picture, fault, cell.seconds + share))
+        for cell, (picture, blacked_out) in zip(alike, pictures, strict=False):
+            steps = len(cell.timesteps)
+            fault = None if picture else f"the VAE's decoder gave NaN or infinity, after step {steps} of {steps}"
+            done.append(Done(cell.index, picture, fault, cell.seconds + share, blacked_out))
         self.ended = [cell for cell in self.ended if cell not in alike[: len(pictures)]]
         return done
 
     @torch.no_grad()
-    def _pictures(self, cells: list[_Live]) -> list[Image.Image | None]:
-        """Decode latents; None for those that are no numbers any more, which must not reach their neighbours."""
+    def _pictures(self, cells: list[_Live]) -> list[tuple[Image.Image | None, bool]]:
+        """Decode latents: each its picture, or None where it is no numbers, and whether a safety checker blacked it."""
         pipe, latents = self.pipe, torch.cat([cell.latents for cell in cells])
-        good = latents.isfinite().flatten(1).all(dim=1)
-        pixels = pipe.vae.decode(torch.where(good[:, None, None, None], latents, 0) / pipe.vae.config.scaling_factor)[0]
-        good &= pixels.isfinite().flatten(1).all(dim=1)
+        pixels = decode(pipe.vae, latents / pipe.vae.config.scaling_factor)
+        good = pixels.isfinite().flatten(1).all(dim=1)
         pixels = torch.where(good[:, None, None, None], pixels, 0)
         pixels, unsafe = pipe.run_safety_checker(pixels, pixels.device, pixels.dtype)
-        shown = [True] * len(pixels) if unsafe is None else [not flag for flag in unsafe]
+        unsafe = [False] * len(pixels) if unsafe is None else list(map(bool, unsafe))
+        shown = [not flag for flag in unsafe]
         pictures = pipe.image_processor.postprocess(pixels, output_type="pil", do_denormalize=shown)
-        return [picture if fine else None for picture, fine in zip(pictures, good.tolist(), strict=True)]
+        rows = zip(pictures, good.tolist(), unsafe, strict=True)
+        return [(picture, flag) if fine else (None, False) for picture, fine, flag in rows]
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pixels, from a VAE in half precision that overflows once more in float32, as some of that time's do."""
+    pixels = vae.decode(latents)[0]
+    half = vae.dtype
+    if half == torch.float32 or pixels.isfinite().all():
+        return pixels
+    vae.to(torch.float32)
+    try:
+        return vae.decode(latents.float())[0].to(half)
+    finally:
+        vae.to(half)
 
 
 def _as_many_as_fit(call: Callable[[list[Given]], Made], given: list[Given], most: int) -> tuple[Made, int]:

@@ -6,4 +6,4 @@ class InputError(ValueError):
 
 
 class ModelError(OSError):
-    """A model that cannot be loaded: its folder, files, tensors or source."""
+    """A model that cannot be loaded: its folder, files, tensors or source. Or one that gives no numbers but NaN."""

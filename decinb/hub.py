@@ -1,9 +1,23 @@
-"""A model from the hub: only the files that are used, all of one commit, and from the cache where no hub answers."""
+"""A model from the hub: only the files that are used, all of one commit, whole, and from the cache once they are there.
 
+No request waits for a silent server longer than a bound, and a download that broke is gone on with.
+"""
+
+import hashlib
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     FileMetadataError,
     GatedRepoError,
@@ -14,14 +28,19 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import are_progress_bars_disabled as bar_is_off
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
+from tqdm.auto import tqdm
 
 from decinb.errors import ModelError
+from decinb.locks import alone
 
 Choose = Callable[[list[str], Callable[[str], Path]], list[str]]
 """From a model's file names, and a way to get one, to the names wanted; or a ModelError that says what is missing."""
 
 ANCHOR = "scheduler/scheduler_config.json"  # in every diffusers pipeline, and small
+CHUNK = 1 << 20  # bytes at once
 
 
 def is_model_id(name: str) -> bool:
@@ -33,43 +52,141 @@ def is_model_id(name: str) -> bool:
     return "/" in name
 
 
-def fetch(repo_id: str, revision: str | None, choose: Choose, timeout: float | None = None) -> Path:
+def fetch(
+    repo_id: str, revision: str | None, choose: Choose, timeout: float | None = None, fresh: bool = False
+) -> Path:
     """Bring the wanted files of a model into the hub's cache.
+
+    A model that is there whole is taken as it is, and nothing is asked of the hub.
 
     Args:
         repo_id: ``owner/name``.
         revision: a branch, tag or commit; None is the main branch.
         choose: picks the files; it may read small ones first, and refuse the model before large ones are fetched.
         timeout: seconds of silence after which the hub counts as out of reach; None takes ``HF_HUB_ETAG_TIMEOUT``.
+        fresh: ask the hub for the newest version though there is one here, and compare all files with its hashes.
 
     Returns:
-        The folder with the files. The hub is asked first; where it fails, a complete copy in the cache will do.
+        The folder with the files.
 
     Raises:
         ModelError: with the true cause: no such model, gated, offline, out of reach, not the hub that answered.
     """
+    if not fresh and (folder := cached(repo_id, revision, choose)):
+        return folder
     timeout = timeout or constants.HF_HUB_ETAG_TIMEOUT
     try:
         listing = HfApi().model_info(repo_id, revision=revision, timeout=timeout)
 
         def read(name: str) -> Path:
-            return Path(hf_hub_download(repo_id, name, revision=listing.sha, etag_timeout=timeout))
+            return _file(repo_id, name, listing.sha, timeout, check=fresh)
 
         for name in choose([file.rfilename for file in listing.siblings], read):
             read(name)
-        # Files asked for by commit leave no note of which commit the branch is at, and an offline load looks there. So
+        # Files asked for by commit leave no note of which commit the branch is at, and the cache is entered by that. So
         # one file is asked for by branch, and last: the note never points at half a model.
         hf_hub_download(repo_id, ANCHOR, revision=revision, etag_timeout=timeout)
         return read(ANCHOR).parents[1]
     except ModelError:
         raise
     except Exception as error:  # the network library's errors are not the hub's own, and differ between its versions
-        if folder := _cached(repo_id, revision, choose):
-            return folder
-        raise ModelError(f"{repo_id} {_cause(error, repo_id, revision)}") from error
+        here = fresh and cached(repo_id, revision, choose)
+        lead = "is here, but was not compared with the hub's" if here else "is not in the cache"
+        raise ModelError(f"{repo_id} {_cause(error, repo_id, revision, lead)}") from error
 
 
-def _cached(repo_id: str, revision: str | None, choose: Choose) -> Path | None:
+def _file(repo_id: str, name: str, commit: str, timeout: float, check: bool) -> Path:
+    """A file in the cache, fetched if it is not there, and known to be what the hub says it is.
+
+    Only the bytes are brought here, since the hub's library begins a broken download again from nothing and compares
+    nothing but the size. It lays out the cache itself.
+    """
+    here = try_to_load_from_cache(repo_id, name, revision=commit)
+    if isinstance(here, str):
+        blob = Path(here).resolve()  # which bears its hash as its name, unless the system has no links
+        if not check or is_sound(blob, blob.name):
+            return Path(here)
+        Path(here).unlink()
+        blob.unlink(missing_ok=True)
+    url = hf_hub_url(repo_id, name, revision=commit)
+    announced = get_hf_file_metadata(url, timeout=timeout)
+    if announced.etag is None or announced.size is None:
+        raise FileMetadataError("no ETag or no size")
+    cache, folder = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repo_id, repo_type="model")
+    blob = cache / folder / "blobs" / announced.etag
+    lock = cache / ".locks" / folder / f"{announced.etag}.lock"  # the one that the hub's library takes for this file
+    for path in (blob, lock):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with alone(lock):
+        if not blob.exists():
+            _download(url, blob, announced.size, timeout, f"{repo_id}: {name}")
+    return Path(hf_hub_download(repo_id, name, revision=commit, etag_timeout=timeout))
+
+
+def _download(url: str, blob: Path, size: int, timeout: float, what: str) -> None:
+    """Bring a file under the name that is its hash. What a broken attempt has left is gone on with."""
+    part = blob.with_name(f"{blob.name}.part")
+    for _ in range(2):
+        with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=bar_is_off(), leave=False) as bar:
+            while True:
+                before = _size(part)
+                try:
+                    _stream(url, part, timeout, bar)
+                except Exception as error:
+                    if _size(part) == before or isinstance(error, (HfHubHTTPError, OSError)):
+                        raise  # nothing more came, or it is not the network: to try again is up to the user
+                if _size(part) >= size or _size(part) == before:
+                    break
+        if _size(part) == size and is_sound(part, blob.name):
+            os.replace(part, blob)
+            return
+        part.unlink(missing_ok=True)
+    raise ModelError(
+        f"{what} arrived twice with other bytes than {constants.ENDPOINT} announces, and was deleted: something on the "
+        "way changes or cuts it; try another network"
+    )
+
+
+def _stream(url: str, part: Path, timeout: float, bar: tqdm) -> None:
+    begun = _size(part)
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    if begun:
+        headers["Range"] = f"bytes={begun}-"
+    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+        if response.status_code == 416:  # what is here is as long or longer: not a beginning
+            part.unlink()
+            return
+        hf_raise_for_status(response)
+        goes_on = response.status_code == 206
+        bar.update((begun if goes_on else 0) - bar.n)
+        with part.open("ab" if goes_on else "wb") as file:
+            for chunk in response.iter_bytes():  # as it comes: of a fixed size, the last before a break is lost
+                file.write(chunk)
+                bar.update(len(chunk))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def is_sound(file: Path, etag: str) -> bool:
+    """Whether a file has the hash that the hub names it by: SHA-256 for large ones, that of git for small ones.
+
+    True as well where the name is neither, as with some mirrors: then there is nothing to compare with.
+    """
+    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", etag):
+        return True
+    if not file.exists():
+        return False
+    digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(f"blob {file.stat().st_size}\0".encode())
+    with file.open("rb") as opened:
+        while chunk := opened.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest() == etag
+
+
+def cached(repo_id: str, revision: str | None, choose: Choose) -> Path | None:
+    """The folder of a model that is in the cache whole, without a request; None if it is not."""
     path = try_to_load_from_cache(repo_id, ANCHOR, revision=revision)
     if not isinstance(path, str):
         return None
@@ -86,12 +203,12 @@ def names_in(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.is_file()]
 
 
-def _cause(error: Exception, repo_id: str, revision: str | None) -> str:
+def _cause(error: Exception, repo_id: str, revision: str | None, lead: str) -> str:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # "no network and not cached" is the hub library's summary; this is what happened
     hub = constants.ENDPOINT
     if isinstance(error, OfflineModeIsEnabled):
-        return "is not in the cache, and HF_HUB_OFFLINE forbids to download it: unset that and load it once"
+        return f"{lead}, and HF_HUB_OFFLINE forbids to ask: unset that and run decinb.download({repo_id!r}) once"
     if isinstance(error, GatedRepoError):
         return f"is gated: accept its licence at {hub}/{repo_id}, then run `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
@@ -99,10 +216,13 @@ def _cause(error: Exception, repo_id: str, revision: str | None) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"has no revision {revision!r}"
     if isinstance(error, HfHubHTTPError):
-        return f"is not in the cache, and {hub} answered {error.response.status_code}: try again later"
+        wait = error.response.headers.get("retry-after", "")
+        when = f"in {wait} seconds" if wait.isdigit() else "later"
+        why = {429: " (too many requests)"}.get(error.response.status_code, "")
+        return f"{lead}, and {hub} answered {error.response.status_code}{why}: try again {when}"
     if isinstance(error, (ValueError, TypeError, KeyError, FileMetadataError)):
-        return f"is not in the cache, and what answers at {hub} is not the hub: a sign-in page, or a proxy?"
+        return f"{lead}, and what answers at {hub} is not the hub: a sign-in page, or a proxy?"
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
         return f"could not be stored: {reason}"
-    return f"is not in the cache, and {hub} cannot be reached ({reason})"
+    return f"{lead}, and {hub} cannot be reached ({reason})"

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +145,16 @@ def save_image(image: Image.Image, path: Path, record: dict[str, Any], input_ima
     text.add_itxt(RECORD, json.dumps(record, allow_nan=False))
     if input_image is not None:
         text.add(INPUT, _lossless(input_image))
-    with open(part_of(path), "wb") as file:
-        image.save(file, "PNG", pnginfo=text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part_of(path), path)
+    try:
+        with open(part_of(path), "wb") as file:
+            image.save(file, "PNG", pnginfo=text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part_of(path), path)
+    except OSError:
+        with suppress(OSError):  # on a full disk the half would keep the room
+            part_of(path).unlink()
+        raise
 
 
 def part_of(path: Path) -> Path:

@@ -8,7 +8,6 @@ import difflib
 import inspect
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from decinb import hub, inputs, tuning
 from decinb.errors import InputError, ModelError
 from decinb.images import load_images
+from decinb.locks import turn
 from decinb.quiet import quiet
+from decinb.weights import check_file, check_numbers
 
 with quiet():  # importing these tells of optional libraries that are not needed here
     import diffusers
@@ -92,7 +92,7 @@ class DeciDiffusionImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
         inputs.known(kwargs, ARGUMENTS)
         bound = SIGNATURE.bind(self, prompt, image, strength, num_inference_steps, *args, **kwargs)
         bound.apply_defaults()
-        return super().__call__(**self._understood({name: bound.arguments[name] for name in ARGUMENTS}))
+        return self._watched(**self._understood({name: bound.arguments[name] for name in ARGUMENTS}))
 
     def _understood(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call as plain values that can run, with a warning of what will surprise."""
@@ -138,6 +138,39 @@ class DeciDiffusionImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
         with quiet():
             return super().encode_prompt(*args, **kwargs)
 
+    def _watched(self, **named: Any) -> Any:
+        """The stock call, one thread at a time, and with an error where it would make NaN a black picture."""
+        theirs = named.get("callback_on_step_end")
+        wanted = getattr(theirs, "tensor_inputs", None) or named.get("callback_on_step_end_tensor_inputs", ["latents"])
+        finite: list[torch.Tensor] = []  # a flag a step, read at the end: until then a GPU need not wait
+
+        def watch(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            changed = theirs(pipe, step, timestep, {name: tensors[name] for name in wanted}) if theirs else None
+            finite.append({**tensors, **(changed or {})}["latents"].isfinite().all())
+            return changed or {}
+
+        with turn(self):
+            self._decoded_finite = True
+            watched = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": [*wanted, "latents"]}
+            made = super().__call__(**{**named, **watched})
+            decoded_finite = self._decoded_finite
+        if not decoded_finite or not all(finite):
+            lost = next((step for step, fine in enumerate(finite, 1) if not fine), None)
+            where = f"the U-Net or its guidance, at step {lost}" if lost else "the VAE's decoder, after step"
+            where += f" of {len(finite)}" if lost else f" {len(finite)} of {len(finite)}"
+            raise ModelError(
+                f"no picture was made, only NaN or infinity, by {where}: lower guidance_scale, or load_pipeline with "
+                "dtype='float32'"
+            )
+        return made
+
+    def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, list[bool] | None]:
+        """As in diffusers; every decoded picture comes by here, so this is also where it is seen whether it is one."""
+        if torch.is_tensor(image):
+            self._decoded_finite = bool(image.isfinite().all())
+            image = image.nan_to_num()
+        return super().run_safety_checker(image, device, dtype)
+
     @property
     def image_size(self) -> int:
         """Height and width in pixels of the images that the model was trained on."""
@@ -156,7 +189,10 @@ DeciDiffusionPipeline_img2img = DeciDiffusionImg2ImgPipeline
 
 @dataclass(frozen=True)
 class Model:
-    """A known model: its folder or hub id, what it is, its images' side in pixels, and something to try it on."""
+    """A known model: its folder or hub id, what it is, its images' side in pixels, and something to try it on.
+
+    ``allow_pickle`` is the permission of ``load_pipeline``, given once for a model that is known to need it.
+    """
 
     source: Path | str
     about: str
@@ -164,6 +200,7 @@ class Model:
     example_image: str
     example_prompt: str
     revision: str | None = None
+    allow_pickle: bool = False
 
 
 MODELS: dict[str, Model] = {
@@ -180,6 +217,7 @@ MODELS: dict[str, Model] = {
         512,
         "valley",
         "A cute baby dragon with blue and green scales, artstation painting",  # the guide's own
+        allow_pickle=True,  # of 2023, when parts were still published as .bin alone; safetensors win where they exist
     ),
 }
 
@@ -203,6 +241,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     compile: bool = False,
+    allow_pickle: bool = False,
 ) -> DeciDiffusionImg2ImgPipeline:
     """Load a model, ready to run, and print one line that says which, where, in which numbers, and why.
 
@@ -212,6 +251,8 @@ def load_pipeline(
             variable ``DECINB_MODEL`` names.
         device: None takes CUDA (under ``accelerate launch`` the process's own), else Apple's MPS, else the CPU.
         dtype: ``torch.float16`` or ``"fp16"``, and so on. None takes float16 on CUDA and float32 elsewhere.
+        allow_pickle: read weights that exist as ``.bin`` only. They are read as plain tensors, and refused if they hold
+            anything else. The published checkpoint has this permission by itself.
         compile: turn on what is faster on the device and keeps the pictures, but for rounding; see ``decinb.tuning``.
             It pays for long sweeps: the first call waits for the compiler.
 
@@ -224,13 +265,35 @@ def load_pipeline(
     """
     device = _device(device)
     dtype = _dtype(dtype, device)
-    name, folder, why = _find(model, device)
-    pipe = _load(folder, name, dtype).to(device)
+    name, folder, why = _find(model, device, allow_pickle)
+    pipe = _load(folder, name, dtype, _may_pickle(name, allow_pickle)).to(device)
     if device.type == "cpu":
         tuning.keep_freed_memory()
     tuned = f", {tuning.tune(pipe)}" if compile else ""
     print(f"decinb: {name} on {device}, {str(dtype).removeprefix('torch.')}{tuned} ({why})")
     return pipe
+
+
+def download(model: str = PUBLISHED, allow_pickle: bool = False) -> Path:
+    """Fetch a model ahead of its use, for a room without network. Run again, it goes on where it stopped.
+
+    The hub is asked for the newest version, and every file, new or already here, is compared with the SHA-256 that the
+    hub gives for it; what differs is fetched again.
+
+    Args:
+        model: a name in ``MODELS``, or ``owner/name`` on the hub.
+        allow_pickle: as for ``load_pipeline``.
+
+    Returns:
+        The folder with the model. ``load_pipeline`` takes it, and finds it by the model's name as well.
+
+    Raises:
+        InputError: there is no such name.
+        ModelError: the model cannot be had, with the true cause, or arrives damaged twice.
+    """
+    if not (isinstance(model, str) and (model in MODELS or hub.is_model_id(model))):
+        raise InputError(f"model: give one of {', '.join(map(repr, MODELS))} or a hub id 'owner/name', got {model!r}")
+    return _folder(MODELS.get(model) or _model_on_hub(model), allow_pickle=allow_pickle, fresh=True)
 
 
 def example(pipe: DeciDiffusionImg2ImgPipeline) -> tuple[str, str]:
@@ -272,33 +335,41 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     return found
 
 
-def _find(model: str | Path | None, device: torch.device) -> tuple[str, Path, str]:
+def _model_on_hub(name: str) -> Model:
+    return Model(name, "a model on the hub", 0, "", "")
+
+
+def _may_pickle(name: str, allowed: bool) -> bool:
+    return allowed or (name in MODELS and MODELS[name].allow_pickle)
+
+
+def _find(model: str | Path | None, device: torch.device, allow_pickle: bool = False) -> tuple[str, Path, str]:
     """From what a user calls a model to its name, the folder it lies in, and why it was taken."""
     if model is None and os.environ.get("DECINB_MODEL"):
-        name, folder, _ = _find(os.environ["DECINB_MODEL"], device)
+        name, folder, _ = _find(os.environ["DECINB_MODEL"], device, allow_pickle)
         return name, folder, "as DECINB_MODEL says"
     if model is None:
         why = "no CUDA GPU is used"
         if device.type == "cuda":
             try:
                 known = MODELS[PUBLISHED]
-                return PUBLISHED, _folder(known.source, known.revision, IMPATIENT), "a CUDA GPU is used"
+                return PUBLISHED, _folder(known, IMPATIENT), "a CUDA GPU is used"
             except ModelError as error:
                 why = str(error)
-        return "tiny", _folder(MODELS["tiny"].source), why
+        return "tiny", _folder(MODELS["tiny"]), why
 
     if not isinstance(model, (str, Path)):
         raise InputError(f"model: give a name, a folder or a hub id, got {model!r}")
     name, asked = str(model), "as asked"
     if known := MODELS.get(name):
-        return name, _folder(known.source, known.revision), asked
+        return name, _folder(known, allow_pickle=allow_pickle), asked
     if name and (folder := Path(model).expanduser()).is_dir():
         return name, folder, asked
     if isinstance(model, Path) or model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1:
         raise InputError(f"model: folder not found: {name!r}")
     if hub.is_model_id(name):
         try:
-            return name, _folder(name), asked
+            return name, _folder(_model_on_hub(name), allow_pickle=allow_pickle), asked
         except ModelError as error:
             raise ModelError(f"{error} (and there is no folder {name!r} here)") from error
     close = difflib.get_close_matches(name.lower(), MODELS, n=1)
@@ -307,17 +378,27 @@ def _find(model: str | Path | None, device: torch.device) -> tuple[str, Path, st
     raise InputError(f"model: {name!r} is not known; {hint}give one of {names}, a folder, or a hub id 'owner/name'")
 
 
-def _folder(source: Path | str, revision: str | None = None, timeout: float | None = None) -> Path:
-    if isinstance(source, Path):
-        return source
+def is_here(model: Model) -> bool:
+    """Whether a model can be loaded without a network."""
+    return isinstance(model.source, Path) or hub.cached(model.source, model.revision, _chooser(model)) is not None
 
+
+def _folder(model: Model, timeout: float | None = None, allow_pickle: bool = False, fresh: bool = False) -> Path:
+    """Where a model lies; from the hub where it is not here yet, or, ``fresh``, to see that all of it is right."""
+    if isinstance(model.source, Path):
+        return model.source
+    return hub.fetch(model.source, model.revision, _chooser(model, allow_pickle), timeout, fresh)
+
+
+def _chooser(model: Model, allow_pickle: bool = False) -> hub.Choose:
     def choose(names: list[str], read: Callable[[str], Path]) -> list[str]:
-        return [name for used in _files(names, read, source).values() for name in used]
+        files = _files(names, read, str(model.source), allow_pickle or model.allow_pickle)
+        return [name for used in files.values() for name in used]
 
-    return hub.fetch(source, revision, choose, timeout)
+    return choose
 
 
-def _files(names: list[str], read: Callable[[str], Path], where: str) -> dict[str, list[str]]:
+def _files(names: list[str], read: Callable[[str], Path], where: str, allow_pickle: bool) -> dict[str, list[str]]:
     """The files of a model that are used, by component, config first: none is missing, and no other is fetched."""
 
     def need(name: str) -> str:
@@ -327,11 +408,18 @@ def _files(names: list[str], read: Callable[[str], Path], where: str) -> dict[st
 
     def model(folder: str, safe: str, pickled: str) -> list[str]:
         for whole in (f"{folder}/{safe}", f"{folder}/{pickled}"):
-            stem, ending = whole.rsplit(".", 1)
-            shards = [name for name in names if re.fullmatch(rf"{stem}-\d+-of-\d+\.{ending}", name)]
-            for weights in ([whole], [f"{whole}.index.json", *shards]):
-                if weights[0] in names:
-                    return [need(f"{folder}/config.json"), *weights]
+            index = f"{whole}.index.json"
+            if whole not in names and index not in names:
+                continue
+            if whole.endswith(".bin") and not allow_pickle:
+                raise ModelError(
+                    f"{folder}: {where} has no safetensors but {whole}, a pickle, which can hold code: look for a copy "
+                    "in safetensors, or give load_pipeline allow_pickle=True to read plain tensors from it"
+                )
+            weights = [whole]
+            if whole not in names:
+                weights = [index, *map(need, sorted({f"{folder}/{shard}" for shard in _shards(read(index))}))]
+            return [need(f"{folder}/config.json"), *weights]
         raise ModelError(f"{where} has no {folder}/{safe}, and nothing in its place")
 
     unet = "flexible_unet" if any(name.startswith("flexible_unet/") for name in names) else "unet"
@@ -351,18 +439,23 @@ def _files(names: list[str], read: Callable[[str], Path], where: str) -> dict[st
     }
 
 
-def _load(folder: Path, name: str, dtype: torch.dtype) -> DeciDiffusionImg2ImgPipeline:
-    files = _files(hub.names_in(folder), folder.joinpath, str(folder))
+def _shards(index: Path) -> list[str]:
+    with _blaming(f"{index} lists no shards"):
+        return [str(name) for name in _json(index)["weight_map"].values()]
+
+
+def _load(folder: Path, name: str, dtype: torch.dtype, allow_pickle: bool) -> DeciDiffusionImg2ImgPipeline:
+    files = _files(hub.names_in(folder), folder.joinpath, str(folder), allow_pickle)
     if pickles := [file for used in files.values() for file in used if file.endswith(".bin")]:
         warnings.warn(f"{name} has no safetensors for {', '.join(pickles)}: read as plain tensors only", stacklevel=3)
+    from_hub = isinstance(MODELS[name].source, str) if name in MODELS else not Path(name).is_dir()
+    repair = f"decinb.download({name!r}) fetches it anew" if from_hub else "bring it anew from where it came from"
 
     def model(component: str, cls: type, **dtype_option: torch.dtype) -> nn.Module:
         config, *weights = files[component]
         for file in weights:
-            if file.endswith(".safetensors"):
-                whole_file = _blaming(f"{component}: {folder / file} is damaged or cut short, fetch it again")
-                with whole_file, safe_open(folder / file, "pt"):
-                    pass
+            if not file.endswith(".json"):
+                check_file(component, folder / file, repair)
         where, pickled = (folder / config).parent, ".bin" in weights[0]
         # What a library says of a refused pickle is how to run its code after all: that is left out.
         reason = "the .bin is damaged, or more than plain tensors, or torch is older than 2.6" if pickled else None
@@ -376,9 +469,7 @@ def _load(folder: Path, name: str, dtype: torch.dtype) -> DeciDiffusionImg2ImgPi
                 **dtype_option,
             )
         refuse_partial(info, where)
-        for tensor_name, tensor in (*loaded.named_parameters(), *loaded.named_buffers()):
-            if tensor.is_meta:
-                raise ModelError(f"{component}: {tensor_name} got no values from {where}")
+        check_numbers(component, loaded, where)
         return loaded
 
     with quiet():

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,10 +19,12 @@ from PIL import Image
 from decinb.errors import InputError
 from decinb.images import part_of, read_input, read_record, save_image
 from decinb.labels import SHORT, plain
+from decinb.locks import alone
 
 Record = dict[str, Any]
 
 MANIFEST = "sweep.json"
+LOCK = ".lock"
 
 
 def key(**made_by: Any) -> str:
@@ -120,6 +123,14 @@ class Store:
         part = part_of(self.folder / MANIFEST)
         part.write_text(json.dumps({"cells": list(listed.values())}, indent=1) + "\n", encoding="utf-8")
         os.replace(part, self.folder / MANIFEST)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Work in the folder while no other process does; it waits until then, and says so."""
+        with suppress(OSError):  # who cannot write there has nothing to lock either
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return alone(
+            self.folder / LOCK, f"folder {str(self.folder)!r} is in use by another process: waiting until it is done"
+        )
 
     def read(self) -> tuple[list[Path], list[Record], Image.Image]:
         """The finished images of the manifest, in its order: files, records, and the input of the first.

@@ -7,8 +7,8 @@ from its file.
 import csv
 import os
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from decinb.designs import Cell
 from decinb.errors import InputError
 from decinb.images import Source, read_input, read_record
 from decinb.labels import ARGUMENTS, label
+from decinb.locks import turn
 from decinb.pipeline import MODELS, DeciDiffusionImg2ImgPipeline, load_pipeline
 from decinb.planning import NEEDED, Plan, count_calls, plan, read_cell
 from decinb.progress import Bar, LiveGrid
@@ -117,9 +118,11 @@ def run_sweep(
     Each cell starts from a fresh ``torch.Generator().manual_seed(seed)`` on the CPU, so any of them can be made again
     alone. All cells are checked before the first one runs; cells that come to the same computation run once. With a
     folder, each image is written there the moment it is finished, and what is there already is not made again: call
-    it again after an interruption, or with more cells. Stopping the notebook cell returns what is done.
+    it again after an interruption, or with more cells. Stopping the notebook cell returns what is done. Where the
+    folder cannot be written to, a warning says so, and the images stay in memory.
 
-    Under ``accelerate launch`` the processes share the cells, and ``folder`` is where they meet.
+    Under ``accelerate launch`` the processes share the cells, and ``folder`` is where they meet. Otherwise a second
+    thread with the same pipeline, and a second process in the same folder, wait until the first is done.
 
     Args:
         pipe: from ``load_pipeline``, or any other image-to-image pipeline of Stable Diffusion's kind.
@@ -145,16 +148,20 @@ def run_sweep(
     if pack is not None:
         pack = inputs.number_of(pack, "pack")
     planned = plan(pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, timed=False)
-    store = None
-    if folder is not None:
-        store = Store(folder)
-        store.note(planned.records)
-    run = _Run(pipe, planned, store, pack, guidance_rescale, progress, show)
+    store = None if folder is None else Store(folder)
+    with turn(pipe):
+        return _run(_Run(pipe, planned, store, pack, guidance_rescale, progress, show))
+
+
+def _run(run: "_Run") -> Sweep:
+    planned = run.plan
     try:
         run.go()
     except KeyboardInterrupt:
         print(f"stopped: {len(run.made)} of {len(planned.cells)} cells are done")
     except Exception as error:
+        if isinstance(error, InputError) and not run.made:  # found at the last door: the folder, or the U-Net
+            raise
         sweep = run.result()
         under_way = "; ".join(f"cell {i} ({label(planned.records[i])})" for i in run.under_way[:3])
         more = f" and {len(run.under_way) - 3} more" if len(run.under_way) > 3 else ""
@@ -162,7 +169,8 @@ def run_sweep(
         raise SweepError(f"{under_way or 'the sweep'}{more} failed: {error}; {done}", sweep) from error
     finally:
         if run.grid:
-            run.grid.close()
+            with run._only_shown():
+                run.grid.close()
     return run.result()
 
 
@@ -198,13 +206,14 @@ def replay(path: str | Path, pipe: DeciDiffusionImg2ImgPipeline | None = None) -
         raise InputError(f"pipe has other weights than those that made {str(path)!r} ({record['model']})")
     cell = {name: record[name] for name in ARGUMENTS if name != "image"}
     job = read_cell(cell, {**cell, "image": read_input(path)}, lambda image: image, where=f"{str(path)!r}: ")
-    before = pipe.scheduler
-    pipe.scheduler = _scheduler(pipe, record, str(path))
-    try:
-        rescale = inputs.share(record["guidance_rescale"], "guidance_rescale")
-        done = [done for tick in denoise(pipe, [job], None, rescale) for done in tick.done].pop()
-    finally:
-        pipe.scheduler = before
+    with turn(pipe):
+        before = pipe.scheduler
+        pipe.scheduler = _scheduler(pipe, record, str(path))
+        try:
+            rescale = inputs.share(record["guidance_rescale"], "guidance_rescale")
+            done = [done for tick in denoise(pipe, [job], None, rescale) for done in tick.done].pop()
+        finally:
+            pipe.scheduler = before
     if done.image is None:
         raise InputError(f"{str(path)!r}: {done.fault}")
     return done.image
@@ -262,12 +271,32 @@ class _Run:
         self.cells_of: dict[str, list[int]] = {}  # by key: cells of one computation
         for i, record in enumerate(planned.records):
             self.cells_of.setdefault(record["key"], []).append(i)
-        self.grid = LiveGrid(pipe, planned.image, planned.records) if show else None
+        self.grid: LiveGrid | None = None
+        if show:
+            with self._only_shown():
+                self.grid = LiveGrid(pipe, planned.image, planned.records)
+        self.refused: OSError | None = None  # by the folder: why it cannot be written to
 
     def go(self) -> None:
-        for found, path in self.plan.found.items():
-            self._take(found, path)
-        mine = [made_by for made_by in self.cells_of if made_by not in self.plan.found]
+        if self.store is None:
+            self._make()
+            return
+        first = os.environ.get("RANK", "0") == "0"  # of processes that share a sweep, one notes it and keeps others out
+        with self.store.alone() if first else nullcontext():
+            if first:
+                try:
+                    self.store.note(self.plan.records)
+                except OSError as error:
+                    self._tell(error)
+            self._make()
+            if self.refused:
+                self._save_again()
+
+    def _make(self) -> None:
+        found = self.store.find(self.plan.records) if self.store else {}  # anew, if it had to wait for the folder
+        for made_by, path in found.items():
+            self._take(made_by, path)
+        mine = [made_by for made_by in self.cells_of if made_by not in found]
         if not _is_shared():
             self._compute(mine)
             return
@@ -313,8 +342,8 @@ class _Run:
         self.under_way = sorted(self.cells_of[keys[index]][0] for index in tick.live)
         self.arrived += tick.done
         self._take_all(keys)
-        if self.grid:
-            for index, latents in tick.live.items():
+        with self._only_shown():
+            for index, latents in tick.live.items() if self.grid else ():
                 self.grid.preview(self.cells_of[keys[index]][0], latents)
 
     def _take_all(self, keys: Sequence[str]) -> None:
@@ -325,27 +354,67 @@ class _Run:
                 named = label(self.plan.records[self.cells_of[made_by][0]])
                 warnings.warn(f"cell {named}: {done.fault}; the others go on", stacklevel=6)
             else:
-                self._take(made_by, done.image, done.seconds)
+                if done.blacked_out:
+                    named = label(self.plan.records[self.cells_of[made_by][0]])
+                    warnings.warn(f"cell {named}: black, since the safety checker took it for unsafe", stacklevel=6)
+                self._take(made_by, done.image, done.seconds, done.blacked_out)
 
-    def _take(self, made_by: str, source: Image.Image | Path, seconds: float = 0.0) -> None:
+    def _take(self, made_by: str, source: Image.Image | Path, seconds: float = 0.0, blacked_out: bool = False) -> None:
         """Note an image for every cell that it is of, and write it where that is wanted."""
         image = source if isinstance(source, Image.Image) else None
         if image is None:
-            seconds = read_record(source)["seconds"]
+            before = read_record(source)
+            seconds, blacked_out = before["seconds"], before.get("blacked_out", False)
         for i in self.cells_of[made_by]:
-            record = {**self.plan.records[i], "seconds": round(seconds, 3)}
+            record = {**self.plan.records[i], "seconds": round(seconds, 3), "blacked_out": blacked_out}
             if self.store is None:
                 self.made[i] = image, record
             else:
                 self.made[i] = (image or source), record  # should the folder fail, it is not lost
-                path = self.store.path(record)
-                before = self.store.held(path, record)
-                if before is None:
-                    image = image or Images([source])[0]
-                    self.store.save(image, record, self.plan.jobs[i].image)
-                self.made[i] = path, before or record
+                try:
+                    self._keep(i)
+                except OSError as error:
+                    self._tell(error)
             if self.grid:
-                self.grid.show(i, image or Images([source])[0])
+                with self._only_shown():
+                    self.grid.show(i, image or Images([source])[0])
+
+    @contextmanager
+    def _only_shown(self) -> Iterator[None]:
+        """What is only to be seen stops no sweep: the grid that raises is left alone from there on."""
+        try:
+            yield
+        except Exception as error:
+            self.grid = None
+            warnings.warn(
+                f"the grid cannot be shown ({type(error).__name__}: {error}); the sweep goes on", stacklevel=4
+            )
+
+    def _keep(self, i: int) -> None:
+        """See that the folder has the image of a cell."""
+        source, record = self.made[i]
+        path = self.store.path(record)
+        before = self.store.held(path, record)
+        if before is None:
+            self.store.save(Images([source])[0], record, self.plan.jobs[i].image)
+        self.made[i] = path, before or record
+
+    def _tell(self, error: OSError) -> None:
+        """Say once that the folder cannot be written to; the sweep goes on."""
+        if self.refused is None:
+            warnings.warn(
+                f"folder {str(self.store.folder)!r} cannot be written to ({error.strerror or error}): what it does not "
+                "take stays in memory, in the sweep that is returned, and is tried again at the end",
+                stacklevel=2,
+            )
+        self.refused = error
+
+    def _save_again(self) -> None:
+        """What the folder did not take, once more: a full disk may have room again, a lost drive be back."""
+        with suppress(OSError):
+            self.store.note(self.plan.records)
+            for i in [i for i, (source, _) in self.made.items() if isinstance(source, Image.Image)]:
+                self._keep(i)
 
     def result(self) -> Sweep:
         order = sorted(self.made)

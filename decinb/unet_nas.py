@@ -218,6 +218,17 @@ class UNetNAS(ModelMixin, AttentionMixin, ConfigMixin, UNet2DConditionLoadersMix
         refuse_partial(info, where)
         return (model, info) if wants_info else model
 
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Refuse FreeU, which scales the skips of an ordinary U-Net's stages: there are no such stages here.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("FreeU knows the stages of UNet2DConditionModel, and U-Net-NAS has others: run it without")
+
+    def disable_freeu(self) -> None:
+        """Do nothing: it is never enabled."""
+
 
 def refuse_partial(info: dict[str, Any], where: str | Path) -> None:
     """Refuse weights that do not fill a model exactly.

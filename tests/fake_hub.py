@@ -30,14 +30,17 @@ class FakeHub:
     """A server for the folders in ``repos``, by repository id.
 
     ``misbehave`` makes it answer otherwise for a repository, or for one ``repository/file``: "gated", "html", "silent",
-    or a status number such as 404 or 503.
+    or a status number such as 404 or 503. For one file a list of faults is met by one download of it after the other,
+    then by none: status numbers, "cut" (the connection ends at 90% of the body), "stall" (silence after as much) and
+    "wrong" (as many other bytes).
     ``requests`` counts what was asked, by (method, path).
     """
 
     def __init__(self, repos: dict[str, Path]):
         self.repos = dict(repos)
-        self.misbehave: dict[str, str | int] = {}
+        self.misbehave: dict[str, str | int | list[str | int]] = {}
         self.requests: Counter[tuple[str, str]] = Counter()
+        self.sent: Counter[str] = Counter()  # bytes of bodies, by path
         self.port = 0
         self.start()
 
@@ -250,6 +253,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo, revision = "/".join(owner_name), rest[1] if len(rest) > 1 else "main"
         fault = self.hub.misbehave.get("/".join([repo, *rest[2:]])) or self.hub.misbehave.get(repo)
 
+        if isinstance(fault, list):
+            fault = fault.pop(0) if fault and self.command == "GET" else None
+
         if fault == "silent":
             time.sleep(SILENCE_S)
         elif fault == "html":
@@ -270,13 +276,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit(repo)})
         else:
             file = self.hub.repos[repo] / "/".join(rest[2:])
-            self.answer(200, file.read_bytes(), {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": commit(repo)})
+            body = file.read_bytes()
+            if fault == "wrong":
+                body = bytes(len(body))
+            self.answer(200, body, {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": commit(repo)}, fault)
 
     def files(self, repo: str) -> list[str]:
         folder = self.hub.repos[repo]
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
-    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, fault: str | None = None) -> None:
         given = self.headers.get("Range", "")
         if status == 200 and given.startswith("bytes=") and given.endswith("-"):
             start = int(given.removeprefix("bytes=").removesuffix("-"))
@@ -287,7 +296,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            sent = body[: len(body) * 9 // 10] if fault in ("cut", "stall") else body
+            self.hub.sent[unquote(urlsplit(self.path).path)] += len(sent)
+            self.wfile.write(sent)
+            if fault == "stall":
+                time.sleep(SILENCE_S)
+            self.close_connection = True
 
     def log_message(self, *args: object) -> None:
         pass

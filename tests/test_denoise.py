@@ -1,7 +1,7 @@
 """Packed denoising: every image as if it had been made alone, in fewer calls, whatever goes wrong beside it."""
 
 import gc
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from time import perf_counter
 
@@ -92,6 +92,9 @@ def packed(pipe, jobs, pack=None, guidance_rescale=0.0):
             for row, ended in enumerate(tick.done):
                 assert ended.index not in done
                 done[ended.index] = ended
+                if tick.rows:  # a step: what ends here has no picture
+                    pixels[ended.index] = None
+                    continue
                 pixels[ended.index] = (decoded[-1][row] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
     assert sorted(done) == list(range(len(jobs)))
     return [pixels[i] for i in range(len(jobs))], [done[i] for i in range(len(jobs))], ticks
@@ -258,13 +261,14 @@ def undisturbed(tiny):
 
 
 @pytest.mark.parametrize("error", MEMORY_ERRORS, ids=lambda error: type(error).__name__)
-def test_a_pack_that_does_not_fit_is_halved_and_nothing_is_lost(tiny, undisturbed, error):
+def test_a_pack_that_does_not_fit_is_halved_and_nothing_is_lost(tiny, undisturbed, error, happened):
     room = Room(3, error)
     with hooked(tiny.unet, room, before=True):
         pixels, _, _ = packed(tiny, seeds(QUICK, 3))
     assert room.seen == [6, 3, 3, 3, 3]  # what did not fit is not tried again
     for made, expected in zip(pixels, undisturbed, strict=True):
         assert difference(made, expected) < TOLERANCE
+    happened("F3", f"{type(error).__name__} at a pack of 6 rows: two packs of 3, the same pictures, the model usable")
 
 
 @pytest.mark.parametrize("error", MEMORY_ERRORS, ids=lambda error: type(error).__name__)
@@ -298,7 +302,7 @@ def test_a_decoder_without_room_takes_fewer_at_once(tiny, undisturbed, error):
 # --- faults and stops -------------------------------------------------------------------------------------------------
 
 
-def test_a_job_that_turns_to_nan_is_a_fault_and_harms_no_other(tiny, stock):
+def test_a_job_that_turns_to_nan_is_a_fault_and_harms_no_other(tiny, stock, happened):
     jobs = [replace(QUICK, seed=7), replace(QUICK, prompt=OTHER), replace(PLAIN, seed=8)]
     text = tiny.encode_prompt(OTHER, tiny.device, 1, False)[0]
 
@@ -308,19 +312,60 @@ def test_a_job_that_turns_to_nan_is_a_fault_and_harms_no_other(tiny, stock):
 
     with hooked(tiny.unet, poison):
         pixels, done, _ = packed(tiny, jobs)
-    assert done[1].image is None and "NaN" in done[1].fault
+    assert done[1].image is None and done[1].fault == "the U-Net gave NaN or infinity at step 1 of 2"
+    happened("F4", done[1].fault)
     for i in (0, 2):
         assert done[i].fault is None
         assert difference(pixels[i], alone(stock, jobs[i])) < TOLERANCE
 
 
-def test_a_picture_that_is_no_numbers_is_a_fault(tiny, stock):
+@pytest.mark.parametrize("step", [1, 3])
+def test_numbers_that_are_lost_later_are_lost_there_and_no_step_is_run_after_it(tiny, step):
+    calls = []
+
+    def poison(module, args, kwargs, output):
+        calls.append(len(args[0]))
+        output[0].view(-1)[0] = float("inf") if len(calls) == step else 0.0
+
+    with hooked(tiny.unet, poison):
+        (tick,) = [tick for tick in denoise(tiny, [replace(PLAIN, num_inference_steps=4)]) if tick.done]
+    assert tick.done[0].fault == f"the U-Net gave NaN or infinity at step {step} of 4"
+    assert len(calls) == step
+
+
+@pytest.mark.parametrize(
+    ("part", "fault"),
+    [
+        ("vae.encoder", "the VAE's encoder made NaN or infinity of the input picture"),
+        ("text_encoder", "the text encoder made NaN or infinity of the prompt"),
+        (
+            "guidance",
+            "the U-Net gave NaN or infinity at step 2 of 2, of latents that guidance 1e+38 had grown to",
+        ),
+    ],
+)
+def test_the_part_that_gave_no_numbers_is_named(tiny, part, fault, happened):
+    job = replace(QUICK, guidance_scale=1e38) if part == "guidance" else QUICK
+
+    def poison(module, args, kwargs, output):
+        (output if torch.is_tensor(output) else output[0]).fill_(float("nan"))
+
+    broken = {"vae.encoder": tiny.vae.encoder, "text_encoder": tiny.text_encoder}.get(part)
+    with hooked(broken, poison) if broken else nullcontext():
+        (done,) = [done for tick in denoise(tiny, [job]) for done in tick.done]
+    assert done.image is None and done.fault.startswith(fault)
+    happened("F4", done.fault)
+
+
+def test_a_picture_that_is_no_numbers_is_a_fault(tiny, stock, happened):
     def poison(module, args, kwargs, output):
         output[1, :, 5, 5] = float("inf")
 
     with hooked(tiny.vae.decoder, poison):
         _, done, _ = packed(tiny, seeds(QUICK, 2))
-    assert done[1].image is None and done[1].fault
+    assert done[1].image is None
+    assert done[1].fault == "the VAE's decoder gave NaN or infinity, after step 2 of 2"
+    happened("F4", done[1].fault)
     expected = alone(stock, QUICK)
     assert difference(np.asarray(done[0].image) / 255, expected) < ROUNDED + TOLERANCE
 

@@ -74,9 +74,9 @@ class Child:
         assert line, "the child process died"
         return json.loads(line)
 
-    def load(self, model: str) -> dict:
+    def load(self, model: str, **options: object) -> dict:
         """Load a model; its digest is the value."""
-        return self.ask(f"digest(decinb.load_pipeline({model!r}, device='cpu'))")
+        return self.ask(f"digest(decinb.load_pipeline({model!r}, device='cpu', **{options!r}))")
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -134,17 +134,17 @@ def repo(hub, folders) -> str:
     return name
 
 
-def test_only_what_is_used_is_fetched_and_only_once(hub, child, repo, weights):
+def test_only_what_is_used_is_fetched_and_only_once(hub, child, repo, weights, happened):
     assert child.load(repo) == {"value": weights, "warnings": []}
     assert hub.fetched(repo) == USED and not USED & set(DECOYS)
 
     hub.requests.clear()
     assert child.load(repo) == {"value": weights, "warnings": []}
-    asked = {(method, path.split("/")[1]) for method, path in hub.requests}
-    assert hub.fetched(repo) == set() and hub.requests.total() <= 2, asked
+    assert not hub.requests, "what is here whole is not asked for again"
+    happened("F7", "a cached model loaded with 0 requests")
 
 
-def test_with_the_server_gone_the_cache_serves(hub, cache, child, repo, weights):
+def test_with_the_server_gone_the_cache_serves(hub, cache, child, repo, weights, happened):
     child.load(repo)
     hub.stop()
     try:
@@ -152,13 +152,16 @@ def test_with_the_server_gone_the_cache_serves(hub, cache, child, repo, weights)
         answer = child.load("acme/never-fetched")
         assert answer["error"] == "ModelError"
         assert f"acme/never-fetched is not in the cache, and {hub.url} cannot be reached" in answer["message"]
+        happened("F7", answer["message"])
     finally:
         hub.start()
 
     offline = Child(hub, cache, HF_HUB_OFFLINE="1")
     before = hub.requests.total()
     assert offline.load(repo)["value"] == weights
-    assert "HF_HUB_OFFLINE" in offline.load("acme/never-fetched")["message"]
+    answer = offline.load("acme/never-fetched")
+    assert "HF_HUB_OFFLINE" in answer["message"] and "decinb.download('acme/never-fetched')" in answer["message"]
+    happened("F7", answer["message"])
     assert hub.requests.total() == before
     offline.close()
 
@@ -186,12 +189,12 @@ def test_a_download_begun_is_not_taken_for_a_model_and_goes_on(hub, child, repo,
         (None, "was not found at {url}"),
         ("gated", "is gated: accept its licence at {url}/{repo}"),
         (503, "answered 503"),
-        (429, "answered 429"),
+        (429, "answered 429 (too many requests)"),
         ("html", "is not the hub: a sign-in page"),
         ("silent", "cannot be reached"),
     ],
 )
-def test_what_went_wrong_is_told(hub, child, repo, fault, message):
+def test_what_went_wrong_is_told(hub, child, repo, fault, message, happened):
     if fault is None:
         del hub.repos[repo]
     else:
@@ -202,6 +205,7 @@ def test_what_went_wrong_is_told(hub, child, repo, fault, message):
     assert answer["message"].startswith(f"{repo} ") and "\n" not in answer["message"]
     assert message.format(url=hub.url, repo=repo) in answer["message"]
     assert time.monotonic() - start < 5 * WAIT_S
+    happened("F7", answer["message"].replace(repo, "acme/model"))
 
 
 def test_a_fault_of_the_hub_does_not_matter_where_the_model_is_cached(hub, child, repo, weights):
@@ -231,14 +235,19 @@ def test_shards_where_there_is_nothing_else(hub, child, weights):
     assert "unet/diffusion_pytorch_model.safetensors.index.json" in hub.fetched("acme/shards")
 
 
-def test_pickles_where_there_is_nothing_else_and_it_is_told(hub, child, weights):
+def test_pickles_only_where_they_are_allowed_and_it_is_told(hub, child, weights):
     answer = child.load("acme/pickled")
+    assert answer["error"] == "ModelError" and "allow_pickle=True" in answer["message"]
+    assert not any(name.endswith(".bin") for name in hub.fetched("acme/pickled")), "refused before it is fetched"
+
+    answer = child.load("acme/pickled", allow_pickle=True)
     assert answer["value"] == weights
     (warning,) = answer["warnings"]
     assert "acme/pickled" in warning and "plain tensors only" in warning
     assert hub.fetched("acme/pickled") == {
         name.replace("/model.safetensors", "/pytorch_model.bin").replace(".safetensors", ".bin") for name in USED
     }
+    assert "allow_pickle=True" in child.load("acme/pickled")["message"], "in the cache or not"
 
 
 def test_the_published_checkpoint_is_taken_on_a_gpu_where_it_can_be_had(hub, child, folders):
@@ -250,6 +259,7 @@ def test_the_published_checkpoint_is_taken_on_a_gpu_where_it_can_be_had(hub, chi
     assert name == "tiny" and "cannot be reached" in why
 
     hub.misbehave.clear()
+    hub.repos[published] = folders["pickled"]  # for a known model the permission is given once, in its entry
     name, folder, why = child.ask(found)["value"]
     assert name == "decidiffusion-v1-0" and "GPU" in why
     assert folder.endswith(commit(published))

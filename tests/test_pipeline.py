@@ -268,10 +268,12 @@ def test_the_scheduler_is_the_one_named(broken):
 
 
 @pytest.mark.parametrize("folder", ["vae", "text_encoder", "tokenizer", "scheduler"])
-def test_missing_folder(broken, folder):
+def test_missing_folder(broken, folder, happened):
     shutil.rmtree(broken / folder)
-    with pytest.raises(ModelError, match=f"has no {folder}/"):
+    with pytest.raises(ModelError, match=f"has no {folder}/") as caught:
         load(broken)
+    if folder == "tokenizer":
+        happened("F6", caught.value)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_no_flexible_unet(broken, small, tmp_path):
 
 @pytest.mark.parametrize("component", ["flexible_unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "mismatched"])
-def test_tensors_that_do_not_fit_are_named(broken, component, fault):
+def test_tensors_that_do_not_fit_are_named(broken, component, fault, happened):
     path = weights(broken, component)
     tensors = load_file(path)
     name = max(name for name in tensors if "conv" in name or "mlp" in name)
@@ -310,15 +312,55 @@ def test_tensors_that_do_not_fit_are_named(broken, component, fault):
     with pytest.raises(ModelError, match=f"{component}.*{fault}.*{name.removeprefix('text_model.')}") as caught:
         load(broken)
     assert "\n" not in str(caught.value)
+    if component == "flexible_unet":
+        happened("F6", caught.value)
 
 
 @pytest.mark.parametrize("component", ["flexible_unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("keep", [0, 7, -100])
-def test_weights_cut_short(broken, component, keep):
+def test_weights_cut_short(broken, component, keep, happened):
     path = weights(broken, component)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ModelError, match=f"{component}.*{path.name} is damaged or cut short"):
+    found = {0: "is empty", 7: "is damaged or cut short", -100: r"is cut short: [\d,]+ bytes of [\d,]+"}[keep]
+    with pytest.raises(ModelError, match=f"{component}.*{path.name} {found}.*; bring it anew") as caught:
         load(broken)
+    if component == "vae":
+        happened("F6", caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 99\n", "is a git-lfs pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html>Please sign in</html>", "is a web page"),
+        (b"\x07" * 5000, "is damaged"),
+        (b"\x10" + bytes(7) + b"{'no': 'json at all'}" + bytes(99), "is damaged"),
+    ],
+    ids=["pointer", "page", "noise", "header"],
+)
+@pytest.mark.parametrize("component", ["flexible_unet", "text_encoder"])
+def test_what_is_no_weights_at_all(broken, component, content, found, happened):
+    path = weights(broken, component)
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=f"{component.removeprefix('flexible_')}: .*{path.name} {found}") as caught:
+        load(broken)
+    assert "\n" not in str(caught.value)
+    if component == "text_encoder":
+        happened("F6", caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("component", ["flexible_unet", "vae", "text_encoder"])
+def test_weights_that_are_no_numbers(broken, component, value, happened):
+    path = weights(broken, component)
+    tensors = load_file(path)
+    name = max(name for name in tensors if "conv" in name or "mlp" in name)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path, FORMAT)
+    part = component.removeprefix("flexible_")
+    with pytest.raises(ModelError, match=f"{part}: {name.removeprefix('text_model.')}.* NaN or infinity") as caught:
+        load(broken)
+    happened("F6", caught.value)
 
 
 @pytest.mark.parametrize(
@@ -362,10 +404,13 @@ def as_pickle(folder: Path, component: str) -> Path:
     return safe.with_name(name)
 
 
-def test_pickled_weights_load_as_plain_tensors_and_are_told(broken, small):
+def test_pickled_weights_are_read_only_if_the_user_says_so_and_as_plain_tensors(broken, small, happened):
     files = [as_pickle(broken, component) for component in ("flexible_unet", "vae", "text_encoder")]
+    with pytest.raises(ModelError, match=f"flexible_unet: .*{files[0].name}.*allow_pickle=True") as refused:
+        load(broken)
+    happened("F6", refused.value)
     with pytest.warns(UserWarning, match="plain tensors only") as caught:
-        pipe = load(broken)
+        pipe = load(broken, allow_pickle=True)
     assert len(caught) == 1 and caught[0].filename == __file__
     assert all(file.name in str(caught[0].message) for file in files)
     assert digest(pipe) == digest(load(small))
@@ -381,7 +426,9 @@ def test_pickled_code_never_runs(broken, component, tmp_path):
 
     file = as_pickle(broken, component)
     torch.save({"conv_in.weight": Malice(mark)}, file)
-    with pytest.raises(ModelError, match=f"{component.removeprefix('flexible_')}: .*plain tensors") as caught:
+    with pytest.raises(ModelError, match=f"{component}: .*allow_pickle=True"):
         load(broken)
+    with pytest.raises(ModelError, match=f"{component.removeprefix('flexible_')}: .*plain tensors") as caught:
+        load(broken, allow_pickle=True)
     assert not mark.exists()
     assert "weights_only" not in str(caught.value) and caught.value.__cause__ is None

@@ -52,7 +52,7 @@ def same(folder, other):
         assert np.abs(np.asarray(mine, int) - np.asarray(theirs, int)).max() <= ONE_LEVEL
 
 
-def test_a_sweep_killed_five_times_ends_as_one_that_was_not(script, tmp_path):
+def test_a_sweep_killed_five_times_ends_as_one_that_was_not(script, tmp_path, happened):
     rng, finished = random.Random(1), []
     for _ in range(5):
         run = subprocess.Popen([sys.executable, script, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
@@ -65,9 +65,10 @@ def test_a_sweep_killed_five_times_ends_as_one_that_was_not(script, tmp_path):
     whole(script, tmp_path / "killed")
     whole(script, tmp_path / "undisturbed")
     same(tmp_path / "killed", tmp_path / "undisturbed")
+    happened("F1", f"killed five times, with {', '.join(map(str, finished))} of 12 images done; then as if undisturbed")
 
 
-def test_two_processes_share_a_sweep(script, tmp_path):
+def test_two_processes_share_a_sweep(script, tmp_path, happened):
     # "--multi_gpu" is how accelerate spells several processes on one machine; without a GPU they use the CPU.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     more = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -83,6 +84,7 @@ def test_two_processes_share_a_sweep(script, tmp_path):
     whole(script, tmp_path / "alone")
     same(tmp_path / "shared", tmp_path / "alone")
     assert len(json.loads((tmp_path / "shared" / "sweep.json").read_text())["cells"]) == 12
+    happened("F10", "two processes of accelerate on one folder: they share the work")
 
 
 def test_processes_that_share_need_a_folder(tiny, monkeypatch):

@@ -110,6 +110,7 @@ def test_every_image_is_on_disk_with_its_record_and_its_input(tiny, image, tmp_p
     sweep = run_sweep(tiny, image, PROMPT, cells, folder=tmp_path, progress=False)
     files = [re.sub("[0-9a-f]{12}.png", "KEY.png", name) for name in names(tmp_path)]
     assert files == [
+        ".lock",  # empty: held while a process works here
         "strength-1_guidance-7.5_steps-2_seed-1_KEY.png",
         "strength-1_guidance-7.5_steps-2_seed-2_KEY.png",
         "sweep.json",
@@ -230,11 +231,12 @@ def test_an_image_that_cannot_be_saved_is_not_lost(tiny, image, tmp_path):
 
     hook = tiny.vae.decoder.register_forward_pre_hook(vanish)
     try:
-        with pytest.raises(SweepError, match="1 of 1 cells were done") as caught:
-            run_sweep(tiny, image, PROMPT, [QUICK], folder=folder, progress=False)
+        with pytest.warns(UserWarning, match="cannot be written to .*stays in memory") as caught:
+            sweep = run_sweep(tiny, image, PROMPT, [QUICK], folder=folder, progress=False)
     finally:
         hook.remove()
-    assert caught.value.sweep.images[0].size == image.size
+    assert len(caught) == 1
+    assert sweep.images[0].size == image.size
 
 
 def test_a_plan_says_what_a_sweep_takes_before_it_runs(tiny, image, tmp_path):
@@ -308,14 +310,16 @@ class Stop:
         self.hook.remove()
 
 
-def test_stopping_keeps_and_returns_what_is_done(tiny, image, capsys):
+def test_stopping_keeps_and_returns_what_is_done(tiny, image, capsys, happened):
     cells = [{**QUICK, "seed": seed} for seed in range(3)]
     with Stop(tiny, 5, KeyboardInterrupt()):
         sweep = run_sweep(tiny, image, PROMPT, cells, progress=False, pack=2)
     assert len(sweep) == 2 and sweep.cells == cells[:2]
-    assert "2 of 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of 3" in said
     again = run_sweep(tiny, image, PROMPT, cells, progress=False, pack=2)
     assert same(again.images[1], sweep.images[1])
+    happened("F2", f"{said.strip()}; the next run made the same pictures")
 
 
 def test_stopping_while_an_image_is_saved_loses_nothing(tiny, image, tmp_path, monkeypatch):
@@ -346,20 +350,18 @@ def test_a_fault_names_what_ran_and_loses_nothing(tiny, image, tmp_path):
 
 
 def test_a_cell_that_turns_to_nan_is_named_and_alone(tiny, image):
-    cells = [{**QUICK, "seed": seed} for seed in (1, 2)]
-    rows = 0
+    cells = [{**QUICK, "guidance_scale": 1, "seed": seed} for seed in (0, 1)]
+    calls = []
 
-    def break_one(unet, given, made):  # the first two rows of the first call are those of the first cell
-        nonlocal rows
-        sample = made[0] if isinstance(made, tuple) else made.sample
-        if not rows:
-            sample[:2] = float("nan")
-        rows += len(sample)
+    def poison(module, args, output):
+        calls.append(1)
+        if len(calls) == 2:
+            output[0].fill_(float("nan"))
 
-    hook = tiny.unet.register_forward_hook(break_one)
+    hook = tiny.unet.register_forward_hook(poison)
     try:
-        with pytest.warns(UserWarning, match="seed 1.*NaN or infinity"):
-            sweep = run_sweep(tiny, image, PROMPT, cells, progress=False)
+        with pytest.warns(UserWarning, match="cell .*seed 0: the U-Net gave NaN or infinity at step 2 of 2"):
+            sweep = run_sweep(tiny, image, PROMPT, cells, progress=False, pack=1)
     finally:
         hook.remove()
     alone = run_sweep(tiny, image, PROMPT, cells[1:], progress=False)

@@ -1,0 +1,5 @@
+"""``python -m decinb``: what a bug report needs."""
+
+from decinb.report import report
+
+print(report())

@@ -1,0 +1,61 @@
+"""What a bug report needs: versions, device, memory, models, switches. No secret, no path, no name of anyone."""
+
+import os
+import platform
+import re
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from decinb import pipeline
+from decinb.pipeline import MODELS, is_here
+
+PACKAGES = ("decinb", "torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "safetensors", "Pillow")
+SWITCHES = re.compile("(HF|DIFFUSERS|TRANSFORMERS|DECINB|PYTORCH|CUDA|OMP|MKL)_")
+SECRET = re.compile("TOKEN|KEY|SECRET|PASS|AUTH", re.IGNORECASE)
+HARMLESS = re.compile(r"[\d.,:]{1,6}|true|false|yes|no|on|off", re.IGNORECASE)  # else it could be a path, or a name
+
+
+def report() -> str:
+    """A few lines about this installation and machine, to be pasted in public. Nothing is asked of any network."""
+    return "\n".join(f"{name}: {value}" for name, value in _facts())
+
+
+def _facts() -> Iterator[tuple[str, str]]:
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in PACKAGES:
+        yield package, _version(package)
+    device = pipeline._device(None)
+    yield "device", _device(device)
+    yield "memory", _memory()
+    yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    yield "dtype", f"{str(pipeline._dtype(None, device)).removeprefix('torch.')}, unless another is asked for"
+    for name, model in MODELS.items():
+        bundled = not isinstance(model.source, str)
+        yield f"model {name}", "bundled" if bundled else "cached" if is_here(model) else "not cached"
+    for name in sorted(filter(SWITCHES.match, os.environ)):
+        value = os.environ[name]
+        plain = (HARMLESS.fullmatch(value) or value in MODELS) and not SECRET.search(name)
+        yield name, value if plain else "set" if value else "empty"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _device(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda})"
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
+    except (AttributeError, ValueError, OSError):  # Windows has no such call
+        return "unknown"
