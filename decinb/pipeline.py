@@ -96,7 +96,8 @@ class DeciDiffusionImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
 
     def _understood(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call as plain values that can run, with a warning of what will surprise."""
-        steps = given["num_inference_steps"]
+        own = given["sigmas"] if given["timesteps"] is None else given["timesteps"]  # a schedule of the user's own
+        steps = given["num_inference_steps"] if own is None else len(own)
         steps = inputs.num_inference_steps(self.deci_default_number_of_iterations if steps is None else steps)
         strength, scale = inputs.strength(given["strength"]), inputs.guidance_scale(given["guidance_scale"])
         inputs.steps_run(steps, strength)
@@ -111,7 +112,7 @@ class DeciDiffusionImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
         inputs.generators(given["generator"], most * per_prompt)
 
         notes = [inputs.high_guidance(scale)]
-        if given["timesteps"] is None and given["sigmas"] is None:
+        if own is None:
             notes.append(inputs.late_start(steps, self.scheduler))
         if scale <= 1 and any(read.get("negative_prompt", [])):
             notes.append(inputs.unused_negative(scale))

@@ -154,6 +154,18 @@ def test_what_only_the_pipeline_takes_is_checked_there(tiny, given, message):
         tiny(**{"prompt": PROMPT, "image": IMAGE, **QUICK, **given})
 
 
+def test_a_schedule_of_ones_own_counts_its_steps(tiny):
+    before = tiny.scheduler
+    tiny.scheduler = EulerDiscreteScheduler.from_config(before.config, rescale_betas_zero_snr=False)
+    try:
+        with count_unet_calls(tiny) as count:
+            by_pipe(tiny, strength=0.5, timesteps=[999, 600, 300, 1], num_inference_steps=None)
+        assert count.calls == 2
+        refusal(tiny, by_pipe, "strength 0.2 of 4 steps leaves 0 steps", strength=0.2, timesteps=[999, 600, 300, 1])
+    finally:
+        tiny.scheduler = before
+
+
 @pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler])
 def test_the_limits_are_the_same_for_every_scheduler(tiny, happened, kind):
     config = {**tiny.scheduler.config, "rescale_betas_zero_snr": False, "timestep_spacing": "leading"}

@@ -163,6 +163,7 @@ def test_another_prompt_image_model_or_scheduler_is_another_key(tiny, image, tmp
     assert changed != key
 
 
+@pytest.mark.filterwarnings("ignore:cells that repeat another")
 def test_cells_that_come_to_one_computation_run_once(tiny, image, tmp_path):
     cells = [
         {"strength": 0.5, "num_inference_steps": 4},
@@ -239,6 +240,7 @@ def test_an_image_that_cannot_be_saved_is_not_lost(tiny, image, tmp_path):
     assert sweep.images[0].size == image.size
 
 
+@pytest.mark.filterwarnings("ignore:cells that repeat another")
 def test_a_plan_says_what_a_sweep_takes_before_it_runs(tiny, image, tmp_path):
     cells = grid(strength=[0.5, 0.6, 1.0], guidance_scale=[1, 5], num_inference_steps=[4])
     with count_unet_calls(tiny) as count:
