@@ -21,7 +21,7 @@ from PIL import Image, ImageCms
 
 import decinb
 from decinb import InputError, fetching, grid, load_image, plan, run_sweep
-from decinb.latency import count_unet_calls
+from decinb.counting import count_unet_calls
 
 PROMPT = "a red house on snow at night"
 IMAGE = Image.new("RGB", (64, 64), "teal")
