@@ -145,9 +145,9 @@ def run_sweep(
     """
     if folder is None and _is_shared():
         raise InputError("folder must be given where several processes share a sweep: it is where they meet")
-    planned = plan(pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, timed=False)
     store = None if folder is None else Store(folder)
-    with turn(pipe):
+    with turn(pipe):  # planning too: it reads the scheduler
+        planned = plan(pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, timed=False)
         return _run(_Run(pipe, planned, store, pack, guidance_rescale, progress, show))
 
 

@@ -29,10 +29,10 @@ SILENCE_S = 120  # longer than any client here waits
 class FakeHub:
     """A server for the folders in ``repos``, by repository id.
 
-    ``misbehave`` makes it answer otherwise for a repository, or for one ``repository/file``: "gated", "html", "silent", "outside" (an ETag that is a path),
-    or a status number such as 404 or 503. For one file a list of faults is met by one download of it after the other,
-    then by none: status numbers, "cut" (the connection ends at 90% of the body), "stall" (silence after as much) and
-    "wrong" (as many other bytes).
+    ``misbehave`` makes it answer otherwise for a repository, or for one ``repository/file``: "gated", "html", "silent",
+    "outside" (an ETag that is a path), or a status number such as 404 or 503. For one file a list of faults is met by
+    one download of it after the other, then by none: status numbers, "silent", "cut" (the connection ends at 90% of the
+    body), "stall" (silence after as much) and "wrong" (as many other bytes).
     ``requests`` counts what was asked, by (method, path).
     """
 
