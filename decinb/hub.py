@@ -39,6 +39,7 @@ Choose = Callable[[list[str], Callable[[str], Path]], list[str]]
 
 ANCHOR = "scheduler/scheduler_config.json"  # in every diffusers pipeline
 CHUNK = 1 << 20  # bytes at once
+PATIENCE = 20.0  # seconds of silence that no setting can lengthen: a silent hub is given up within a minute
 
 
 def is_model_id(name: str) -> bool:
@@ -61,7 +62,8 @@ def fetch(
         repo_id: ``owner/name``.
         revision: a branch, tag or commit; None is the main branch.
         choose: picks the files; it may read small ones first, and refuse the model before large ones are fetched.
-        timeout: seconds of silence after which the hub counts as out of reach; None takes ``HF_HUB_ETAG_TIMEOUT``.
+        timeout: seconds of silence after which the hub counts as out of reach; None takes ``HF_HUB_ETAG_TIMEOUT``,
+            at most ``PATIENCE``.
         fresh: ask the hub for the newest version though there is one here, and compare all files with its hashes.
 
     Returns:
@@ -72,7 +74,7 @@ def fetch(
     """
     if not fresh and (folder := cached(repo_id, revision, choose)):
         return folder
-    timeout = timeout or constants.HF_HUB_ETAG_TIMEOUT
+    timeout = min(timeout or constants.HF_HUB_ETAG_TIMEOUT, PATIENCE)
     try:
         listing = HfApi().model_info(repo_id, revision=revision, timeout=timeout)
 
