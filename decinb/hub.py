@@ -14,7 +14,6 @@ from huggingface_hub import (
     constants,
     get_hf_file_metadata,
     get_session,
-    hf_hub_download,
     hf_hub_url,
     try_to_load_from_cache,
 )
@@ -23,7 +22,6 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -39,8 +37,9 @@ from decinb.locks import alone
 Choose = Callable[[list[str], Callable[[str], Path]], list[str]]
 """From a model's file names, and a way to get one, to the names wanted; or a ModelError that says what is missing."""
 
-ANCHOR = "scheduler/scheduler_config.json"  # in every diffusers pipeline, and small
+ANCHOR = "scheduler/scheduler_config.json"  # in every diffusers pipeline
 CHUNK = 1 << 20  # bytes at once
+PATIENCE = 20.0  # seconds of silence that no setting can lengthen: a silent hub is given up within a minute
 
 
 def is_model_id(name: str) -> bool:
@@ -63,7 +62,8 @@ def fetch(
         repo_id: ``owner/name``.
         revision: a branch, tag or commit; None is the main branch.
         choose: picks the files; it may read small ones first, and refuse the model before large ones are fetched.
-        timeout: seconds of silence after which the hub counts as out of reach; None takes ``HF_HUB_ETAG_TIMEOUT``.
+        timeout: seconds of silence after which the hub counts as out of reach; None takes ``HF_HUB_ETAG_TIMEOUT``,
+            at most ``PATIENCE``.
         fresh: ask the hub for the newest version though there is one here, and compare all files with its hashes.
 
     Returns:
@@ -74,7 +74,7 @@ def fetch(
     """
     if not fresh and (folder := cached(repo_id, revision, choose)):
         return folder
-    timeout = timeout or constants.HF_HUB_ETAG_TIMEOUT
+    timeout = min(timeout or constants.HF_HUB_ETAG_TIMEOUT, PATIENCE)
     try:
         listing = HfApi().model_info(repo_id, revision=revision, timeout=timeout)
 
@@ -83,9 +83,11 @@ def fetch(
 
         for name in choose([file.rfilename for file in listing.siblings], read):
             read(name)
-        # Files asked for by commit leave no note of which commit the branch is at, and the cache is entered by that. So
-        # one file is asked for by branch, and last: the note never points at half a model.
-        hf_hub_download(repo_id, ANCHOR, revision=revision, etag_timeout=timeout)
+        if revision != listing.sha:
+            # Which commit the branch is at, noted last, so that it never points at half a model.
+            note = _storage(repo_id) / "refs" / (revision or constants.DEFAULT_REVISION)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(listing.sha)
         return read(ANCHOR).parents[1]
     except ModelError:
         raise
@@ -98,8 +100,8 @@ def fetch(
 def _file(repo_id: str, name: str, commit: str, timeout: float, check: bool) -> Path:
     """A file in the cache, fetched if it is not there, and known to be what the hub says it is.
 
-    Only the bytes are brought here, since the hub's library begins a broken download again from nothing and compares
-    nothing but the size. It lays out the cache itself.
+    It is done here, since the hub's library begins a broken download again from nothing, compares nothing but the size,
+    and waits for minutes for a silent server. The cache is laid out as it documents: blobs by hash, and links to them.
     """
     here = try_to_load_from_cache(repo_id, name, revision=commit)
     if isinstance(here, str):
@@ -110,17 +112,29 @@ def _file(repo_id: str, name: str, commit: str, timeout: float, check: bool) -> 
         blob.unlink(missing_ok=True)
     url = hf_hub_url(repo_id, name, revision=commit)
     announced = get_hf_file_metadata(url, timeout=timeout)
-    if announced.etag is None or announced.size is None:
-        raise FileMetadataError("no ETag or no size")
-    cache, folder = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repo_id, repo_type="model")
-    blob = cache / folder / "blobs" / announced.etag
-    lock = cache / ".locks" / folder / f"{announced.etag}.lock"  # the one that the hub's library takes for this file
-    for path in (blob, lock):
+    plain = all(re.fullmatch(r"\w[\w.-]*", part) for part in (announced.etag or "", commit, *name.split("/")))
+    if announced.size is None or not plain:  # they become parts of a path here
+        raise FileMetadataError("no size, or an ETag, commit or file name that is none")
+    storage = _storage(repo_id)
+    blob = storage / "blobs" / announced.etag
+    lock = storage.parent / ".locks" / storage.name / f"{announced.etag}.lock"  # the library's own for this file
+    pointer = storage / "snapshots" / commit / name
+    for path in (blob, lock, pointer):
         path.parent.mkdir(parents=True, exist_ok=True)
     with alone(lock):
         if not blob.exists():
             _download(url, blob, announced.size, timeout, f"{repo_id}: {name}")
-    return Path(hf_hub_download(repo_id, name, revision=commit, etag_timeout=timeout))
+        if not pointer.exists():
+            pointer.unlink(missing_ok=True)
+            try:
+                pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+            except OSError:  # a system without links
+                os.replace(blob, pointer)
+    return pointer
+
+
+def _storage(repo_id: str) -> Path:
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
 
 
 def _download(url: str, blob: Path, size: int, timeout: float, what: str) -> None:
@@ -204,8 +218,6 @@ def names_in(folder: Path) -> list[str]:
 
 
 def _cause(error: Exception, repo_id: str, revision: str | None, lead: str) -> str:
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # "no network and not cached" is the hub library's summary; this is what happened
     hub = constants.ENDPOINT
     if isinstance(error, OfflineModeIsEnabled):
         return f"{lead}, and HF_HUB_OFFLINE forbids to ask: unset that and run decinb.download({repo_id!r}) once"

@@ -19,8 +19,9 @@ def turn(pipe: Any) -> Any:
     A call changes its scheduler at every step, so two at once would give wrong pictures without a word. The lock
     belongs to the U-Net, which pipelines made by ``from_pipe`` share, as they do the scheduler.
     """
+    unet = getattr(pipe, "unet", None)
     with _making:
-        return _turns.setdefault(getattr(pipe, "unet", None) or pipe, threading.RLock())
+        return _turns.setdefault(pipe if unet is None else unet, threading.RLock())
 
 
 @contextmanager

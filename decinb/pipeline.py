@@ -142,7 +142,9 @@ class DeciDiffusionImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
     def _watched(self, **named: Any) -> Any:
         """The stock call, one thread at a time, and with an error where it would make NaN a black picture."""
         theirs = named.get("callback_on_step_end")
-        wanted = getattr(theirs, "tensor_inputs", None) or named.get("callback_on_step_end_tensor_inputs", ["latents"])
+        wanted = (
+            getattr(theirs, "tensor_inputs", None) or named.get("callback_on_step_end_tensor_inputs") or ["latents"]
+        )
         finite: list[torch.Tensor] = []  # a flag a step, read at the end: until then a GPU need not wait
 
         def watch(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

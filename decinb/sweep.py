@@ -147,9 +147,9 @@ def run_sweep(
         raise InputError("folder must be given where several processes share a sweep: it is where they meet")
     if pack is not None:
         pack = inputs.number_of(pack, "pack")
-    planned = plan(pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, timed=False)
-    store = None if folder is None else Store(folder)
-    with turn(pipe):
+    store = None if folder is None else Store(inputs.folder(folder))
+    with turn(pipe):  # planning too: it reads the scheduler
+        planned = plan(pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, timed=False)
         return _run(_Run(pipe, planned, store, pack, guidance_rescale, progress, show))
 
 

@@ -94,7 +94,9 @@ class UNetNAS(ModelMixin, AttentionMixin, ConfigMixin, UNet2DConditionLoadersMix
         super().__init__()
         table = dict(V1_CONFIGURATIONS if configurations is None else configurations)
         _check(table)
-        self.register_to_config(configurations=table)
+        # diffusers takes what is given by position for a default, and ``from_config`` would build the published size.
+        defaults = [name for name in self.config.get("_use_default_values", ()) if name != "configurations"]
+        self.register_to_config(configurations=table, _use_default_values=defaults)
 
         widths_in, widths_out = table["down_blocks_in_channels"], table["down_blocks_out_channels"]
         kit = _Kit(table, norm_num_groups)
@@ -179,11 +181,11 @@ class UNetNAS(ModelMixin, AttentionMixin, ConfigMixin, UNet2DConditionLoadersMix
             if latent_of is not None and block.reads_text:  # until here, all texts of a latent are one
                 hidden, skips, temb = hidden[latent_of], [skip[latent_of] for skip in skips], temb[latent_of]
                 given, latent_of = (temb, *given[1:]), None
-            hidden = block(hidden, skips, *given)
-        skips.pop()  # what leaves the last down block goes to the mid block, not across
-        hidden = self.mid_block(hidden, skips, *given)
+            hidden, skips = block(hidden, skips, *given)
+        skips = skips[:-1]  # what leaves the last down block goes to the mid block, not across
+        hidden, skips = self.mid_block(hidden, skips, *given)
         for block in self.up_blocks:
-            hidden = block(hidden, skips, *given)
+            hidden, skips = block(hidden, skips, *given)
 
         hidden = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
         return UNet2DConditionOutput(sample=hidden) if return_dict else (hidden,)
@@ -247,7 +249,11 @@ def refuse_partial(info: dict[str, Any], where: str | Path) -> None:
 
 
 class _Block(nn.Module):
-    """What the three kinds share: the list of ResNets and Transformers, and how a member of it is called."""
+    """What the three kinds share: the list of ResNets and Transformers, and how a member of it is called.
+
+    A block gives back the skips that are then to be used, and leaves the list that it was given as it was: the hooks
+    that offload a model hand it a copy.
+    """
 
     def __init__(self, modules: list[nn.Module]):
         super().__init__()
@@ -275,7 +281,10 @@ class DownBlock(_Block):
         super().__init__(kit.lay_down([kit.resnet(w, width) for w in first_then_rest], num_attentions, width))
         self.downsamplers = nn.ModuleList([Downsample2D(width, use_conv=True, name="op")] if downsample else [])
 
-    def forward(self, hidden: Tensor, skips: list[Tensor], temb: Tensor, text: Tensor, kwargs: dict | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, skips: list[Tensor], temb: Tensor, text: Tensor, kwargs: dict | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        skips = list(skips)
         for module in self.modules_list:
             if isinstance(module, ResnetBlock2D):
                 hidden = self.resnet(module, hidden, temb)
@@ -285,7 +294,7 @@ class DownBlock(_Block):
         for downsampler in self.downsamplers:
             hidden = downsampler(hidden)
             skips.append(hidden)
-        return hidden
+        return hidden, skips
 
 
 class MidBlock(_Block):
@@ -297,7 +306,9 @@ class MidBlock(_Block):
         super().__init__([entry, *kit.lay_down(resnets, num_attentions, width, transformer_first=True)])
         self.upsamplers = nn.ModuleList([Upsample2D(width, use_conv=True)] if upsample else [])
 
-    def forward(self, hidden: Tensor, skips: list[Tensor], temb: Tensor, text: Tensor, kwargs: dict | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, skips: list[Tensor], temb: Tensor, text: Tensor, kwargs: dict | None
+    ) -> tuple[Tensor, list[Tensor]]:
         # The first ResNet runs twice: on entry, and as the first of the list. The published weights were trained so.
         hidden = self.resnet(self.modules_list[0], hidden, temb)
         for module in self.modules_list:
@@ -307,7 +318,7 @@ class MidBlock(_Block):
                 hidden = self.transformer(module, hidden, text, kwargs)
         for upsampler in self.upsamplers:
             hidden = upsampler(hidden, output_size=skips[-1].shape[-2:])
-        return hidden
+        return hidden, skips
 
 
 class UpBlock(_Block):
@@ -329,7 +340,10 @@ class UpBlock(_Block):
         super().__init__(kit.lay_down(resnets, num_attentions, width))
         self.upsamplers = nn.ModuleList([Upsample2D(width, use_conv=True)] if upsample else [])
 
-    def forward(self, hidden: Tensor, skips: list[Tensor], temb: Tensor, text: Tensor, kwargs: dict | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, skips: list[Tensor], temb: Tensor, text: Tensor, kwargs: dict | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        skips = list(skips)
         for module in self.modules_list:
             if isinstance(module, ResnetBlock2D):
                 hidden = self.resnet(module, torch.cat([hidden, skips.pop()], dim=1), temb)
@@ -338,7 +352,7 @@ class UpBlock(_Block):
         for upsampler in self.upsamplers:
             # To the size of the skip it meets next: exactly twice, except where a latent did not halve evenly.
             hidden = upsampler(hidden, output_size=skips[-1].shape[-2:])
-        return hidden
+        return hidden, skips
 
 
 class _Kit:

@@ -30,9 +30,9 @@ class FakeHub:
     """A server for the folders in ``repos``, by repository id.
 
     ``misbehave`` makes it answer otherwise for a repository, or for one ``repository/file``: "gated", "html", "silent",
-    or a status number such as 404 or 503. For one file a list of faults is met by one download of it after the other,
-    then by none: status numbers, "cut" (the connection ends at 90% of the body), "stall" (silence after as much) and
-    "wrong" (as many other bytes).
+    "outside" (an ETag that is a path), or a status number such as 404 or 503. For one file a list of faults is met by
+    one download of it after the other, then by none: status numbers, "silent", "cut" (the connection ends at 90% of the
+    body), "stall" (silence after as much) and "wrong" (as many other bytes).
     ``requests`` counts what was asked, by (method, path).
     """
 
@@ -279,7 +279,8 @@ class _Handler(BaseHTTPRequestHandler):
             body = file.read_bytes()
             if fault == "wrong":
                 body = bytes(len(body))
-            self.answer(200, body, {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": commit(repo)}, fault)
+            etag = "../../../outside" if fault == "outside" else _etag(file)
+            self.answer(200, body, {"ETag": f'"{etag}"', "X-Repo-Commit": commit(repo)}, fault)
 
     def files(self, repo: str) -> list[str]:
         folder = self.hub.repos[repo]

@@ -115,6 +115,13 @@ def test_wrong_bytes_twice_are_an_error_and_do_not_stay(hub, child, repo, publis
     assert "value" in child.load(repo)
 
 
+def test_a_hub_cannot_name_a_file_outside_of_the_cache(hub, child, repo):
+    hub.misbehave[f"{repo}/{UNET}"] = "outside"
+    answer = child.load(repo)
+    assert answer["error"] == "ModelError" and "is not the hub" in answer["message"]
+    assert UNET not in hub.fetched(repo)
+
+
 def test_what_rotted_on_disk_is_found_and_fetched_again_by_download(hub, child, repo, published, happened):
     folder = Path(child.ask(f"str(decinb.download({repo!r}))")["value"])
     file = (folder / UNET).resolve()

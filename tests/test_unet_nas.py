@@ -254,7 +254,7 @@ def test_several_texts_on_a_latent_share_what_does_not_read_them(small):
     latent_of = torch.tensor([1, 0, 1])
     rows = []
     for block in small.down_blocks[:2]:
-        block.register_forward_hook(lambda module, _, output: rows.append(len(output)))
+        block.register_forward_hook(lambda module, _, output: rows.append(len(output[0])))
     together = run(small, sample[:2], timesteps[:2], text, latent_of=latent_of)
     assert rows == [2, 3], "the first block has no Transformer"
     torch.testing.assert_close(

@@ -7,17 +7,18 @@ of the stock image to image) or, below, in ``ModelTesterMixin``; the tolerances 
 import inspect
 
 import accelerate
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoPipelineForText2Image,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
 from diffusers.hooks import apply_group_offloading
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 
 import decinb
@@ -25,6 +26,7 @@ from decinb import DeciDiffusionImg2ImgPipeline, InputError, UNetNAS
 from tests.fake_hub import SMALL_UNET, small_model
 
 SAME = 1e-4  # where diffusers allows as much or more
+ROUNDED = 3e-3  # what it allows its image to image where sums are added in another order
 PROMPT = "a painting of a red house"
 
 
@@ -118,8 +120,8 @@ def test_inference_batch_single_identical(pipe):
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     batch = pipe(**dummy(prompt=[PROMPT, "a sketch"], image=[picture(), picture("brown")], generator=generators)).images
     alone = pipe(**dummy(prompt="a sketch", image=picture("brown"), generator=torch.Generator().manual_seed(1))).images
-    assert difference(batch[:1], pipe(**dummy()).images) < SAME
-    assert difference(batch[1:], alone) < SAME
+    assert difference(batch[:1], pipe(**dummy()).images) < ROUNDED
+    assert difference(batch[1:], alone) < ROUNDED
 
 
 def test_stable_diffusion_img2img_multiple_init_images(pipe):
@@ -237,7 +239,7 @@ def test_layerwise_casting_inference(pipe):
 def test_attention_slicing_forward_pass(pipe):
     before = pipe(**dummy()).images
     pipe.enable_attention_slicing(slice_size=1)
-    assert difference(before, pipe(**dummy()).images) < SAME
+    assert difference(before, pipe(**dummy()).images) < ROUNDED
 
 
 def test_vae_slicing_and_tiling(pipe):
@@ -247,19 +249,18 @@ def test_vae_slicing_and_tiling(pipe):
     pipe.vae.enable_tiling()
     assert difference(before, pipe(**dummy(**batch)).images) < 0.5  # tiles are blended: theirs is as wide
     pipe.vae.disable_tiling()
-    assert difference(before, pipe(**dummy(**batch)).images) < SAME
+    assert difference(before, pipe(**dummy(**batch)).images) < ROUNDED
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of scipy, in DEIS
 def test_karras_schedulers_shape(pipe):
-    before = pipe.scheduler
-    kinds = [kind for kind in before.compatibles if "Karras" in kind.__module__ or kind in before.compatibles]
+    config = {**pipe.scheduler.config, "skip_prk_steps": True}  # as there: PNDM else needs more steps
     shapes = {}
-    for kind in kinds:
-        if kind.__name__ in ("DPMSolverSDEScheduler", "LMSDiscreteScheduler"):  # ask for torchsde, scipy
-            continue
-        pipe.scheduler = kind.from_config(before.config)
-        shapes[kind.__name__] = pipe(**dummy(num_inference_steps=3, output_type="latent")).images.shape
-    assert (len(shapes) > 8 and set(shapes.values()) == {(1, 4, 16, 16)}) or set(shapes.values()) == {(1, 4, 8, 8)}
+    for kind in KarrasDiffusionSchedulers:
+        if kind.name not in ("LMSDiscreteScheduler", "DPMSolverSDEScheduler"):  # ask for scipy, torchsde
+            pipe.scheduler = getattr(diffusers, kind.name).from_config(config)
+            shapes[kind.name] = pipe(**dummy(num_inference_steps=3, output_type="latent")).images.shape
+    assert len(shapes) > 10 and len(set(shapes.values())) == 1
 
 
 def test_pt_np_pil_outputs_equivalent(pipe):
@@ -296,11 +297,11 @@ def test_encode_prompt_works_in_isolation(pipe):
 
 
 def test_from_pipe_consistent_config_and_forward_pass(pipe):
-    stock = StableDiffusionPipeline.from_pipe(pipe)
+    stock = StableDiffusionPipeline.from_pipe(pipe, unet=pipe.unet)  # which it does not take over unasked
     again = quiet(DeciDiffusionImg2ImgPipeline.from_pipe(stock))
     assert dict(again.config).keys() == dict(pipe.config).keys()
     assert difference(pipe(**dummy()).images, again(**dummy()).images) == 0
-    assert type(AutoPipelineForText2Image.from_pipe(pipe)) is StableDiffusionPipeline
+    assert all(getattr(again, name) is part for name, part in pipe.components.items())
 
 
 def test_scheduler_can_be_replaced(pipe):
@@ -333,7 +334,7 @@ def test_fused_qkv_projections(pipe):
 @pytest.fixture
 def unet() -> UNetNAS:
     torch.manual_seed(0)
-    return UNetNAS(SMALL_UNET).eval()
+    return UNetNAS(SMALL_UNET, sample_size=16).eval()
 
 
 @torch.no_grad()
