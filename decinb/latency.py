@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decinb.allocator import keep_freed_memory
 from decinb.counting import NETWORKS, random_model, sd15_vae, text_width, unet_inputs
 from decinb.errors import InputError
 from decinb.quiet import quiet
@@ -295,6 +296,8 @@ def compare(
         if any(number < 1 for number in numbers):
             raise InputError(f"{name} must be numbers of at least 1, got {tuple(numbers)}")
     where = environment(device, dtype)
+    if device.type == "cpu":
+        keep_freed_memory()
     unets = {name: random_model(factory, device, dtype) for name, factory in networks.items()}
     timings = {}
     for number in rows:

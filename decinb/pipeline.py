@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from decinb import hub, inputs, tuning
+from decinb import allocator, hub, inputs, tuning
 from decinb.errors import InputError, ModelError
 from decinb.images import load_images
 from decinb.locks import turn
@@ -271,7 +271,7 @@ def load_pipeline(
     name, folder, why = _find(model, device, allow_pickle)
     pipe = _load(folder, name, dtype, _may_pickle(name, allow_pickle)).to(device)
     if device.type == "cpu":
-        tuning.keep_freed_memory()
+        allocator.keep_freed_memory()
     tuned = f", {tuning.tune(pipe)}" if compile else ""
     print(f"decinb: {name} on {device}, {str(dtype).removeprefix('torch.')}{tuned} ({why})")
     return pipe

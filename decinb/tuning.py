@@ -4,19 +4,17 @@
 pipeline's device, also those that are on from the start, so that each can be timed with and without.
 """
 
-import ctypes
 import os
-import platform
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import nn
 
+from decinb.allocator import GIVEN_BACK, KEPT, set_malloc
 from decinb.errors import InputError
 from decinb.latency import Record, environment, measure
 from decinb.metrics import psnr
@@ -28,12 +26,6 @@ with quiet():  # importing these tells of optional libraries that are not needed
 
 AS_LOADED = "as loaded"
 EQUAL = 150.0  # dB: of two equal pictures the ratio is infinite, which JSON cannot say
-
-# glibc's names for what mallopt sets, and the values: above the first number of bytes a block is taken from the system
-# and given back at once, above the second so is free memory at the end of the heap, which grows by the third.
-MALLOC_NAMES = {"M_MMAP_THRESHOLD": -3, "M_TRIM_THRESHOLD": -1, "M_TOP_PAD": -2}
-KEPT = {"M_MMAP_THRESHOLD": 2**31 - 1, "M_TRIM_THRESHOLD": 2**31 - 1, "M_TOP_PAD": 2**28}
-GIVEN_BACK = {"M_MMAP_THRESHOLD": 2**25, "M_TRIM_THRESHOLD": 2**26, "M_TOP_PAD": 2**17}  # where glibc itself ends up
 
 
 @dataclass(frozen=True)
@@ -66,15 +58,6 @@ def tune(pipe: StableDiffusionImg2ImgPipeline) -> str:
     return "not compiled"
 
 
-def keep_freed_memory() -> bool:
-    """Let this process keep the memory that its tensors free, for the next ones; whether that was done.
-
-    On Linux, glibc gives every large block back to the system and takes it again, zeroed page by page, which costs a
-    CPU more time than many a layer. Left alone where the environment sets ``MALLOC_...`` variables itself.
-    """
-    return not any(name.startswith("MALLOC_") for name in os.environ) and _set_malloc(KEPT)
-
-
 def has_compiler() -> bool:
     """Whether torch can compile for this CPU: it writes C++ for a compiler that must be there."""
     return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
@@ -105,11 +88,11 @@ def options(pipe: StableDiffusionImg2ImgPipeline) -> dict[str, Option]:
         found["one thread"] = Option(
             f"one core instead of {threads}", lambda: torch.set_num_threads(1), lambda: torch.set_num_threads(threads)
         )
-        if _set_malloc(KEPT):
+        if set_malloc(KEPT):
             found["memory given back"] = Option(
                 "freed memory goes back to the system, as it does unless decinb keeps it",
-                lambda: _set_malloc(GIVEN_BACK),
-                lambda: _set_malloc(KEPT),
+                lambda: set_malloc(GIVEN_BACK),
+                lambda: set_malloc(KEPT),
             )
     if kind == "cuda" or (kind == "cpu" and has_compiler()):
         found["torch.compile"] = Option(
@@ -194,16 +177,3 @@ def _compile(network: nn.Module, mode: str | None = None) -> None:
 
 def _uncompile(network: nn.Module) -> None:
     vars(network).pop("forward", None)
-
-
-@cache
-def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-def _set_malloc(values: dict[str, int]) -> bool:
-    library = _glibc()
-    if library is None:
-        return False
-    done = [library.mallopt(MALLOC_NAMES[name], value) for name, value in values.items()]
-    return all(done)

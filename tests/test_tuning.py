@@ -1,7 +1,4 @@
-"""Faster ways to run a pipeline: the pictures stay, every option can be taken back, and memory is kept."""
-
-import subprocess
-import sys
+"""Faster ways to run a pipeline: the pictures stay, and every option can be taken back."""
 
 import pytest
 import torch
@@ -13,20 +10,6 @@ from decinb import benchmark, latency_plots, tuning
 
 SAME = 40  # dB: what the issue of speed allows; rounding alone leaves more than 80
 ROUNDING = 1e-4  # compiled kernels add in another order
-FEWER = 10  # times: without keeping, every large tensor is taken page by page
-
-FAULTS = """
-import resource, torch
-torch.set_num_threads(1)
-kept = {keep}
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(8):
-        torch.zeros(16_000_000).add_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(kept, faults())
-"""
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +37,6 @@ def test_every_option_is_taken_back(tiny, record):
 def test_an_unknown_option_is_refused(tiny):
     with pytest.raises(decinb.InputError, match="'magic' is no option on cpu; known are plain attention"):
         tuning.compare_options(tiny, lambda: None, ["magic"])
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only glibc gives memory back so eagerly")
-def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch):
-    def told(keep: str) -> tuple[str, int]:
-        code = FAULTS.format(keep=keep)
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        kept, faults = run.stdout.split()
-        return kept, int(faults)
-
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"):
-        monkeypatch.delenv(name, raising=False)
-    given_back = told("None")[1]
-    kept, faults = told("__import__('decinb.tuning', fromlist=['']).keep_freed_memory()")
-    assert kept == "True" and faults * FEWER < given_back
-    monkeypatch.setenv("MALLOC_TOP_PAD_", "131072")
-    assert not tuning.keep_freed_memory()
 
 
 def test_without_a_compiler_the_switch_says_so_and_changes_nothing(monkeypatch):
