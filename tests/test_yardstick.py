@@ -23,16 +23,18 @@ from PIL import Image
 
 import decinb
 from decinb import DeciDiffusionImg2ImgPipeline, InputError, UNetNAS
-from tests.fake_hub import SMALL_UNET, small_model
+from tests.fake_hub import SMALL_UNET
 
 SAME = 1e-4  # where diffusers allows as much or more
-ROUNDED = 3e-3  # what it allows its image to image where sums are added in another order
 PROMPT = "a painting of a red house"
 
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
-    return small_model(tiny, tmp_path_factory.mktemp("small") / "model")
+    """The trained model: an untrained one makes latents in which the VAE magnifies rounding a thousand times."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -120,8 +122,8 @@ def test_inference_batch_single_identical(pipe):
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     batch = pipe(**dummy(prompt=[PROMPT, "a sketch"], image=[picture(), picture("brown")], generator=generators)).images
     alone = pipe(**dummy(prompt="a sketch", image=picture("brown"), generator=torch.Generator().manual_seed(1))).images
-    assert difference(batch[:1], pipe(**dummy()).images) < ROUNDED
-    assert difference(batch[1:], alone) < ROUNDED
+    assert difference(batch[:1], pipe(**dummy()).images) < SAME
+    assert difference(batch[1:], alone) < SAME
 
 
 def test_stable_diffusion_img2img_multiple_init_images(pipe):
@@ -239,7 +241,7 @@ def test_layerwise_casting_inference(pipe):
 def test_attention_slicing_forward_pass(pipe):
     before = pipe(**dummy()).images
     pipe.enable_attention_slicing(slice_size=1)
-    assert difference(before, pipe(**dummy()).images) < ROUNDED
+    assert difference(before, pipe(**dummy()).images) < SAME
 
 
 def test_vae_slicing_and_tiling(pipe):
@@ -249,7 +251,7 @@ def test_vae_slicing_and_tiling(pipe):
     pipe.vae.enable_tiling()
     assert difference(before, pipe(**dummy(**batch)).images) < 0.5  # tiles are blended: theirs is as wide
     pipe.vae.disable_tiling()
-    assert difference(before, pipe(**dummy(**batch)).images) < ROUNDED
+    assert difference(before, pipe(**dummy(**batch)).images) < SAME
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of scipy, in DEIS
