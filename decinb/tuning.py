@@ -22,7 +22,7 @@ from decinb.quiet import quiet
 
 with quiet():  # importing these tells of optional libraries that are not needed here
     from diffusers import StableDiffusionImg2ImgPipeline
-    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 AS_LOADED = "as loaded"
 EQUAL = 150.0  # dB: of two equal pictures the ratio is infinite, which JSON cannot say
@@ -80,7 +80,7 @@ def options(pipe: StableDiffusionImg2ImgPipeline) -> dict[str, Option]:
         "fused QKV": Option(
             "queries, keys and values in one matrix product",
             lambda: unet.fuse_qkv_projections(),
-            lambda: unet.unfuse_qkv_projections(),
+            lambda: _unfuse(unet),
         ),
     }
     if kind == "cpu":
@@ -168,6 +168,16 @@ def _switch(option: Option) -> Callable[[str], None]:
 def _lay_out(pipe: StableDiffusionImg2ImgPipeline, memory_format: torch.memory_format) -> None:
     for network in (pipe.unet, pipe.vae):
         nn.Module.to(network, memory_format=memory_format)
+
+
+def _unfuse(unet: nn.Module) -> None:
+    # diffusers leaves the fused matrices in the network, which could then not be saved and loaded again.
+    unet.unfuse_qkv_projections()
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.fused_projections = False
+            for name in {"to_qkv", "to_kv"} & vars(module)["_modules"].keys():
+                delattr(module, name)
 
 
 def _compile(network: nn.Module, mode: str | None = None) -> None:

@@ -14,8 +14,11 @@ ROUNDING = 1e-4  # compiled kernels add in another order
 
 @pytest.fixture(scope="module")
 def record(tiny):
+    before = list(tiny.unet.state_dict())
     names = [name for name, option in tuning.options(tiny).items() if not option.compiles]
-    return tuning.compare_options(tiny, benchmark.picture_call(tiny, 2), names, repeats=2, model="tiny")
+    made = tuning.compare_options(tiny, benchmark.picture_call(tiny, 2), names, repeats=2, model="tiny")
+    assert list(tiny.unet.state_dict()) == before, "a fused network would have matrices of its own"
+    return made
 
 
 def test_no_option_changes_the_picture(record):
