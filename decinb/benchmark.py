@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from decinb import allocator, counting, latency, tuning
 from decinb.counting import sd15_text_encoder, sd15_vae
-from decinb.denoise import Job, denoise, fitting_pack
+from decinb.denoise import denoise, fitting_pack
 from decinb.designs import Cell, grid
 from decinb.errors import InputError
 from decinb.images import load_image
+from decinb.kinds import Job
 from decinb.latency import Record
-from decinb.pipeline import MODELS, DeciDiffusionImg2ImgPipeline, example, load_pipeline
+from decinb.loading import load_pipeline
+from decinb.models import MODELS
+from decinb.pipeline import DeciDiffusionImg2ImgPipeline, example
 from decinb.quiet import quiet
 from decinb.unet_nas import UNetNAS
 

@@ -6,6 +6,7 @@ scheduler take its step; cells that are done leave, waiting ones join. No sample
 of diffusers runs, and draws its random numbers in the order of the stock pipeline.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +19,13 @@ from PIL import Image
 from torch import Tensor
 
 from decinb.errors import InputError
+from decinb.kinds import Job, Words, kind_of
 from decinb.quiet import quiet
 from decinb.unet_nas import UNetNAS
 
 with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionImg2ImgPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
-    from diffusers.utils.torch_utils import randn_tensor
 
 DECODED = 4  # latents a call of the VAE's decoder, which gains little from more and needs much memory for each
 REMEMBERED = 64  # prompts whose encodings are kept
@@ -36,43 +36,6 @@ PIXELS = {"cpu": 64 * 16 * 16, "mps": 16 * 64 * 64, "cuda": 64 * 64 * 64}
 MAX_ROWS = 64
 
 Given, Made = TypeVar("Given"), TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One image to make: the arguments of a call of the stock pipeline, as plain values that are known to be good."""
-
-    image: Image.Image
-    prompt: str
-    negative_prompt: str | None
-    strength: float
-    guidance_scale: float
-    num_inference_steps: int
-    seed: int
-
-    @property
-    def guided(self) -> bool:
-        """Whether there is a second row a step, without the prompt. At a scale of 1 or less there is none."""
-        return self.guidance_scale > 1
-
-    @property
-    def skipped(self) -> int:
-        """How many of the steps are not run, since the input is no noise. ``int`` cuts off, as diffusers does."""
-        return max(self.num_inference_steps - int(self.num_inference_steps * self.strength), 0)
-
-    @property
-    def beginning(self) -> tuple[int, ...]:
-        """What decides the first latents: jobs that agree in it, as in a sweep of guidance, share their first rows."""
-        return id(self.image), self.seed, self.num_inference_steps, self.skipped
-
-    def schedule(self, kind: SchedulerMixin, device: torch.device) -> tuple[SchedulerMixin, Tensor]:
-        """A scheduler of the same kind set to begin where this job does, and its timesteps: one a U-Net call."""
-        scheduler = type(kind).from_config(kind.config)
-        scheduler.set_timesteps(self.num_inference_steps, device=device)
-        begin = self.skipped * scheduler.order
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(begin)
-        return scheduler, scheduler.timesteps[begin:]
 
 
 @dataclass(frozen=True)
@@ -99,7 +62,7 @@ class Tick:
 
 
 def denoise(
-    pipe: StableDiffusionImg2ImgPipeline,
+    pipe: DiffusionPipeline,
     jobs: Sequence[Job],
     pack: int | None = None,
     guidance_rescale: float = 0.0,
@@ -110,7 +73,7 @@ def denoise(
     Where a call runs out of memory, the pack is halved and the call made again.
 
     Args:
-        pipe: any pipeline with the parts of Stable Diffusion's image to image.
+        pipe: one of the pipelines in ``decinb.kinds``.
         jobs: what to make.
         pack: the most rows in a U-Net call (a guided job has two); None suits it to the device and the pictures' size.
         guidance_rescale: 0 to 1, how much of the contrast that guidance adds is taken back (Lin et al. (2023),
@@ -122,9 +85,11 @@ def denoise(
         error, or a ``KeyboardInterrupt``, what had been denoised is still decoded and brought before it is raised.
 
     Raises:
-        InputError: the U-Net was distilled to take the guidance scale as an input, which is not done here.
+        InputError: the pipeline is of another kind, or its U-Net was distilled to take the guidance scale as an input.
         torch.OutOfMemoryError: or what the device raises where not even a single row fits.
     """
+    if kind_of(pipe) is None:
+        raise InputError(f"pipe: a {type(pipe).__name__} is not of Stable Diffusion's kind, and cannot be packed")
     if getattr(pipe.unet.config, "time_cond_proj_dim", None):
         raise InputError(
             "pipe: a U-Net that takes the guidance scale as an input (time_cond_proj_dim) cannot be packed"
@@ -132,19 +97,19 @@ def denoise(
     return _Packer(pipe, jobs, pack, guidance_rescale).run()
 
 
-def fitting_pack(pipe: StableDiffusionImg2ImgPipeline, jobs: Sequence[Job]) -> int:
+def fitting_pack(pipe: DiffusionPipeline, jobs: Sequence[Job]) -> int:
     """How many rows of the largest picture make a U-Net call that uses the device well."""
-    scale = pipe.vae_scale_factor
-    area = max(((job.image.width // scale) * (job.image.height // scale) for job in jobs), default=1)
+    kind = kind_of(pipe)(pipe)
+    area = max((math.prod(kind.size(job)) for job in jobs), default=1)
     return max(2, min(MAX_ROWS, PIXELS.get(pipe._execution_device.type, PIXELS["cpu"]) // area))
 
 
 @torch.no_grad()
-def seconds_per_row(pipe: StableDiffusionImg2ImgPipeline, jobs: Sequence[Job]) -> float:
+def seconds_per_row(pipe: DiffusionPipeline, jobs: Sequence[Job]) -> float:
     """The time that a row of a full U-Net call takes on these jobs, from one call after another to warm up."""
     packer = _Packer(pipe, jobs, None, 0.0)
     packer._join()
-    rows = [(cell.latents, cell.timestep, words) for cell in packer.live for words in cell.words]
+    rows = [(cell.sample(), cell.timestep, words) for cell in packer.live for words in cell.words]
     for _ in range(2):
         started = perf_counter()
         packer._predict(*map(list, zip(*rows, strict=True)))
@@ -161,7 +126,8 @@ class _Live:
     scheduler: SchedulerMixin
     timesteps: Tensor
     latents: Tensor
-    words: list[str]  # a row each: the prompt, and what stands against it
+    beside: Tensor | None  # channels that the U-Net sees too
+    words: list[Words]  # a row each: the prompt, and what stands against it
     step_arguments: dict[str, Any]
     position: int = 0
     seconds: float = 0.0
@@ -175,7 +141,17 @@ class _Live:
     def ended(self) -> bool:
         return self.position == len(self.timesteps)
 
-    def row(self, words: str) -> tuple:
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the latent."""
+        return tuple(self.latents.shape[-2:])
+
+    def sample(self) -> Tensor:
+        """What the U-Net sees: the latent as the scheduler hands it over, and what stands beside it."""
+        scaled = self.scheduler.scale_model_input(self.latents, self.timestep)
+        return scaled if self.beside is None else torch.cat([scaled, self.beside], dim=1)
+
+    def row(self, words: Words) -> tuple:
         """What decides a row of the U-Net's input: at first the beginning of the job, which others may share."""
         return self.latents.shape, self.index if self.position else self.job.beginning, words
 
@@ -197,7 +173,7 @@ class _Live:
 class _Packer:
     """The state of ``denoise``: what waits, what lives, and what is denoised but not yet decoded."""
 
-    pipe: StableDiffusionImg2ImgPipeline
+    pipe: DiffusionPipeline
     jobs: Sequence[Job]
     pack: int | None
     guidance_rescale: float
@@ -206,7 +182,8 @@ class _Packer:
     ended: list[_Live] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.device = self.pipe._execution_device  # diffusers looks through every part for it, which takes a while
+        self.kind = kind_of(self.pipe)(self.pipe)
+        self.device = self.kind.device
         alike: dict[tuple[int, ...], int] = {}  # those that begin alike are to begin together
         for job in self.jobs:
             alike.setdefault(job.beginning, len(alike))
@@ -217,8 +194,8 @@ class _Packer:
 
         self.waiting = deque(sorted(enumerate(self.jobs), key=longest_first))
         self.pack = self.pack or fitting_pack(self.pipe, self.jobs)
-        self.encode_prompt = lru_cache(max(REMEMBERED, self.pack))(self._encode_prompt)
-        self.encoded: dict[int, Any] = {}  # each picture, by its identity: Pillow would compare pixels
+        self.tell = lru_cache(max(REMEMBERED, self.pack))(self.kind.tell)
+        self.seen: dict[int, Any] = {}  # of each picture, by its identity: Pillow would compare pixels
         self.uses = Counter(id(job.image) for job in self.jobs)
 
     def run(self) -> Iterator[Tick]:
@@ -270,27 +247,22 @@ class _Packer:
         return len(self.live) > before
 
     def _begin(self, index: int, job: Job) -> _Live:
-        """As the stock pipeline begins a call: the VAE's sample is drawn first, then the noise, from one generator."""
-        pipe, generator = self.pipe, torch.Generator().manual_seed(job.seed)
-        scheduler, timesteps = job.schedule(pipe.scheduler, self.device)
-        encoded = self._encode_image(job.image, self.encode_prompt(job.prompt).dtype)
-        latents = pipe.vae.config.scaling_factor * retrieve_latents(encoded, generator)
-        noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        latents = scheduler.add_noise(latents, noise, timesteps[:1])
-        words = [job.prompt, job.negative_prompt or ""] if job.guided else [job.prompt]
-        return _Live(index, job, scheduler, timesteps, latents, words, pipe.prepare_extra_step_kwargs(generator, 0.0))
+        """As the stock pipeline begins a call, with random numbers from one generator of the job's own."""
+        generator = torch.Generator().manual_seed(job.seed)
+        scheduler, timesteps = job.schedule(self.pipe.scheduler, self.device)
+        seen = self._see(job.image)
+        latents = self.kind.begin(job, seen, scheduler, timesteps[:1], generator)
+        step_arguments = self.pipe.prepare_extra_step_kwargs(generator, 0.0)
+        words, beside = self.kind.words(job), self.kind.beside(seen)
+        return _Live(index, job, scheduler, timesteps, latents, beside, words, step_arguments)
 
-    def _encode_prompt(self, words: str) -> Tensor:
-        return self.pipe.encode_prompt(words, self.device, 1, False)[0]
-
-    def _encode_image(self, image: Image.Image, dtype: torch.dtype) -> Any:
-        """What the VAE makes of a picture: encoded for the first job that has it, forgotten with the last."""
+    def _see(self, image: Image.Image | None) -> Any:
+        """What is made of a picture: for the first job that has it, and forgotten with the last."""
         key = id(image)
-        if key not in self.encoded:
-            pixels = self.pipe.image_processor.preprocess(image).to(self.device, dtype)
-            self.encoded[key] = self.pipe.vae.encode(pixels)
+        if key not in self.seen:
+            self.seen[key] = self.kind.see(image)
         self.uses[key] -= 1
-        return self.encoded[key] if self.uses[key] else self.encoded.pop(key)
+        return self.seen[key] if self.uses[key] else self.seen.pop(key)
 
     # --- all together ---
 
@@ -299,10 +271,10 @@ class _Packer:
         keys: dict[tuple, int] = {}
         latents, timesteps, words = [], [], []
         for cell in self.live:
-            scaled = cell.scheduler.scale_model_input(cell.latents, cell.timestep)
+            sample = cell.sample()
             for said in cell.words:
                 if keys.setdefault(cell.row(said), len(keys)) == len(latents):
-                    latents.append(scaled)
+                    latents.append(sample)
                     timesteps.append(cell.timestep)
                     words.append(said)
         predictions = self._predict(latents, timesteps, words)
@@ -322,7 +294,8 @@ class _Packer:
         at = f"at step {cell.position} of {len(cell.timesteps)}"
         if not before.isfinite().all():
             return "the VAE's encoder made NaN or infinity of the input picture"
-        if not all(self.encode_prompt(said).isfinite().all() for said in cell.words):
+        told = (tensor for said in cell.words for tensor in self.tell(said, cell.size).values())
+        if not all(tensor.isfinite().all() for tensor in told):
             return "the text encoder made NaN or infinity of the prompt"
         if not all(prediction.isfinite().all() for prediction in predictions):
             largest = before.abs().max()
@@ -332,12 +305,12 @@ class _Packer:
             return f"guidance {cell.job.guidance_scale:g} made NaN or infinity of the U-Net's answer {at}"
         return f"{type(cell.scheduler).__name__} made NaN or infinity of the U-Net's answer {at}"
 
-    def _predict(self, latents: list[Tensor], timesteps: list[Tensor], words: list[str]) -> list[Tensor]:
+    def _predict(self, latents: list[Tensor], timesteps: list[Tensor], words: list[Words]) -> list[Tensor]:
         """The U-Net's answer for every row, in calls of at most a pack of rows of one shape."""
         shares = isinstance(self.pipe.unet, UNetNAS)  # which begins without the text: once for both rows of a cell
 
         def ask(rows: list[int]) -> Tensor:
-            text = torch.cat([self.encode_prompt(words[row]) for row in rows])
+            told = self.kind.arguments([self.tell(words[row], tuple(latents[row].shape[-2:])) for row in rows])
             once = list({id(latents[row]): row for row in rows}.values()) if shares else rows
             more = {}
             if len(once) < len(rows):
@@ -345,7 +318,7 @@ class _Packer:
                 more["latent_of"] = torch.tensor([place[id(latents[row])] for row in rows], device=self.device)
             sample = torch.cat([latents[row] for row in once])
             timestep = torch.stack([timesteps[row] for row in once])
-            return self.pipe.unet(sample, timestep, encoder_hidden_states=text, return_dict=False, **more)[0]
+            return self.pipe.unet(sample, timestep, **told, **more, return_dict=False)[0]
 
         predicted: list[Tensor | None] = [None] * len(latents)
         by_shape: dict[torch.Size, list[int]] = {}
@@ -376,29 +349,13 @@ class _Packer:
     @torch.no_grad()
     def _pictures(self, cells: list[_Live]) -> list[tuple[Image.Image | None, bool]]:
         """Decode latents: each its picture, or None where it is no numbers, and whether a safety checker blacked it."""
-        pipe, latents = self.pipe, torch.cat([cell.latents for cell in cells])
-        pixels = decode(pipe.vae, latents / pipe.vae.config.scaling_factor)
+        pixels = self.kind.decode(torch.cat([cell.latents for cell in cells]))
         good = pixels.isfinite().flatten(1).all(dim=1)
-        pixels = torch.where(good[:, None, None, None], pixels, 0)
-        pixels, unsafe = pipe.run_safety_checker(pixels, pixels.device, pixels.dtype)
-        unsafe = [False] * len(pixels) if unsafe is None else list(map(bool, unsafe))
+        pixels, unsafe = self.kind.check(torch.where(good[:, None, None, None], pixels, 0))
         shown = [not flag for flag in unsafe]
-        pictures = pipe.image_processor.postprocess(pixels, output_type="pil", do_denormalize=shown)
+        pictures = self.pipe.image_processor.postprocess(pixels, output_type="pil", do_denormalize=shown)
         rows = zip(pictures, good.tolist(), unsafe, strict=True)
         return [(picture, flag) if fine else (None, False) for picture, fine, flag in rows]
-
-
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pixels, from a VAE in half precision that overflows once more in float32, as some of that time's do."""
-    pixels = vae.decode(latents)[0]
-    half = vae.dtype
-    if half == torch.float32 or pixels.isfinite().all():
-        return pixels
-    vae.to(torch.float32)
-    try:
-        return vae.decode(latents.float())[0].to(half)
-    finally:
-        vae.to(half)
 
 
 def _as_many_as_fit(call: Callable[[list[Given]], Made], given: list[Given], most: int) -> tuple[Made, int]:

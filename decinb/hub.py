@@ -42,6 +42,10 @@ CHUNK = 1 << 20  # bytes at once
 PATIENCE = 20.0  # seconds of silence that no setting can lengthen: a silent hub is given up within a minute
 
 
+class NotFoundError(ModelError):
+    """There is no such model on the hub, or not for everyone."""
+
+
 def is_model_id(name: str) -> bool:
     """Whether a name can be that of a model on the hub, ``owner/name``."""
     try:
@@ -94,7 +98,8 @@ def fetch(
     except Exception as error:  # the network library's errors are not the hub's own, and differ between its versions
         here = fresh and cached(repo_id, revision, choose)
         lead = "is here, but was not compared with the hub's" if here else "is not in the cache"
-        raise ModelError(f"{repo_id} {_cause(error, repo_id, revision, lead)}") from error
+        kind = NotFoundError if type(error) is RepositoryNotFoundError else ModelError  # a gated one is there
+        raise kind(f"{repo_id} {_cause(error, repo_id, revision, lead)}") from error
 
 
 def _file(repo_id: str, name: str, commit: str, timeout: float, check: bool) -> Path:
@@ -214,7 +219,8 @@ def cached(repo_id: str, revision: str | None, choose: Choose) -> Path | None:
 
 def names_in(folder: Path) -> list[str]:
     """The files of a model folder as the hub would list them, ``unet/config.json``."""
-    return [path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.is_file()]
+    files = (*folder.glob("*"), *folder.glob("*/*"))
+    return [path.relative_to(folder).as_posix() for path in files if path.is_file()]
 
 
 def _cause(error: Exception, repo_id: str, revision: str | None, lead: str) -> str:

@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from decinb import inputs
 from decinb.errors import InputError
 from decinb.fetching import fetch
+from decinb.inputs import MAX_SIDE, MIN_SIDE, MULTIPLE
 from decinb.tiny.scenes import Scene, render
 
 SAMPLES: dict[str, tuple[Scene, int]] = {
@@ -38,11 +39,8 @@ SAMPLES: dict[str, tuple[Scene, int]] = {
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64_000_000  # a large phone photo; read from the header, before anything is decoded
 MAX_FILE = 250_000_000  # bytes: so many pixels, not compressed
-MAX_SIDE = 2048  # of an image given to a pipeline
-MIN_SIDE = 64
 ROUNDING = 1e-4  # that floats of a picture may lie below 0 or above 1
 MAX_ASPECT = 4  # no model has seen a picture that is longer
-MULTIPLE = 8  # a latent pixel is 8 x 8 image pixels
 
 RECORD = "decinb"  # the PNG text chunk with the record
 INPUT = b"inPt"  # the PNG chunk with the input: by its capitals ancillary, private and safe to copy
@@ -74,10 +72,7 @@ def load_image(source: Source, size: int | None = None, allow_private: bool = Fa
 
 def read_image(source: Source, size: int | None = None, allow_private: bool = False) -> Image.Image:
     """As ``load_image``, of the size that the picture has: a sample is drawn at the size that is asked for."""
-    if size is not None and (not isinstance(size, int) or size % MULTIPLE or not MIN_SIDE <= size <= MAX_SIDE):
-        raise InputError(
-            f"size must be a multiple of {MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}, got {inputs.told(size)}"
-        )
+    size = None if size is None else inputs.side(size, "size")
     if isinstance(source, str) and source in SAMPLES:
         scene, own_size = SAMPLES[source]
         return render(scene, size or own_size)

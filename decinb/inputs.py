@@ -18,6 +18,9 @@ MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 10_000  # beyond it half precision ends
 HIGH_GUIDANCE = 30  # beyond it there is nothing but glaring colours to see
 MAX_LETTERS = 4_000  # of a prompt, of which a text encoder reads some 300
+MAX_SIDE = 2048  # pixels of an image given to a pipeline, or asked of one
+MIN_SIDE = 64
+MULTIPLE = 8  # a latent pixel is 8 x 8 image pixels
 TOLD = 80  # letters of a value that an error repeats
 
 
@@ -58,6 +61,27 @@ def seed(value: Any, where: str = "") -> int:
 def number_of(value: Any, name: str) -> int:
     """How many of something: 1 to 1,000."""
     return _whole(value, name, 1, 1000)
+
+
+def side(value: Any, name: str) -> int:
+    """Height or width of an image in pixels: a multiple of 8 from 64 to 2048."""
+    number = _real(value)
+    if number is None or number % MULTIPLE or not MIN_SIDE <= number <= MAX_SIDE:
+        raise InputError(f"{name} must be a multiple of {MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}, got {told(value)}")
+    return int(number)
+
+
+def latents(value: Any, channels: int) -> torch.Tensor | None:
+    """What a pipeline with ``output_type="latent"`` gave, (images, channels, height / 8, width / 8); None if not that.
+
+    Raises:
+        InputError: there are numbers among them that are none.
+    """
+    if not (torch.is_tensor(value) and value.ndim == 4 and value.shape[1] == channels and value.is_floating_point()):
+        return None
+    if not value.isfinite().all():
+        raise InputError("image holds latents with NaN or infinity")
+    return value
 
 
 def text(value: Any, name: str) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 from PIL import Image
 
 from decinb import inputs
-from decinb.denoise import Job, seconds_per_row
+from decinb.denoise import seconds_per_row
 from decinb.designs import Cell
 from decinb.errors import InputError
 from decinb.images import Source, fit, read_image
+from decinb.kinds import Job
 from decinb.labels import ARGUMENTS, label
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.store import Record, Store, image_hash, key, weights_hash

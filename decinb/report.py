@@ -8,8 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from decinb import pipeline
-from decinb.pipeline import MODELS, is_here
+from decinb import loading
+from decinb.loading import is_here
+from decinb.memory import total_memory
+from decinb.models import MODELS
 
 PACKAGES = ("decinb", "torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "safetensors", "Pillow")
 SWITCHES = re.compile("(HF|DIFFUSERS|TRANSFORMERS|DECINB|PYTORCH|CUDA|OMP|MKL)_")
@@ -26,14 +28,13 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     for package in PACKAGES:
         yield package, _version(package)
-    device = pipeline._device(None)
+    device = loading._device(None)
     yield "device", _device(device)
     yield "memory", _memory()
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    yield "dtype", f"{str(pipeline._dtype(None, device)).removeprefix('torch.')}, unless another is asked for"
+    yield "dtype", f"{str(loading._dtype(None, device)).removeprefix('torch.')}, unless another is asked for"
     for name, model in MODELS.items():
-        bundled = not isinstance(model.source, str)
-        yield f"model {name}", "bundled" if bundled else "cached" if is_here(model) else "not cached"
+        yield f"model {name}", "bundled" if model.is_bundled else "cached" if is_here(model) else "not cached"
     for name in sorted(filter(SWITCHES.match, os.environ)):
         value = os.environ[name]
         plain = (HARMLESS.fullmatch(value) or value in MODELS) and not SECRET.search(name)
@@ -55,7 +56,5 @@ def _device(device: torch.device) -> str:
 
 
 def _memory() -> str:
-    try:
-        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
-    except (AttributeError, ValueError, OSError):  # Windows has no such call
-        return "unknown"
+    there = total_memory()
+    return "unknown" if there is None else f"{there / 2**30:.0f} GiB"

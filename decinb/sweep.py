@@ -21,8 +21,10 @@ from decinb.designs import Cell
 from decinb.errors import InputError
 from decinb.images import Source, read_input, read_record
 from decinb.labels import ARGUMENTS, label
+from decinb.loading import load_pipeline
 from decinb.locks import turn
-from decinb.pipeline import MODELS, DeciDiffusionImg2ImgPipeline, load_pipeline
+from decinb.models import MODELS
+from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.planning import NEEDED, Plan, count_calls, plan, read_cell
 from decinb.progress import Bar, LiveGrid
 from decinb.store import Images, Record, Store, weights_hash

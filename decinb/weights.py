@@ -1,6 +1,7 @@
 """Whether a file of weights is whole, before anything reads it, and its numbers sound, before anything uses them."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -60,6 +61,14 @@ def _announced_size(file: Path) -> int | None:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return None
     return HEADER_BYTES + header_size + max(ends, default=0)
+
+
+def loaded_bytes(file: Path, dtype: torch.dtype) -> int:
+    """The memory that the tensors of a whole file fill once they are loaded as a dtype; of a ``.bin`` its own size."""
+    if file.suffix != ".safetensors":
+        return file.stat().st_size
+    with safe_open(file, "pt") as opened:
+        return dtype.itemsize * sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
 
 
 @torch.no_grad()

@@ -19,14 +19,15 @@ import torch
 
 from decinb import counting, latency
 from decinb.latency import Record, Timing
-from decinb.pipeline import MODELS, DeciDiffusionImg2ImgPipeline
+from decinb.models import MODELS
+from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.unet_nas import UNetNAS
 
 MEASURED = """
 import json, sys, time
 import decinb
 from decinb.counting import sd15_unet
-from decinb.pipeline import load_pipeline
+from decinb.loading import load_pipeline
 from decinb.unet_nas import UNetNAS
 from diffusers import AutoencoderKL, DDIMScheduler
 from transformers import CLIPTextModel, CLIPTokenizer

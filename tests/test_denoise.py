@@ -14,7 +14,8 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 import decinb
 from decinb import denoise as denoising
 from decinb.counting import count_unet_calls
-from decinb.denoise import Job, Tick, denoise
+from decinb.denoise import Tick, denoise
+from decinb.kinds import Job
 
 TOLERANCE = 1e-4  # of a range of 0 to 1: a sum over more rows adds in another order, seen up to 1e-5
 ROUNDED = 0.5 / 255  # what 8 bits a colour lose

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from decinb.metrics import named_attributes
-from decinb.pipeline import MODELS
+from decinb.models import MODELS
 from decinb.tiny import evaluate
 from decinb.tiny.scenes import caption, random_scene
 

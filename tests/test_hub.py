@@ -35,7 +35,8 @@ NUMBERS = itertools.count()
 CHILD = """
 import contextlib, io, json, sys, warnings
 import torch, decinb
-from decinb.pipeline import MODELS, Model, _find
+from decinb.loading import _find
+from decinb.models import MODELS, Model
 from tests.fake_hub import digest
 
 answers, sys.stdout = sys.stdout, io.StringIO()
@@ -227,7 +228,7 @@ def test_a_revision_can_be_named(hub, child, repo, weights):
 def test_what_is_no_decidiffusion_is_refused_before_its_weights_are_fetched(hub, child):
     answer = child.load("acme/ordinary")
     assert answer["error"] == "ModelError" and "acme/ordinary has no flexible_unet" in answer["message"]
-    assert hub.fetched("acme/ordinary") == {"unet/config.json"}
+    assert hub.fetched("acme/ordinary") == {"unet/config.json", "model_index.json"}
 
 
 def test_shards_where_there_is_nothing_else(hub, child, weights):

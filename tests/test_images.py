@@ -54,7 +54,7 @@ def test_a_large_photo_is_scaled_down():
     assert max(load_image(Image.new("RGB", (5000, 2500))).size) == images.MAX_SIDE
 
 
-@pytest.mark.parametrize("size", [100, 0, 63, 4096, 128.0, "128"])
+@pytest.mark.parametrize("size", [100, 0, 63, 4096, 128.5, True, "128"])
 def test_a_size_no_model_takes_is_refused(size):
     with pytest.raises(InputError, match="size must be a multiple of 8 from 64 to 2048"):
         load_image("day", size=size)

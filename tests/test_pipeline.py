@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 import decinb
 from decinb import InputError, ModelError
-from decinb.pipeline import MODELS, Model, _dtype, _find, load_pipeline
+from decinb.loading import _dtype, _find, load_pipeline
+from decinb.models import MODELS, Model
 from tests.fake_hub import FORMAT, digest, forbid, publish, small_model, write_json
 
 SAME_MACHINE = 1e-4  # the same float32 sums in another process, on pixels from 0 to 1
@@ -287,10 +288,14 @@ def test_missing_file(broken, file):
 
 def test_no_flexible_unet(broken, small, tmp_path):
     shutil.rmtree(broken / "flexible_unet")
-    with pytest.raises(ModelError, match="has no flexible_unet"):
+    with pytest.raises(ModelError, match=r"unet: .*asks for 'DecoyUNet'.*no code of a model's own is run"):
+        load(broken)
+    (broken / "model_index.json").unlink()
+    with pytest.raises(ModelError, match=r"has no flexible_unet and no model_index.json"):
         load(broken)
     shutil.copytree(small / "unet", broken / "unet")
     assert load(broken).unet.config.sample_size == 16
+    shutil.copy(small / "model_index.json", broken)
     write_json(broken / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", "sample_size": 64})
     with pytest.raises(ModelError, match=r"has no flexible_unet.*not a DeciDiffusion model"):
         load(broken)
@@ -400,7 +405,8 @@ def as_pickle(folder: Path, component: str) -> Path:
     safe = weights(folder, component)
     name = "pytorch_model.bin" if component == "text_encoder" else "diffusion_pytorch_model.bin"
     torch.save(load_file(safe), safe.with_name(name))
-    safe.unlink()
+    for file in safe.parent.glob("*.safetensors"):  # any of them would go before a pickle
+        file.unlink()
     return safe.with_name(name)
 
 

@@ -23,8 +23,10 @@ import torch
 from PIL import Image
 
 from decinb.errors import InputError
+from decinb.loading import load_pipeline
 from decinb.metrics import change, named_attributes, oversaturated, psnr, saturated, ssim
-from decinb.pipeline import MODELS, DeciDiffusionImg2ImgPipeline, load_pipeline
+from decinb.models import MODELS
+from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.tiny.judge import Judge, accuracy, through_vae
 from decinb.tiny.scenes import ATTRIBUTES, HOUSE, IMAGE_SIZE, Scene, caption, house_mask, random_scene, render
 

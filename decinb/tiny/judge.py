@@ -249,7 +249,7 @@ def main() -> None:
     images = [render(scene) for scene in unseen]
     tested = {"renders": images, "damaged": _damaged(images)}
     if given.model:
-        from decinb.pipeline import load_pipeline  # costs seconds, and only this needs it
+        from decinb.loading import load_pipeline  # costs seconds, and only this needs it
 
         tested["through the VAE"] = through_vae(images, load_pipeline(given.model).vae)
     for name, pictures in tested.items():

@@ -33,7 +33,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from decinb.errors import InputError
 from decinb.latency import environment
-from decinb.pipeline import DeciDiffusionImg2ImgPipeline, load_pipeline
+from decinb.loading import load_pipeline
+from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.quiet import quiet
 from decinb.tiny.scenes import IMAGE_SIZE, Scene, caption, differing, house_mask, random_scene, render, twin
 from decinb.unet_nas import UNetNAS

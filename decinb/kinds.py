@@ -1,0 +1,318 @@
+"""What the pipelines of Stable Diffusion's kind do differently, for those who denoise many cells together.
+
+A kind says how a cell begins, what stands beside its latent, what the U-Net is told in each row, and how a latent
+becomes a picture: each as the stock pipeline does it, with the same random draws in the same order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from decinb.pipeline import image_size
+from decinb.quiet import quiet
+
+with quiet():  # importing these tells of optional libraries that are not needed here
+    from diffusers import (
+        AutoencoderKL,
+        DiffusionPipeline,
+        SchedulerMixin,
+        StableDiffusionDepth2ImgPipeline,
+        StableDiffusionImg2ImgPipeline,
+        StableDiffusionPipeline,
+        StableDiffusionXLImg2ImgPipeline,
+        StableDiffusionXLPipeline,
+    )
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+    from diffusers.utils.torch_utils import randn_tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make: the arguments of a call of the stock pipeline, as plain values that are known to be good.
+
+    Without an ``image`` it is text to image, and ``strength`` is 1.
+    """
+
+    image: Image.Image | None
+    prompt: str
+    negative_prompt: str | None
+    strength: float
+    guidance_scale: float
+    num_inference_steps: int
+    seed: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is a second row a step, without the prompt. At a scale of 1 or less there is none."""
+        return self.guidance_scale > 1
+
+    @property
+    def skipped(self) -> int:
+        """How many of the steps are not run, since the input is no noise. ``int`` cuts off, as diffusers does."""
+        return max(self.num_inference_steps - int(self.num_inference_steps * self.strength), 0)
+
+    @property
+    def beginning(self) -> tuple[int, ...]:
+        """What decides the first latents: jobs that agree in it, as in a sweep of guidance, share their first rows."""
+        return id(self.image), self.seed, self.num_inference_steps, self.skipped
+
+    def schedule(self, kind: SchedulerMixin, device: torch.device) -> tuple[SchedulerMixin, Tensor]:
+        """A scheduler of the same kind set to begin where this job does, and its timesteps: one a U-Net call."""
+        scheduler = type(kind).from_config(kind.config)
+        scheduler.set_timesteps(self.num_inference_steps, device=device)
+        begin = self.skipped * scheduler.order
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        return scheduler, scheduler.timesteps[begin:]
+
+
+class Words(NamedTuple):
+    """What a row is told: a text, or None for nothing at all, and whether it is the side that guidance leaves."""
+
+    text: str | None
+    against: bool = False
+
+
+class ImageToImage:
+    """Stable Diffusion's image to image; the other kinds differ from it in what they say anew."""
+
+    def __init__(self, pipe: DiffusionPipeline):
+        self.pipe = pipe
+        self.device = pipe._execution_device  # diffusers looks through every part for it, which takes a while
+
+    def size(self, job: Job) -> tuple[int, int]:
+        """Height and width of a job's latent."""
+        scale = self.pipe.vae_scale_factor
+        return job.image.height // scale, job.image.width // scale
+
+    def words(self, job: Job) -> list[Words]:
+        """A row each: the prompt, and what stands against it where there is guidance."""
+        return [Words(job.prompt), self.against(job)] if job.guided else [Words(job.prompt)]
+
+    def against(self, job: Job) -> Words:
+        """What guidance leads away from."""
+        return Words(job.negative_prompt or "", True)
+
+    # --- the beginning ---
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of latents."""
+        return self.pipe.unet.dtype
+
+    def see(self, image: Image.Image) -> Any:
+        """What is made of an input picture, once for all jobs that have it."""
+        return self.pipe.vae.encode(self.pixels(image))
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        return self.pipe.image_processor.preprocess(image).to(self.device, self.dtype)
+
+    def begin(
+        self, job: Job, seen: Any, scheduler: SchedulerMixin, timestep: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The first latents of a job: the VAE's sample is drawn first, then the noise."""
+        latents = self.pipe.vae.config.scaling_factor * retrieve_latents(seen, generator)
+        noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        return scheduler.add_noise(latents, noise, timestep)
+
+    def beside(self, seen: Any) -> Tensor | None:
+        """Channels that the U-Net sees beside the latent at every step, as large as it; None where there are none."""
+        return None
+
+    # --- each step ---
+
+    def tell(self, words: Words, size: tuple[int, int]) -> dict[str, Tensor]:
+        """What the U-Net is told in a row, as tensors of one row each."""
+        text = self.pipe.encode_prompt(words.text, self.device, 1, False)[0]
+        return {"encoder_hidden_states": text}
+
+    def arguments(self, told: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """The arguments of a U-Net call with many rows."""
+        return {name: torch.cat([row[name] for row in told]) for name in told[0]}
+
+    # --- the end ---
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels."""
+        return decode(self.pipe.vae, latents / self.pipe.vae.config.scaling_factor)
+
+    def check(self, pixels: Tensor) -> tuple[Tensor, list[bool]]:
+        """Pixels, black where a safety checker took them for unsafe, and where that was."""
+        if not hasattr(self.pipe, "run_safety_checker"):
+            return pixels, [False] * len(pixels)
+        pixels, unsafe = self.pipe.run_safety_checker(pixels, pixels.device, pixels.dtype)
+        return pixels, [False] * len(pixels) if unsafe is None else list(map(bool, unsafe))
+
+
+class TextToImage(ImageToImage):
+    """Begins with noise alone."""
+
+    def size(self, job: Job) -> tuple[int, int]:
+        side = image_size(self.pipe) // self.pipe.vae_scale_factor
+        return side, side
+
+    def see(self, image: None) -> None:
+        return None
+
+    def begin(
+        self, job: Job, seen: None, scheduler: SchedulerMixin, timestep: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        shape = (1, self.pipe.unet.config.in_channels, *self.size(job))
+        noise = randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
+        return noise * scheduler.init_noise_sigma
+
+
+class DepthToImage(ImageToImage):
+    """Sees the depth of the input in a fifth channel."""
+
+    def see(self, image: Image.Image) -> tuple[Any, Tensor]:
+        depth = self.pipe.prepare_depth_map(image, None, 1, False, self.dtype, self.device)
+        return super().see(image), depth
+
+    def begin(
+        self,
+        job: Job,
+        seen: tuple[Any, Tensor],
+        scheduler: SchedulerMixin,
+        timestep: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        return super().begin(job, seen[0], scheduler, timestep, generator)
+
+    def beside(self, seen: tuple[Any, Tensor]) -> Tensor:
+        return seen[1]
+
+
+class ImageToImageXL(ImageToImage):
+    """Stable Diffusion XL: two text encoders, and the sizes of the picture among what the U-Net is told."""
+
+    def against(self, job: Job) -> Words:
+        nothing = job.negative_prompt is None and self.pipe.config.force_zeros_for_empty_prompt
+        return Words(None if nothing else job.negative_prompt or "", True)
+
+    def see(self, image: Image.Image) -> Any:
+        pixels, vae = self.pixels(image), self.pipe.vae
+        if not vae.config.force_upcast or vae.dtype == torch.float32:
+            return vae.encode(pixels)
+        half = vae.dtype  # in which it would overflow
+        vae.to(torch.float32)
+        try:
+            return vae.encode(pixels.float())
+        finally:
+            vae.to(half)
+
+    def begin(
+        self, job: Job, seen: Any, scheduler: SchedulerMixin, timestep: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        vae = self.pipe.vae.config
+        latents = retrieve_latents(seen, generator).to(self.dtype)
+        if (spread := self._spread(latents)) is not None:
+            mean, deviation = spread
+            latents = (latents - mean) * vae.scaling_factor / deviation
+        else:
+            latents = vae.scaling_factor * latents
+        noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        return scheduler.add_noise(latents, noise, timestep)
+
+    def _spread(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The mean and the deviation of every channel, where a VAE names them."""
+        named = [getattr(self.pipe.vae.config, name, None) for name in ("latents_mean", "latents_std")]
+        if None in named:
+            return None
+        mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in named)
+        return mean, deviation
+
+    def tell(self, words: Words, size: tuple[int, int]) -> dict[str, Tensor]:
+        text, _, pooled, _ = self.pipe.encode_prompt(
+            words.text or "", device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        if words.text is None:
+            text, pooled = torch.zeros_like(text), torch.zeros_like(pooled)
+        times = self.time_ids(size, pooled)[words.against].to(self.device)
+        return {"encoder_hidden_states": text, "text_embeds": pooled, "time_ids": times}
+
+    def time_ids(self, size: tuple[int, int], pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """The numbers that tell sizes and looks, for the prompt and for what stands against it."""
+        pixels = self._pixels_of(size)
+        width = pooled.shape[-1]
+        # The scores are the stock call's own.
+        return self.pipe._get_add_time_ids(
+            pixels,
+            (0, 0),
+            pixels,
+            6.0,
+            2.5,
+            pixels,
+            (0, 0),
+            pixels,
+            dtype=pooled.dtype,
+            text_encoder_projection_dim=width,
+        )
+
+    def _pixels_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        height, width = (side * self.pipe.vae_scale_factor for side in size)
+        return height, width
+
+    def arguments(self, told: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        rows = super().arguments(told)
+        return {"encoder_hidden_states": rows.pop("encoder_hidden_states"), "added_cond_kwargs": rows}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        if (spread := self._spread(latents)) is not None:
+            mean, deviation = spread
+            latents = latents * deviation / vae.config.scaling_factor + mean
+        else:
+            latents = latents / vae.config.scaling_factor
+        pixels = decode(vae, latents, in_full=vae.config.force_upcast)
+        mark = getattr(self.pipe, "watermark", None)
+        return pixels if mark is None else mark.apply_watermark(pixels)
+
+
+class TextToImageXL(ImageToImageXL, TextToImage):
+    """Stable Diffusion XL from noise alone."""
+
+    see, begin = TextToImage.see, TextToImage.begin
+
+    def time_ids(self, size: tuple[int, int], pooled: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = self._pixels_of(size)
+        told = self.pipe._get_add_time_ids(
+            pixels, (0, 0), pixels, dtype=pooled.dtype, text_encoder_projection_dim=pooled.shape[-1]
+        )
+        return told, told
+
+
+KINDS: dict[type[DiffusionPipeline], type[ImageToImage]] = {
+    StableDiffusionPipeline: TextToImage,
+    StableDiffusionImg2ImgPipeline: ImageToImage,
+    StableDiffusionDepth2ImgPipeline: DepthToImage,
+    StableDiffusionXLPipeline: TextToImageXL,
+    StableDiffusionXLImg2ImgPipeline: ImageToImageXL,
+}
+
+
+def kind_of(pipe: DiffusionPipeline) -> type[ImageToImage] | None:
+    """The kind of a pipeline whose cells can share U-Net calls; None for one that must make each by its own call."""
+    return next((kind for cls, kind in KINDS.items() if isinstance(pipe, cls)), None)
+
+
+def decode(vae: AutoencoderKL, latents: Tensor, in_full: bool = False) -> Tensor:
+    """Pixels, from a VAE in half precision that overflows once more in float32, as some of that time's do.
+
+    Args:
+        in_full: decode in float32 at once.
+    """
+    half = vae.dtype
+    if half == torch.float32 or not (in_full and half == torch.float16):
+        pixels = vae.decode(latents)[0]
+        if half == torch.float32 or pixels.isfinite().all():
+            return pixels
+    vae.to(torch.float32)
+    try:
+        return vae.decode(latents.float())[0].to(half)
+    finally:
+        vae.to(half)

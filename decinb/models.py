@@ -1,0 +1,149 @@
+"""The models that are known by name: where each lies, what it is, what it needs and what it can do.
+
+Adding a model is adding an entry to ``MODELS``; nothing else names one. To use another copy of a known model, change
+its ``source`` here, or for one session: ``MODELS["sd-v1-5"] = replace(MODELS["sd-v1-5"], source="owner/name")``.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+IMAGE_TO_IMAGE = "image-to-image"
+TEXT_TO_IMAGE = "text-to-image"
+TASKS = (IMAGE_TO_IMAGE, TEXT_TO_IMAGE)
+
+ASTRONAUT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
+"""The prompt of the guide's companions."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A known model.
+
+    Args:
+        source: its folder, or its id on the hub.
+        about: what it is, in a few words.
+        image_size: height and width in pixels of the images that it was trained on.
+        example_image, example_prompt: something to try it on.
+        revision: a branch, tag or commit on the hub; None is the main branch.
+        licence: what its publisher names.
+        pipelines: what it can do: the pipeline class of every task, from decinb or diffusers.
+        depth: whether it sees the depth of the input picture.
+        negative_prompt: whether it can be driven away from words.
+        variant: of the weights, where there are several; ``"fp16"`` is half the download.
+        memory: GB (10^9 bytes) that its weights fill as float16; as float32 it is twice as much.
+        mirrors: other ids of the same weights, tried in this order where the first is gone.
+        further: where the parts lie that the source lacks, each with what their names begin with in the pipeline.
+        allow_pickle: the permission of ``load_pipeline``, given once for a model that is known to need it.
+    """
+
+    source: Path | str
+    about: str
+    image_size: int
+    example_image: str = "valley"
+    example_prompt: str = ASTRONAUT
+    revision: str | None = None
+    licence: str = "unknown"
+    pipelines: dict[str, str] = field(
+        default_factory=lambda: {
+            IMAGE_TO_IMAGE: "DeciDiffusionImg2ImgPipeline",
+            TEXT_TO_IMAGE: "DeciDiffusionPipeline",
+        }
+    )
+    depth: bool = False
+    negative_prompt: bool = True
+    variant: str | None = None
+    memory: float = 0.0
+    mirrors: tuple[str, ...] = ()
+    further: tuple[tuple[str, Path | str], ...] = ()
+    allow_pickle: bool = False
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether it came with decinb."""
+        return isinstance(self.source, Path)
+
+
+TINY = Path(__file__).parent / "tiny"
+
+MODELS: dict[str, Model] = {
+    "tiny": Model(
+        TINY / "model",
+        "small U-Net-NAS for drawn scenes, bundled",
+        128,
+        "day",
+        "a painting of a blue house, round trees and mountains on snow at night",
+        licence="Apache-2.0",
+        memory=0.03,
+    ),
+    "decidiffusion-v1-0": Model(
+        "Deci/DeciDiffusion-v1-0",
+        "the published checkpoint, 1.02 billion parameters",
+        512,
+        "valley",
+        "A cute baby dragon with blue and green scales, artstation painting",  # the guide's own
+        licence="CreativeML Open RAIL++-M",
+        memory=2.1,
+        allow_pickle=True,  # of 2023, when parts were still published as .bin alone; safetensors win where they exist
+    ),
+    "sd-v1-5": Model(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",  # runwayml's own was deleted in August 2024
+        "Stable Diffusion v1.5, 1.07 billion parameters",
+        512,
+        licence="CreativeML Open RAIL-M",
+        pipelines={IMAGE_TO_IMAGE: "StableDiffusionImg2ImgPipeline", TEXT_TO_IMAGE: "StableDiffusionPipeline"},
+        variant="fp16",
+        memory=2.7,
+        mirrors=("benjamin-paine/stable-diffusion-v1-5",),
+    ),
+    "sdxl-base": Model(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "Stable Diffusion XL, 3.5 billion parameters, two text encoders",
+        1024,
+        licence="CreativeML Open RAIL++-M",
+        pipelines={IMAGE_TO_IMAGE: "StableDiffusionXLImg2ImgPipeline", TEXT_TO_IMAGE: "StableDiffusionXLPipeline"},
+        variant="fp16",
+        memory=7.0,
+    ),
+    "sdxl-refiner": Model(
+        "stabilityai/stable-diffusion-xl-refiner-1.0",
+        "the second half of Stable Diffusion XL, which adds detail to a picture",
+        1024,
+        licence="CreativeML Open RAIL++-M",
+        pipelines={IMAGE_TO_IMAGE: "StableDiffusionXLImg2ImgPipeline"},
+        variant="fp16",
+        memory=6.1,
+    ),
+    "kandinsky-2-2": Model(
+        "kandinsky-community/kandinsky-2-2-decoder",
+        "Kandinsky 2.2: words become an image embedding first, by a prior",
+        512,
+        licence="Apache-2.0",
+        pipelines={
+            IMAGE_TO_IMAGE: "KandinskyV22Img2ImgCombinedPipeline",
+            TEXT_TO_IMAGE: "KandinskyV22CombinedPipeline",
+        },
+        memory=9.4,
+        further=(("prior_", "kandinsky-community/kandinsky-2-2-prior"),),
+    ),
+    "sd-2-depth": Model(
+        "stabilityai/stable-diffusion-2-depth",
+        "Stable Diffusion 2 that also sees the depth of the input",
+        512,
+        licence="CreativeML Open RAIL++-M",
+        pipelines={IMAGE_TO_IMAGE: "StableDiffusionDepth2ImgPipeline"},
+        depth=True,
+        variant="fp16",
+        memory=2.9,
+        mirrors=("sd2-community/stable-diffusion-2-depth",),
+    ),
+}
+
+PUBLISHED = "decidiffusion-v1-0"
+
+
+def line_of(name: str) -> str:
+    """Where in this file the source of a known model stands: what to edit where it has moved."""
+    wanted = str(MODELS[name].source)
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    found = next((i for i, line in enumerate(lines, 1) if f'"{wanted}"' in line), None)
+    return f"decinb/models.py, line {found}" if found else f"the source of MODELS[{name!r}]"
