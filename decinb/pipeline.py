@@ -273,6 +273,8 @@ class DeciDiffusionDepth2ImgPipeline(_DeciDiffusion, StableDiffusionDepth2ImgPip
 
 def image_size(pipe: DiffusionPipeline) -> int:
     """Height and width in pixels of the images that a pipeline's model was trained on."""
+    if known := MODELS.get(str(pipe.config.get("_name_or_path"))):
+        return known.image_size
     network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     sample = getattr(network.config, "sample_size", None) if network is not None else None
     if sample is None:
