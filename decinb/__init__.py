@@ -11,6 +11,7 @@ os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")  # diffusers reads i
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "chains": ["Chain", "Link", "run_chain"],
         "designs": ["grid", "one_at_a_time", "random_design", "zipped"],
         "errors": ["InputError", "ModelError"],
         "images": ["SAMPLES", "load_image", "read_record"],

@@ -349,13 +349,7 @@ class _Packer:
     @torch.no_grad()
     def _pictures(self, cells: list[_Live]) -> list[tuple[Image.Image | None, bool]]:
         """Decode latents: each its picture, or None where it is no numbers, and whether a safety checker blacked it."""
-        pixels = self.kind.decode(torch.cat([cell.latents for cell in cells]))
-        good = pixels.isfinite().flatten(1).all(dim=1)
-        pixels, unsafe = self.kind.check(torch.where(good[:, None, None, None], pixels, 0))
-        shown = [not flag for flag in unsafe]
-        pictures = self.pipe.image_processor.postprocess(pixels, output_type="pil", do_denormalize=shown)
-        rows = zip(pictures, good.tolist(), unsafe, strict=True)
-        return [(picture, flag) if fine else (None, False) for picture, fine, flag in rows]
+        return self.kind.pictures(torch.cat([cell.latents for cell in cells]))
 
 
 def _as_many_as_fit(call: Callable[[list[Given]], Made], given: list[Given], most: int) -> tuple[Made, int]:

@@ -142,10 +142,23 @@ class ImageToImage:
 
     def check(self, pixels: Tensor) -> tuple[Tensor, list[bool]]:
         """Pixels, black where a safety checker took them for unsafe, and where that was."""
-        if not hasattr(self.pipe, "run_safety_checker"):
+        if (
+            getattr(self.pipe, "safety_checker", None) is None
+        ):  # the pipelines with depth have the method, and no checker
             return pixels, [False] * len(pixels)
         pixels, unsafe = self.pipe.run_safety_checker(pixels, pixels.device, pixels.dtype)
         return pixels, [False] * len(pixels) if unsafe is None else list(map(bool, unsafe))
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> list[tuple[Image.Image | None, bool]]:
+        """Decode latents: each its picture, or None where it is no numbers, and whether a safety checker blacked it."""
+        pixels = self.decode(latents)
+        good = pixels.isfinite().flatten(1).all(dim=1)
+        pixels, unsafe = self.check(torch.where(good[:, None, None, None], pixels, 0))
+        shown = [not flag for flag in unsafe]
+        pictures = self.pipe.image_processor.postprocess(pixels, output_type="pil", do_denormalize=shown)
+        rows = zip(pictures, good.tolist(), unsafe, strict=True)
+        return [(picture, flag) if fine else (None, False) for picture, fine, flag in rows]
 
 
 class TextToImage(ImageToImage):

@@ -1,7 +1,5 @@
 """The plan of a sweep: every cell understood, checked and counted before anything runs."""
 
-import importlib.metadata
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +15,9 @@ from decinb.errors import InputError
 from decinb.images import Source, fit, read_image
 from decinb.kinds import Job
 from decinb.labels import ARGUMENTS, label
+from decinb.origin import origin, picture_name, versions
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
-from decinb.store import Record, Store, image_hash, key, weights_hash
+from decinb.store import Record, Store, image_hash, key
 
 MANY = 1000  # images in one sweep, beyond which one may not have meant it
 LISTED = 5  # cells that a note names
@@ -112,10 +111,10 @@ def plan(
     pictures = _Pictures()
     jobs = [read_cell(cell, defaults, pictures.load, where=f"cell {i}: ") for i, cell in enumerate(cells)]
     calls = count_calls(pipe, jobs)
-    origin = _origin(pipe, guidance_rescale)
+    shared = {"guidance_rescale": guidance_rescale, **origin(pipe), "versions": versions()}
     cut = lru_cache(None)(lambda words: inputs.lost_words(words, pipe.tokenizer))
     records = [
-        _record(cell, job, origin, _name(cell.get("image", image), job.image))
+        _record(cell, job, shared, picture_name(cell.get("image", image), job.image))
         | {"original_size": list(pictures.original_size(job.image)), "truncated": _truncated(job, cut)}
         for cell, job in zip(cells, jobs, strict=True)
     ]
@@ -247,27 +246,13 @@ def count_calls(pipe: DeciDiffusionImg2ImgPipeline, jobs: Sequence[Job]) -> list
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
-def _origin(pipe: DeciDiffusionImg2ImgPipeline, guidance_rescale: float) -> Record:
-    """What all cells share and an image cannot be made again without."""
-    return {
-        "guidance_rescale": guidance_rescale,
-        "model": _model_name(pipe),
-        "weights": weights_hash(pipe),
-        "scheduler": type(pipe.scheduler).__name__,
-        "scheduler_config": {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")},
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": pipe.device.type,
-        "versions": {name: importlib.metadata.version(name) for name in ("decinb", "diffusers", "torch")},
-    }
-
-
 NEEDED = [*ARGUMENTS, "guidance_rescale", "model", "weights", "scheduler", "scheduler_config"]
 
 
-def _record(cell: Cell, job: Job, origin: Record, image_name: str) -> Record:
+def _record(cell: Cell, job: Job, shared: Record, image_name: str) -> Record:
     """A cell with everything that made its image. The key is of what decides the pixels, and of nothing else."""
     hashed = image_hash(job.image)
-    decides = {name: origin[name] for name in ("weights", "scheduler", "scheduler_config", "dtype", "guidance_rescale")}
+    decides = {name: shared[name] for name in ("weights", "scheduler", "scheduler_config", "dtype", "guidance_rescale")}
     made_by = key(
         **decides,
         image=hashed,
@@ -285,21 +270,9 @@ def _record(cell: Cell, job: Job, origin: Record, image_name: str) -> Record:
         "steps_run": job.num_inference_steps - job.skipped,
         "image_hash": hashed,
         "image_size": list(job.image.size),
-        **origin,
+        **shared,
         "key": made_by,
     }
-
-
-def _name(source: Any, image: Image.Image) -> str:
-    """What to call an input: a sample's or a file's name, else a piece of its hash. Where a file lies is not told."""
-    if isinstance(source, (str, os.PathLike)):
-        return Path(os.fsdecode(source).split("?")[0]).name
-    return f"image {image_hash(image)[:6]}"
-
-
-def _model_name(pipe: DeciDiffusionImg2ImgPipeline) -> str:
-    name = str(pipe.config.get("_name_or_path") or "unnamed")
-    return Path(name).name if Path(name).is_absolute() else name  # where a folder lies is nobody's business
 
 
 def _duration(seconds: float) -> str:

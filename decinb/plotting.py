@@ -11,7 +11,7 @@ from PIL import Image
 
 from decinb.errors import InputError
 from decinb.images import load_image, read_input
-from decinb.labels import plain
+from decinb.labels import plain, told, wrap
 from decinb.layout import Axis, Layout, Record, either, lay_out
 from decinb.sheet import Sheet, Tile, shrunk
 
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from decinb.chains import Chain
     from decinb.planning import Plan
     from decinb.sweep import Sweep
 
 PAGE = 12  # rows and columns of one figure
+TITLE = 34  # letters in a line above a picture
 MAX_PAGE = 40  # at their smallest, pictures of so many rows and columns still make a figure that can be opened
 
 
@@ -135,6 +137,36 @@ def plot_plan(
 
     inputs = {record["image"]: job.image for record, job in zip(records, plan.jobs, strict=True)}
     _plot(records, rows, cols, tile, inputs if show_input else {}, file, page)
+
+
+def plot_chain(
+    chain: Chain, columns: int | None = None, show_input: bool = True, file: str | Path | None = None
+) -> None:
+    """Show the pictures of a chain one after the other, each under what its link was told.
+
+    Args:
+        chain: from ``run_chain``.
+        columns: pictures in a row; None puts up to four there.
+        show_input: put the input picture, where there was one, before the others.
+        file: where to save the picture, if anywhere.
+
+    Raises:
+        InputError: no link of the chain was finished.
+    """
+    if not len(chain):
+        raise InputError("the chain has no finished link to show")
+    images, titles = list(chain.images), [_of_link(record["chain"][-1]) for record in chain.records]
+    if show_input and chain.image is not None:
+        images, titles = [chain.image, *images], ["input", *titles]
+    plot_grid(images, titles, columns or min(len(images), 4), file)
+
+
+def _of_link(link: Record) -> str:
+    """What a link was told, and what it was handed, in a few lines."""
+    lines = wrap(link["prompt"], lambda line: len(line) <= TITLE, most=3)
+    if link["strength"] is None:
+        return "\n".join([*lines, "text to image"])
+    return "\n".join([*lines, f"{told('strength', link['strength'])}, from the {link['takes']}"])
 
 
 def _inputs(sweep: Sweep) -> dict[str, Image.Image]:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb import inputs
+from decinb.chains import CHAIN, replay_chain
 from decinb.denoise import Done, Tick, denoise, fitting_pack
 from decinb.designs import Cell
 from decinb.errors import InputError
@@ -23,11 +25,11 @@ from decinb.images import Source, read_input, read_record
 from decinb.labels import ARGUMENTS, label
 from decinb.loading import load_pipeline
 from decinb.locks import turn
-from decinb.models import MODELS
+from decinb.origin import check_weights, known_model, scheduler_of
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.planning import NEEDED, Plan, count_calls, plan, read_cell
 from decinb.progress import Bar, LiveGrid
-from decinb.store import Images, Record, Store, weights_hash
+from decinb.store import Images, Record, Store
 
 if TYPE_CHECKING:
     import pandas
@@ -187,30 +189,29 @@ def load_sweep(folder: str | Path) -> Sweep:
     return Sweep(image, records[0]["prompt"], [r["cell"] for r in records], Images(paths), records, store.folder)
 
 
-def replay(path: str | Path, pipe: DeciDiffusionImg2ImgPipeline | None = None) -> Image.Image:
+def replay(path: str | Path, pipe: DiffusionPipeline | Sequence[DiffusionPipeline] | None = None) -> Image.Image:
     """Make an image again from nothing but its PNG.
 
     Args:
-        path: a file that ``run_sweep`` has written.
-        pipe: the pipeline that made it; may be left out if it was a known one (a name in ``MODELS``).
+        path: a file that ``run_sweep`` or ``run_chain`` has written.
+        pipe: the pipeline that made it; may be left out if it was a known one (a name in ``MODELS``). A chain takes a
+            list with the pipeline of every link, or one that gives its parts to all.
 
     Raises:
         InputError: the file is not such a PNG, or the pipeline has other weights than those it was made with.
     """
     record = read_record(path)
+    if CHAIN in record:
+        return replay_chain(path, pipe)
     inputs.known(NEEDED, record, f"{str(path)!r}: ")
     if pipe is None:
-        if record["model"] not in MODELS:  # a name in a file is no reason to fetch and run a model
-            known = ", ".join(MODELS)
-            raise InputError(f"{str(path)!r} was made by {record['model']!r}, not by one of {known}: give its pipe")
-        pipe = load_pipeline(record["model"])
-    if weights_hash(pipe) != record["weights"]:
-        raise InputError(f"pipe has other weights than those that made {str(path)!r} ({record['model']})")
+        pipe = load_pipeline(known_model(record, str(path)))
+    check_weights(pipe, record, str(path))
     cell = {name: record[name] for name in ARGUMENTS if name != "image"}
     job = read_cell(cell, {**cell, "image": read_input(path)}, lambda image: image, where=f"{str(path)!r}: ")
     with turn(pipe):
         before = pipe.scheduler
-        pipe.scheduler = _scheduler(pipe, record, str(path))
+        pipe.scheduler = scheduler_of(pipe, record, str(path))
         try:
             rescale = inputs.share(record["guidance_rescale"], "guidance_rescale")
             done = [done for tick in denoise(pipe, [job], None, rescale) for done in tick.done].pop()
@@ -219,14 +220,6 @@ def replay(path: str | Path, pipe: DeciDiffusionImg2ImgPipeline | None = None) -
     if done.image is None:
         raise InputError(f"{str(path)!r}: {done.fault}")
     return done.image
-
-
-def _scheduler(pipe: DeciDiffusionImg2ImgPipeline, record: Record, path: str) -> Any:
-    """The scheduler that a record names, if it is one that the pipeline could have had."""
-    kinds = {kind.__name__: kind for kind in (type(pipe.scheduler), *pipe.scheduler.compatibles)}
-    if record["scheduler"] not in kinds or not isinstance(record["scheduler_config"], dict):
-        raise InputError(f"{path!r} names the scheduler {record['scheduler']!r}, which this pipeline cannot have")
-    return kinds[record["scheduler"]].from_config(record["scheduler_config"])
 
 
 def _is_plain(value: Any) -> bool:
