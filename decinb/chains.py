@@ -145,8 +145,7 @@ def run_chain(
     seed = inputs.seed(seed)
     folder = None if folder is None else Path(inputs.folder(folder))
     picture = None if image is None else load_image(image)
-    name = None if picture is None else picture_name(image, picture)
-    records = _records(steps, seed, picture, name)
+    records = _records(steps, seed, picture, picture_name(image, picture))
     chain = Chain(picture, folder=folder)
     try:
         for made, record in zip(_run(steps, picture, seed), records, strict=True):

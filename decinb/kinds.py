@@ -142,9 +142,7 @@ class ImageToImage:
 
     def check(self, pixels: Tensor) -> tuple[Tensor, list[bool]]:
         """Pixels, black where a safety checker took them for unsafe, and where that was."""
-        if (
-            getattr(self.pipe, "safety_checker", None) is None
-        ):  # the pipelines with depth have the method, and no checker
+        if getattr(self.pipe, "safety_checker", None) is None:
             return pixels, [False] * len(pixels)
         pixels, unsafe = self.pipe.run_safety_checker(pixels, pixels.device, pixels.dtype)
         return pixels, [False] * len(pixels) if unsafe is None else list(map(bool, unsafe))

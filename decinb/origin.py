@@ -41,8 +41,10 @@ def model_name(pipe: DiffusionPipeline) -> str:
     return Path(name).name if Path(name).is_absolute() else name  # where a folder lies is nobody's business
 
 
-def picture_name(source: Any, image: Image.Image) -> str:
+def picture_name(source: Any, image: Image.Image | None) -> str | None:
     """What to call an input: a sample's or a file's name, else a piece of its hash. Where a file lies is not told."""
+    if image is None:
+        return None
     if isinstance(source, (str, os.PathLike)):
         return Path(os.fsdecode(source).split("?")[0]).name
     return f"image {image_hash(image)[:6]}"

@@ -6,17 +6,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from decinb import inputs
 from decinb.denoise import seconds_per_row
 from decinb.designs import Cell
 from decinb.errors import InputError
 from decinb.images import Source, fit, read_image
-from decinb.kinds import Job
+from decinb.kinds import ImageToImage, Job, kind_of
 from decinb.labels import ARGUMENTS, label
+from decinb.one_by_one import takes
 from decinb.origin import origin, picture_name, versions
-from decinb.pipeline import DeciDiffusionImg2ImgPipeline
+from decinb.pipeline import defaults, image_size
 from decinb.store import Record, Store, image_hash, key
 
 MANY = 1000  # images in one sweep, beyond which one may not have meant it
@@ -32,7 +35,7 @@ class Plan:
     ``notes`` say what may not be as it was meant.
     """
 
-    image: Image.Image
+    image: Image.Image | None
     prompt: str
     cells: list[Cell]
     records: list[Record]
@@ -71,14 +74,14 @@ class Plan:
 
 
 def plan(
-    pipe: DeciDiffusionImg2ImgPipeline,
-    image: Source,
+    pipe: DiffusionPipeline,
+    image: Source | None,
     prompt: str,
     cells: Sequence[Cell],
     seed: int = 0,
     negative_prompt: str | None = None,
     folder: str | Path | None = None,
-    guidance_rescale: float = 0.0,
+    guidance_rescale: float | None = None,
     timed: bool = True,
 ) -> Plan:
     """Say what ``run_sweep`` with these arguments would take, before anything runs.
@@ -94,41 +97,51 @@ def plan(
         Once, of each kind of cell that can run and will surprise: settings that come to the same image, prompts that
         are cut off, guidance that burns out, a negative prompt without guidance, steps that begin late, very many.
     """
-    defaults = {
-        "strength": 0.8,
-        "guidance_scale": 7.5,
-        "num_inference_steps": getattr(pipe, "deci_default_number_of_iterations", 30),
+    own = defaults(pipe)
+    taken = {
+        "strength": own["strength"],
+        "guidance_scale": own["guidance_scale"],
+        "num_inference_steps": own["num_inference_steps"],
         "prompt": prompt,
         "negative_prompt": negative_prompt,
         "seed": seed,
         "image": image,
     }
-    guidance_rescale = inputs.share(guidance_rescale, "guidance_rescale")
+    check_image(pipe, image)
+    rescale = _guidance_rescale(pipe, own["guidance_rescale"] if guidance_rescale is None else guidance_rescale)
     prompt = inputs.text(prompt, "prompt")
     if not isinstance(cells, Sequence) or isinstance(cells, (str, bytes)) or not cells:
         raise InputError(f"cells must be a list of at least one dict, got {inputs.told(cells)}")
     store = Store(inputs.folder(folder)) if folder is not None else None
     pictures = _Pictures()
-    jobs = [read_cell(cell, defaults, pictures.load, where=f"cell {i}: ") for i, cell in enumerate(cells)]
+    unknown = () if takes(pipe, "image") else ("image", "strength")  # of cells that are made from text alone
+    for i, cell in enumerate(cells):
+        if isinstance(cell, dict):
+            inputs.known(cell, [name for name in taken if name not in unknown], f"cell {i}: ")
+    jobs = [read_cell(cell, taken, pictures.load, where=f"cell {i}: ") for i, cell in enumerate(cells)]
     calls = count_calls(pipe, jobs)
-    shared = {"guidance_rescale": guidance_rescale, **origin(pipe), "versions": versions()}
-    cut = lru_cache(None)(lambda words: inputs.lost_words(words, pipe.tokenizer))
+    shared = {"guidance_rescale": rescale, **origin(pipe), "versions": versions()}
+    packed = kind_of(pipe)
+    kind = packed and packed(pipe)
+    cut = lru_cache(None)(lambda words: _lost_words(pipe, words))
     records = [
-        _record(cell, job, shared, picture_name(cell.get("image", image), job.image))
-        | {"original_size": list(pictures.original_size(job.image)), "truncated": _truncated(job, cut)}
+        _record(pipe, kind, cell, job, shared, picture_name(cell.get("image", image), job.image))
+        | {"original_size": pictures.original_size(job.image), "truncated": _truncated(job, cut)}
         for cell, job in zip(cells, jobs, strict=True)
     ]
     found = store.find(records) if store else {}
     missing = {record["key"]: i for i, record in enumerate(records) if record["key"] not in found}
-    rows = sum(calls[i] * (2 if jobs[i].guided else 1) for i in missing.values())
-    width, height = jobs[0].image.size
+    rows = sum(calls[i] * (2 if kind and jobs[i].guided else 1) for i in missing.values())
+    width, height = records[0]["image_size"]
     loud, quiet = _notes(pipe, cells, jobs, records)
     if len(missing) > MANY:
         loud.append(f"{len(missing):,} images are to be made: print the plan of this sweep to see how long that takes")
+    if kind is None:
+        quiet.append(f"a {type(pipe).__name__} is not packed: it makes one image after the other, by its own call")
     for note in loud:
         inputs.warn(note)
     return Plan(
-        pictures.load(image),
+        None if image is None else pictures.load(image),
         prompt,
         list(cells),
         records,
@@ -136,22 +149,22 @@ def plan(
         found,
         sum(calls[i] for i in missing.values()),
         rows,
-        rows * seconds_per_row(pipe, [jobs[i] for i in missing.values()]) if timed and missing else None,
+        rows * seconds_per_row(pipe, [jobs[i] for i in missing.values()]) if timed and missing and kind else None,
         len(missing) * 3 * width * height,  # a picture of many colours, and its input, half as large each at best
         loud + quiet,
     )
 
 
 def _notes(
-    pipe: DeciDiffusionImg2ImgPipeline, cells: Sequence[Cell], jobs: Sequence[Job], records: Sequence[Record]
+    pipe: DiffusionPipeline, cells: Sequence[Cell], jobs: Sequence[Job], records: Sequence[Record]
 ) -> tuple[list[str], list[str]]:
     """What can run and will surprise: to warn of, and only to mention."""
-    notes = [inputs.high_guidance(max(job.guidance_scale for job in jobs))]
-    steps = sorted({job.num_inference_steps for job in jobs}, reverse=True)
+    notes, packed = [inputs.high_guidance(max(job.guidance_scale for job in jobs))], kind_of(pipe) is not None
+    steps = sorted({job.num_inference_steps for job in jobs}, reverse=True) if packed else []
     notes.append(next(filter(None, (inputs.late_start(number, pipe.scheduler) for number in steps)), None))
 
     # A cell that names both means it: it shows that without guidance a negative prompt does nothing.
-    unused = [i for i, job in enumerate(jobs) if job.negative_prompt and not job.guided]
+    unused = [i for i, job in enumerate(jobs) if packed and job.negative_prompt and not job.guided]
     meant = [i for i in unused if {"negative_prompt", "guidance_scale"} <= cells[i].keys()]
     if by_default := [i for i in unused if i not in meant]:
         notes.append(inputs.unused_negative(jobs[by_default[0]].guidance_scale) + f", {_of(by_default)}")
@@ -169,6 +182,28 @@ def _notes(
             notes.append(words and inputs.lost(name, words))
     mentioned = [f"negative_prompt is unused in {_of(meant)}"] if meant else []
     return [note for note in notes if note], mentioned
+
+
+def check_image(pipe: DiffusionPipeline, image: Source | None) -> None:
+    """Refuse a picture that nothing is made of, and none where something is."""
+    if image is None and takes(pipe, "image"):
+        told = "a sample's name, a path, a URL, bytes, an array or a PIL image"
+        raise InputError(f"image must be {told}, got None: a {type(pipe).__name__} makes images from images")
+    if image is not None and not takes(pipe, "image"):
+        raise InputError(f"image must be None: a {type(pipe).__name__} makes images from text alone")
+
+
+def _guidance_rescale(pipe: DiffusionPipeline, value: float) -> float:
+    value = inputs.share(value, "guidance_rescale")
+    if value and kind_of(pipe) is None and not takes(pipe, "guidance_rescale"):
+        raise InputError(f"guidance_rescale must be 0: the call of a {type(pipe).__name__} takes none")
+    return value
+
+
+def _lost_words(pipe: DiffusionPipeline, words: str) -> str:
+    """The end of a prompt that a text encoder does not read; of several, the one that reads least."""
+    tokenizers = [part for part in pipe.components.values() if isinstance(part, CLIPTokenizer)]
+    return max((inputs.lost_words(words, one) for one in tokenizers), key=len, default="")
 
 
 def _of(cells: Sequence[int]) -> str:
@@ -197,7 +232,7 @@ def read_cell(cell: Cell, defaults: Cell, load: Callable[[Any], Image.Image], wh
     inputs.steps_run(steps, strength, where)
     negative = given["negative_prompt"]
     return Job(
-        image=load(given["image"]),
+        image=None if given["image"] is None else load(given["image"]),
         prompt=inputs.text(given["prompt"], f"{where}prompt"),
         negative_prompt=None if negative is None else inputs.text(negative, f"{where}negative_prompt"),
         strength=strength,
@@ -223,13 +258,15 @@ class _Pictures:
             self._read[name] = source, image  # the source is held, so that its id is not given again
         return self._read[name][1]
 
-    def original_size(self, image: Image.Image) -> tuple[int, int]:
+    def original_size(self, image: Image.Image | None) -> list[int] | None:
         """Width and height of what was loaded as this, before it was cut to fit."""
-        return self._original[id(image)]
+        return None if image is None else list(self._original[id(image)])
 
 
-def count_calls(pipe: DeciDiffusionImg2ImgPipeline, jobs: Sequence[Job]) -> list[int]:
+def count_calls(pipe: DiffusionPipeline, jobs: Sequence[Job]) -> list[int]:
     """How many U-Net calls each job takes alone; refuses one that the scheduler cannot run."""
+    if kind_of(pipe) is None:  # its own call sets its scheduler in its own way
+        return [inputs.steps_run(job.num_inference_steps, job.strength) for job in jobs]
     calls: dict[tuple[int, int], int] = {}
     for i, job in enumerate(jobs):
         steps = job.num_inference_steps, job.skipped
@@ -249,29 +286,47 @@ def count_calls(pipe: DeciDiffusionImg2ImgPipeline, jobs: Sequence[Job]) -> list
 NEEDED = [*ARGUMENTS, "guidance_rescale", "model", "weights", "scheduler", "scheduler_config"]
 
 
-def _record(cell: Cell, job: Job, shared: Record, image_name: str) -> Record:
+def _record(
+    pipe: DiffusionPipeline,
+    kind: ImageToImage | None,
+    cell: Cell,
+    job: Job,
+    shared: Record,
+    image_name: str | None,
+) -> Record:
     """A cell with everything that made its image. The key is of what decides the pixels, and of nothing else."""
-    hashed = image_hash(job.image)
+    hashed = None if job.image is None else image_hash(job.image)
     decides = {name: shared[name] for name in ("weights", "scheduler", "scheduler_config", "dtype", "guidance_rescale")}
     made_by = key(
         **decides,
         image=hashed,
         prompt=job.prompt,
-        negative_prompt=(job.negative_prompt or "") if job.guided else "",
-        guidance_scale=job.guidance_scale if job.guided else 1.0,
         num_inference_steps=job.num_inference_steps,
-        skipped=job.skipped,
         seed=job.seed,
+        **_deciding(pipe, kind, job),
     )
     arguments = {name: getattr(job, name) for name in ARGUMENTS} | {"image": image_name}
+    side = image_size(pipe)
     return {
         "cell": {name: arguments[name] for name in cell},
         **arguments,
         "steps_run": job.num_inference_steps - job.skipped,
         "image_hash": hashed,
-        "image_size": list(job.image.size),
+        "image_size": [side, side] if job.image is None else list(job.image.size),
         **shared,
         "key": made_by,
+    }
+
+
+def _deciding(pipe: DiffusionPipeline, kind: ImageToImage | None, job: Job) -> Record:
+    """The part of a job that decides its pixels through something else: without guidance no words stand against it."""
+    if kind is None:  # what its own call makes of it is not known here
+        given = {name: getattr(job, name) for name in ("negative_prompt", "guidance_scale", "strength")}
+        return {**given, "pipeline": type(pipe).__name__}
+    return {
+        "negative_prompt": kind.against(job).text if job.guided else "",
+        "guidance_scale": job.guidance_scale if job.guided else 1.0,
+        "skipped": job.skipped,
     }
 
 

@@ -133,9 +133,9 @@ def plot_plan(
 
     def tile(index: int) -> Tile:
         steps = records[index]["steps_run"]
-        return Tile(None, f"{steps} step{'s' * (steps != 1)}", shape=plan.jobs[index].image.size)
+        return Tile(None, f"{steps} step{'s' * (steps != 1)}", shape=tuple(records[index]["image_size"]))
 
-    inputs = {record["image"]: job.image for record, job in zip(records, plan.jobs, strict=True)}
+    inputs = {record["image"]: job.image for record, job in zip(records, plan.jobs, strict=True) if job.image}
     _plot(records, rows, cols, tile, inputs if show_input else {}, file, page)
 
 
@@ -174,7 +174,7 @@ def _inputs(sweep: Sweep) -> dict[str, Image.Image]:
     inputs: dict[str, Image.Image] = {}
     sources = getattr(sweep.images, "sources", sweep.images)
     for record, cell, source in zip(sweep.records, sweep.cells, sources, strict=True):
-        if record["image"] in inputs:
+        if record["image"] in inputs or record["image"] is None:  # or made from text alone
             continue
         if isinstance(source, Path):
             inputs[record["image"]] = read_input(source)

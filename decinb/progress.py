@@ -12,13 +12,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
+from decinb.kinds import kind_of
 from decinb.labels import wrap
 from decinb.layout import Record, lay_out, titles
 
@@ -69,18 +70,18 @@ class LiveGrid:
 
     Args:
         pipe: the pipeline that makes the images.
-        image: the input, for the shape of the cells and the colours of the previews.
+        image: the input, for the colours of the previews; without one there are none.
         records: the arguments of every cell, in the order of their numbers.
     """
 
-    def __init__(self, pipe: StableDiffusionImg2ImgPipeline, image: Image.Image, records: Sequence[Record]):
+    def __init__(self, pipe: DiffusionPipeline, image: Image.Image | None, records: Sequence[Record]):
         self._montage: Montage | None = None
         if not in_notebook():
             return
         from IPython.display import display
 
-        self._montage = Montage(records, image.size)
-        self._matrix = latent_to_rgb(pipe, image)
+        self._montage = Montage(records, image.size if image else records[0]["image_size"])
+        self._matrix = None if image is None or kind_of(pipe) is None else latent_to_rgb(pipe, image)
         self._latents: dict[int, Tensor] = {}  # that came since the grid was shown last
         self._missing = set(range(len(records)))
         self._handle = display(self._picture(), display_id=True)
@@ -97,7 +98,7 @@ class LiveGrid:
 
     def preview(self, index: int, latents: Tensor) -> None:
         """Cell ``index`` has come so far."""
-        if self._montage is None or index not in self._missing:
+        if self._montage is None or self._matrix is None or index not in self._missing:
             return
         self._latents[index] = latents
         self._refresh()
@@ -198,7 +199,7 @@ def in_notebook() -> bool:
 
 
 @torch.no_grad()
-def latent_to_rgb(pipe: StableDiffusionImg2ImgPipeline, image: Image.Image) -> Tensor:
+def latent_to_rgb(pipe: DiffusionPipeline, image: Image.Image) -> Tensor:
     """From a latent pixel and a 1 to red, green and blue: the matrix that comes nearest to the pipeline's own VAE.
 
     It is fitted by least squares on the picture as the VAE encodes it, averaged down to the size of the latents. The

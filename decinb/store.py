@@ -107,7 +107,7 @@ class Store:
             return None
         return inside if inside.get("key") == record["key"] else None
 
-    def save(self, image: Image.Image, record: Record, input_image: Image.Image) -> Path:
+    def save(self, image: Image.Image, record: Record, input_image: Image.Image | None) -> Path:
         """Write an image, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(record)
@@ -132,8 +132,8 @@ class Store:
             self.folder / LOCK, f"folder {str(self.folder)!r} is in use by another process: waiting until it is done"
         )
 
-    def read(self) -> tuple[list[Path], list[Record], Image.Image]:
-        """The finished images of the manifest, in its order: files, records, and the input of the first.
+    def read(self) -> tuple[list[Path], list[Record], Image.Image | None]:
+        """The finished images of the manifest, in its order: files, records, and the input of the first, if it has one.
 
         Raises:
             InputError: there is no manifest, it is damaged, or nothing in it is finished.
@@ -150,7 +150,7 @@ class Store:
                 continue  # not finished
         if not records:
             raise InputError(f"folder {str(self.folder)!r} holds a sweep of which no image is finished yet")
-        return paths, records, read_input(paths[0])
+        return paths, records, None if records[0]["image"] is None else read_input(paths[0])
 
     def _entries(self) -> list[dict[str, Any]]:
         file = self.folder / MANIFEST

@@ -22,12 +22,14 @@ from decinb.denoise import Done, Tick, denoise, fitting_pack
 from decinb.designs import Cell
 from decinb.errors import InputError
 from decinb.images import Source, read_input, read_record
+from decinb.kinds import Job, kind_of
 from decinb.labels import ARGUMENTS, label
 from decinb.loading import load_pipeline
 from decinb.locks import turn
+from decinb.models import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
+from decinb.one_by_one import call_each
 from decinb.origin import check_weights, known_model, scheduler_of
-from decinb.pipeline import DeciDiffusionImg2ImgPipeline
-from decinb.planning import NEEDED, Plan, count_calls, plan, read_cell
+from decinb.planning import NEEDED, Plan, check_image, count_calls, plan, read_cell
 from decinb.progress import Bar, LiveGrid
 from decinb.store import Images, Record, Store
 
@@ -42,7 +44,7 @@ class Sweep:
     ``images`` is a sequence; where the sweep has a folder, each is read from there when it is asked for.
     """
 
-    image: Image.Image
+    image: Image.Image | None
     prompt: str
     cells: list[Cell] = field(default_factory=list)
     images: Sequence[Image.Image] = field(default_factory=list)
@@ -105,15 +107,15 @@ class SweepError(RuntimeError):
 
 
 def run_sweep(
-    pipe: DeciDiffusionImg2ImgPipeline,
-    image: Source,
+    pipe: DiffusionPipeline,
+    image: Source | None,
     prompt: str,
     cells: Sequence[Cell],
     seed: int = 0,
     negative_prompt: str | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
-    guidance_rescale: float = 0.0,
+    guidance_rescale: float | None = None,
     pack: int | None = None,
     show: bool = False,
 ) -> Sweep:
@@ -129,17 +131,19 @@ def run_sweep(
     thread with the same pipeline, and a second process in the same folder, wait until the first is done.
 
     Args:
-        pipe: from ``load_pipeline``, or any other image-to-image pipeline of Stable Diffusion's kind.
-        image: from ``load_image``, or what it takes.
+        pipe: from ``load_pipeline``, or any other that makes images from text, or from text and an image. Those of
+            Stable Diffusion's kind (1, 2, XL, with depth) are packed; any other makes its images one after the other,
+            by its own call, and the sweep says so.
+        image: from ``load_image``, or what it takes; None where the pipeline makes images from text alone.
         prompt: what the picture should become; a cell's own ``prompt`` goes before it.
         cells: dicts with any of ``strength`` (above 0, at most 1), ``guidance_scale`` (0 or more; 1 or less switches
             guidance off), ``num_inference_steps`` (1 to 999), ``prompt``, ``negative_prompt``, ``image``, and ``seed``
-            (0 to 2**63 - 1).
+            (0 to 2**63 - 1). Text to image has no strength and no image.
         seed: of every cell that names none.
         negative_prompt: of every cell that names none.
         folder: where every finished image is written at once, as a PNG with its record and its input inside.
         progress: show a bar.
-        guidance_rescale: 0 to 1; the publisher uses 0.7 for text to image, and nothing here.
+        guidance_rescale: 0 to 1; None is the pipeline's own: 0.7 for text to image with DeciDiffusion, nothing else.
         pack: the most rows in a U-Net call; None suits it to the device and the images' size.
         show: in a notebook, show a grid that fills while the sweep runs.
 
@@ -154,7 +158,7 @@ def run_sweep(
     store = None if folder is None else Store(inputs.folder(folder))
     with turn(pipe):  # planning too: it reads the scheduler
         planned = plan(pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, timed=False)
-        return _run(_Run(pipe, planned, store, pack, guidance_rescale, progress, show))
+        return _run(_Run(pipe, planned, store, pack, progress, show))
 
 
 def _run(run: "_Run") -> Sweep:
@@ -205,21 +209,32 @@ def replay(path: str | Path, pipe: DiffusionPipeline | Sequence[DiffusionPipelin
         return replay_chain(path, pipe)
     inputs.known(NEEDED, record, f"{str(path)!r}: ")
     if pipe is None:
-        pipe = load_pipeline(known_model(record, str(path)))
+        pipe = load_pipeline(
+            known_model(record, str(path)), task=TEXT_TO_IMAGE if record["image"] is None else IMAGE_TO_IMAGE
+        )
     check_weights(pipe, record, str(path))
     cell = {name: record[name] for name in ARGUMENTS if name != "image"}
-    job = read_cell(cell, {**cell, "image": read_input(path)}, lambda image: image, where=f"{str(path)!r}: ")
+    image = None if record["image"] is None else read_input(path)
+    job = read_cell(cell, {**cell, "image": image}, lambda image: image, where=f"{str(path)!r}: ")
+    check_image(pipe, job.image)
     with turn(pipe):
         before = pipe.scheduler
         pipe.scheduler = scheduler_of(pipe, record, str(path))
         try:
             rescale = inputs.share(record["guidance_rescale"], "guidance_rescale")
-            done = [done for tick in denoise(pipe, [job], None, rescale) for done in tick.done].pop()
+            done = [done for tick in _make(pipe, [job], None, rescale) for done in tick.done].pop()
         finally:
             pipe.scheduler = before
     if done.image is None:
         raise InputError(f"{str(path)!r}: {done.fault}")
     return done.image
+
+
+def _make(pipe: DiffusionPipeline, jobs: Sequence[Job], pack: int | None, guidance_rescale: float) -> Iterator[Tick]:
+    """An image for every job: many in each U-Net call where that can be, else one after the other."""
+    if kind_of(pipe) is None:
+        return call_each(pipe, jobs, guidance_rescale)
+    return denoise(pipe, jobs, pack or fitting_pack(pipe, jobs), guidance_rescale)
 
 
 def _is_plain(value: Any) -> bool:
@@ -250,15 +265,15 @@ class _Run:
 
     def __init__(
         self,
-        pipe: DeciDiffusionImg2ImgPipeline,
+        pipe: DiffusionPipeline,
         planned: Plan,
         store: Store | None,
         pack: int | None,
-        guidance_rescale: float,
         progress: bool,
         show: bool,
     ):
-        self.pipe, self.plan, self.store, self.guidance_rescale = pipe, planned, store, guidance_rescale
+        self.pipe, self.plan, self.store = pipe, planned, store
+        self.guidance_rescale = planned.records[0]["guidance_rescale"]
         self.pack, self.progress = pack, progress
         self.made: dict[int, tuple[Image.Image | Path, Record]] = {}  # by cell
         self.under_way: list[int] = []
@@ -314,11 +329,13 @@ class _Run:
         if not keys:
             return
         jobs = [self.plan.jobs[self.cells_of[made_by][0]] for made_by in keys]
-        calls = count_calls(self.pipe, jobs)
-        rows = sum(n * (2 if job.guided else 1) for n, job in zip(calls, jobs, strict=True))
-        pack = self.pack or fitting_pack(self.pipe, jobs)
+        calls, packed = count_calls(self.pipe, jobs), kind_of(self.pipe) is not None
+        if not packed:
+            name = type(self.pipe).__name__
+            print(f"decinb: a {name} is not packed: it makes one image after the other, by its own call")
+        rows = sum(n * (2 if packed and job.guided else 1) for n, job in zip(calls, jobs, strict=True))
         with Bar(rows, self.progress) as bar:
-            ticks = denoise(self.pipe, jobs, pack, self.guidance_rescale)
+            ticks = _make(self.pipe, jobs, self.pack, self.guidance_rescale)
             try:
                 for tick in ticks:
                     self._note(tick, keys)
@@ -338,7 +355,7 @@ class _Run:
         self.arrived += tick.done
         self._take_all(keys)
         with self._only_shown():
-            for index, latents in tick.live.items() if self.grid else ():
+            for index, latents in tick.live.items() if self.grid and kind_of(self.pipe) else ():
                 self.grid.preview(self.cells_of[keys[index]][0], latents)
 
     def _take_all(self, keys: Sequence[str]) -> None:
