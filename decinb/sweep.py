@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb import inputs
@@ -29,7 +28,11 @@ from decinb.models import IMAGE_TO_IMAGE, MODELS, TEXT_TO_IMAGE
 from decinb.one_by_one import call_each
 from decinb.planning import NEEDED, Plan, check_image, count_calls, plan, read_cell
 from decinb.progress import Bar, LiveGrid
+from decinb.quiet import quiet
 from decinb.store import Images, Record, Store, weights_hash
+
+with quiet():  # importing these tells of optional libraries that are not needed here
+    from diffusers import DiffusionPipeline
 
 if TYPE_CHECKING:
     import pandas
