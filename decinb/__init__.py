@@ -27,7 +27,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "image_size",
         ],
         "planning": ["Plan", "plan"],
-        "plotting": ["plot_grid", "plot_images"],
+        "plotting": ["plot_grid", "plot_images", "show_gallery"],
         "sweep": ["Sweep", "SweepError", "load_sweep", "replay", "run_sweep"],
         "unet_nas": ["ModelMixin", "UNetNAS"],  # diffusers looks for ModelMixin here, when it loads a saved pipeline
     },

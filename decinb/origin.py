@@ -9,13 +9,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb import inputs
 from decinb.errors import InputError
+from decinb.kinds import kind_of
 from decinb.models import MODELS
+from decinb.quiet import quiet
 from decinb.store import Record, image_hash, weights_hash
+
+with quiet():  # importing these tells of optional libraries that are not needed here
+    from diffusers import DiffusionPipeline
 
 
 def origin(pipe: DiffusionPipeline) -> Record:
@@ -63,14 +67,20 @@ def known_model(record: Record, where: str) -> str:
 
 def check_weights(pipe: DiffusionPipeline, record: Record, where: str) -> None:
     """Refuse a pipeline that did not make what the record tells of."""
+    if not isinstance(pipe, DiffusionPipeline):
+        raise InputError(f"pipe must be a pipeline, as load_pipeline gives it, got {inputs.told(pipe)}")
     if weights_hash(pipe) != record["weights"]:
         raise InputError(f"pipe has other weights than those that made {where!r} ({record['model']})")
 
 
 def scheduler_of(pipe: DiffusionPipeline, record: Record, where: str) -> Any:
     """The scheduler that a record names, if it is one that the pipeline could have had."""
-    kinds = {kind.__name__: kind for kind in (type(pipe.scheduler), *pipe.scheduler.compatibles)}
     name, config = str(record["scheduler"]), record["scheduler_config"]
+    kinds = {kind.__name__: kind for kind in (type(pipe.scheduler), *pipe.scheduler.compatibles)}
     if name not in kinds or not isinstance(config, dict):
         raise InputError(f"{where!r} names the scheduler {inputs.told(name)}, which this pipeline cannot have")
-    return kinds[name].from_config(config)
+    if kind_of(pipe) is not None:
+        return kinds[name].from_config(config)
+    if name != type(pipe.scheduler).__name__ or not config.items() <= dict(pipe.scheduler.config).items():
+        raise InputError(f"{where!r} was made with another {name}: load the pipeline anew")  # its call keeps its own
+    return pipe.scheduler

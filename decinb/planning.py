@@ -6,9 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from PIL import Image
-from transformers import CLIPTokenizer
 
 from decinb import inputs
 from decinb.denoise import seconds_per_row
@@ -20,7 +18,12 @@ from decinb.labels import ARGUMENTS, label
 from decinb.one_by_one import takes
 from decinb.origin import origin, picture_name, versions
 from decinb.pipeline import defaults, image_size
+from decinb.quiet import quiet
 from decinb.store import Record, Store, image_hash, key
+
+with quiet():  # importing these tells of optional libraries that are not needed here
+    from diffusers import DiffusionPipeline
+    from transformers import CLIPTokenizer
 
 MANY = 1000  # images in one sweep, beyond which one may not have meant it
 LISTED = 5  # cells that a note names

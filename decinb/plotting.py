@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,7 @@ from decinb.errors import InputError
 from decinb.images import load_image, read_input
 from decinb.labels import plain, told, wrap
 from decinb.layout import Axis, Layout, Record, either, lay_out
+from decinb.notebook import in_notebook
 from decinb.sheet import Sheet, Tile, shrunk
 
 if TYPE_CHECKING:
@@ -64,6 +68,51 @@ def plot_grid(
     for ax, image, title in zip(axes.flat, images, titles, strict=False):
         _put(ax, image, title)
     finish(figure, file)
+
+
+def show_gallery(
+    images: Sequence[Image.Image], groups: Sequence[str], titles: Sequence[str] | None = None, width: int = 150
+) -> None:
+    """Show many images in a notebook, a tab for each group, with ipyplot; without either, one labelled grid.
+
+    Args:
+        images: of any size; the notebook keeps them as JPEG, no wider than twice ``width``.
+        groups: the name of the tab that each belongs to. Tabs come in the order in which they are named first.
+        titles: a line above each image; by default its number.
+        width: of an image in the page, in pixels.
+
+    Raises:
+        InputError: there are no images, or not as many groups or titles as images.
+    """
+    titles = [str(number) for number in range(1, len(images) + 1)] if titles is None else titles
+    _check(images, groups, "groups")
+    _check(images, titles, "titles")
+    if not in_notebook() or find_spec("ipyplot") is None:
+        plot_grid(images, [f"{group}\n{title}" for group, title in zip(groups, titles, strict=True)], columns=6)
+        return
+    import ipyplot
+    from IPython.utils.capture import capture_output
+
+    with capture_output() as shown:  # it shows all twice: as a page, and as the source of that page
+        ipyplot.plot_class_tabs(
+            [_jpeg(image, 2 * width) for image in images],
+            list(groups),
+            tabs_order=list(dict.fromkeys(groups)),
+            custom_texts=list(titles),
+            max_imgs_per_tab=len(images),
+            img_width=width,
+            show_url=False,
+        )
+    shown.outputs[-1].display()
+
+
+def _jpeg(image: Image.Image, widest: int) -> str:
+    """A picture as the address of itself, in few letters."""
+    image = image.convert("RGB")
+    image.thumbnail((widest, 4 * widest))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def plot_sweep(

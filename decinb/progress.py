@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from time import perf_counter
@@ -12,8 +11,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -22,6 +19,12 @@ from tqdm.auto import tqdm
 from decinb.kinds import kind_of
 from decinb.labels import wrap
 from decinb.layout import Record, lay_out, titles
+from decinb.notebook import in_notebook
+from decinb.quiet import quiet
+
+with quiet():  # importing these tells of optional libraries that are not needed here
+    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 
 PAUSE = 0.5  # seconds at least between two states of the grid
 SHARE = 0.05  # of the time at most goes into showing it
@@ -189,13 +192,6 @@ def _font() -> ImageFont.FreeTypeFont:
     from matplotlib import font_manager
 
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), LETTERS)
-
-
-def in_notebook() -> bool:
-    """Whether there is a notebook to show pictures in."""
-    ipython = sys.modules.get("IPython")  # where it was never imported, nobody can be in a notebook
-    shell = ipython.get_ipython() if ipython else None
-    return hasattr(shell, "kernel")
 
 
 @torch.no_grad()

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.errors import InputError
 from decinb.images import part_of, read_input, read_record, save_image
 from decinb.labels import SHORT, plain
 from decinb.locks import alone
+from decinb.quiet import quiet
+
+with quiet():  # importing these tells of optional libraries that are not needed here
+    from diffusers import DiffusionPipeline
 
 Record = dict[str, Any]
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb import inputs
@@ -31,7 +30,11 @@ from decinb.one_by_one import call_each
 from decinb.origin import check_weights, known_model, scheduler_of
 from decinb.planning import NEEDED, Plan, check_image, count_calls, plan, read_cell
 from decinb.progress import Bar, LiveGrid
+from decinb.quiet import quiet
 from decinb.store import Images, Record, Store
+
+with quiet():  # importing these tells of optional libraries that are not needed here
+    from diffusers import DiffusionPipeline
 
 if TYPE_CHECKING:
     import pandas
@@ -209,9 +212,8 @@ def replay(path: str | Path, pipe: DiffusionPipeline | Sequence[DiffusionPipelin
         return replay_chain(path, pipe)
     inputs.known(NEEDED, record, f"{str(path)!r}: ")
     if pipe is None:
-        pipe = load_pipeline(
-            known_model(record, str(path)), task=TEXT_TO_IMAGE if record["image"] is None else IMAGE_TO_IMAGE
-        )
+        task = TEXT_TO_IMAGE if record["image"] is None else IMAGE_TO_IMAGE
+        pipe = load_pipeline(known_model(record, str(path)), task=task)
     check_weights(pipe, record, str(path))
     cell = {name: record[name] for name in ARGUMENTS if name != "image"}
     image = None if record["image"] is None else read_input(path)

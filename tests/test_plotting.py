@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 from matplotlib.transforms import Bbox
+from nbclient import NotebookClient
 from PIL import Image
 
 import decinb
@@ -497,3 +499,28 @@ def test_a_plan_is_drawn_as_the_same_grid_with_the_steps_in_empty_boxes(tiny, dr
         assert [text for text, where in page.texts if box.contains(*middle(where))] == [
             f"{steps} step{'s' * (steps > 1)}"
         ]
+
+
+GALLERY = """
+from PIL import Image
+import decinb
+images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
+decinb.show_gallery(images, ["warm", "cold", "cold"], ["one", "two", "three"])
+"""
+
+
+def test_in_a_notebook_a_gallery_has_a_tab_for_each_group():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(GALLERY)])
+    NotebookClient(notebook, kernel_name="python3").execute()
+    (output,) = notebook.cells[0].outputs
+    page = output["data"]["text/html"]
+    assert page.count("data:image/jpeg;base64,") >= 3 and "<script" not in page
+    assert page.index("warm") < page.index("cold")
+    assert all(title in page for title in ("one", "two", "three"))
+    assert "://" not in page, "nothing is fetched"
+
+
+def test_elsewhere_a_gallery_is_a_grid(tmp_path):
+    decinb.show_gallery([Image.new("RGB", (32, 32))] * 2, ["a", "b"])
+    with pytest.raises(InputError, match="groups must be as many as images: got 1 for 2"):
+        decinb.show_gallery([Image.new("RGB", (32, 32))] * 2, ["a"])

@@ -67,6 +67,11 @@ def test_importing_decinb_loads_nothing_before_it_is_needed():
     assert not loaded_after("import decinb; decinb.load_pipeline; decinb.run_sweep; decinb.load_image", pictures)
 
 
+@pytest.mark.parametrize("name", ["show_gallery", "plan", "replay", "adherence"])  # each begins in another module
+def test_whatever_is_asked_for_first_comes_quietly(name):
+    loaded_after(f"import decinb; decinb.{name}", ())
+
+
 @pytest.mark.parametrize("command", ["make demo", "make test"])
 def test_the_readme_names_the_two_commands_and_the_makefile_has_them(command):
     assert command in (ROOT / "README.md").read_text()
