@@ -1,23 +1,32 @@
 """Loading, and the choice of a model: strict, quiet, and running nobody's code."""
 
+import inspect
 import json
 import pickle
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 import decinb
 from decinb import InputError, ModelError
-from decinb.loading import _dtype, _find, load_pipeline
+from decinb.loading import _dtype, _find, fits, load_pipeline
+from decinb.memory import total_memory
 from decinb.models import MODELS, Model
+from decinb.models import TEXT_TO_IMAGE as TEXT
+from decinb.quiet import quiet
+from decinb.stand_ins import SIZE, STAND_INS, stand_in
 from tests.fake_hub import FORMAT, as_pickle, digest, forbid, publish, small_model, weights, write_json
 
 
@@ -327,3 +336,250 @@ def test_pickled_code_never_runs(broken, component, tmp_path):
         load(broken, allow_pickle=True)
     assert not mark.exists()
     assert "weights_only" not in str(caught.value) and caught.value.__cause__ is None
+
+
+# Models that diffusers knows, from a folder
+
+CLASSES = {
+    "sd-v1-5": ("StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline"),
+    "sd-2-depth": ("StableDiffusionDepth2ImgPipeline", None),
+    "sdxl-base": ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline"),
+    "sdxl-refiner": ("StableDiffusionXLImg2ImgPipeline", None),
+    "kandinsky-2-2": ("KandinskyV22Img2ImgCombinedPipeline", "KandinskyV22CombinedPipeline"),
+}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory) -> dict[str, Path]:
+    """A folder of each, as diffusers saves it."""
+    root = tmp_path_factory.mktemp("stand-ins")
+    with quiet():
+        for name in STAND_INS:
+            stand_in(name).save_pretrained(root / name)
+    return {name: root / name for name in STAND_INS}
+
+
+@pytest.fixture
+def copy(stand_ins, tmp_path):
+    """Copies a stand-in's folder, to be broken."""
+    return lambda name: Path(shutil.copytree(stand_ins[name], tmp_path / name))
+
+
+@pytest.fixture
+def sd(copy) -> Path:
+    return copy("sd-v1-5")
+
+
+def draw(pipe, seed: int = 0, **options) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    if "Kandinsky" in type(pipe).__name__:
+        options |= {"height": SIZE, "width": SIZE, "prior_num_inference_steps": 2}
+    if "image" in inspect.signature(pipe.__call__).parameters:
+        options = {"image": Image.new("RGB", (SIZE, SIZE), "teal"), "strength": 1.0} | options
+    generator = torch.Generator().manual_seed(seed)
+    options = {"prompt": "a red house", "num_inference_steps": 2, "generator": generator, "output_type": "np"} | options
+    return pipe(**options).images
+
+
+def refused(error: type[Exception], message: str, folder: object, **options) -> str:
+    """What loading says of a model that it does not take: one line."""
+    with pytest.raises(error, match=message) as caught:
+        load_pipeline(folder, device="cpu", **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:In CPU autocast")  # diffusers, of itself, at a call
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_stock_model_comes_up_quietly_with_its_weights_and_runs(stand_ins, name, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe = load(stand_ins[name])
+    assert capfd.readouterr() == (f"decinb: {stand_ins[name]} on cpu, float32 (as asked)\n", "")
+    original = stand_in(name)
+    assert type(pipe) is getattr(diffusers, CLASSES[name][0]) and digest(pipe) == digest(original)
+    settings = {key: value for key, value in original.config.items() if key[0] != "_" and not isinstance(value, tuple)}
+    assert settings == {key: pipe.config[key] for key in settings}
+    assert not any(part.training for part in pipe.components.values() if isinstance(part, nn.Module))
+    assert np.isfinite(draw(pipe)).all()
+    assert decinb.image_size(pipe) == SIZE
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", CLASSES)
+def test_text_to_image_where_a_model_can(stand_ins, name, capfd):
+    wanted = CLASSES[name][1]
+    image_to_image = load(stand_ins[name])
+    if wanted is None:
+        refused(
+            InputError, f"task: .*{name}, a {CLASSES[name][0]}, cannot do 'text-to-image'", stand_ins[name], task=TEXT
+        )
+        refused_pipe = type(image_to_image).__name__
+        with pytest.raises(InputError, match=f"task: {refused_pipe} cannot do 'text-to-image'"):
+            load_pipeline(image_to_image, task=TEXT)
+        return
+    pipe = load(stand_ins[name], task=TEXT)
+    assert type(pipe) is getattr(diffusers, wanted)
+    assert np.isfinite(draw(pipe, height=SIZE, width=SIZE)).all()
+
+    capfd.readouterr()
+    shared = load_pipeline(image_to_image, task=TEXT)
+    back = load_pipeline(shared)
+    assert type(shared) is type(pipe) and type(back) is type(image_to_image)
+    for one in (shared, back):
+        assert all(one.components[part] is image_to_image.components[part] for part in one.components)
+        assert one.config._name_or_path == str(stand_ins[name])
+    assert load_pipeline(image_to_image) is image_to_image
+    assert capfd.readouterr() == ("", "")
+    np.testing.assert_array_equal(draw(back), draw(image_to_image))
+
+
+def test_a_task_or_a_setting_that_cannot_be(tiny):
+    refused(
+        InputError, "task must be one of image-to-image, text-to-image, got 'inpainting'", "tiny", task="inpainting"
+    )
+    refused(InputError, "task: sd-2-depth cannot do 'text-to-image', only 'image-to-image'", "sd-2-depth", task=TEXT)
+    refused(InputError, r"this pipeline is loaded.*pipe.to\(", tiny)
+    for setting in ({"dtype": "bf16"}, {"compile": True}):
+        with pytest.raises(InputError, match="this pipeline is loaded"):
+            load_pipeline(tiny, **setting)
+
+
+def test_the_wanted_variant_wins_and_the_plain_one_does_where_there_is_none(sd, monkeypatch):
+    pipe = stand_in("sd-v1-5", seed=1)
+    pipe.unet.save_pretrained(sd / "unet", variant="other")
+    pipe.vae.save_pretrained(sd / "vae", variant="other", max_shard_size="50KB")
+    monkeypatch.setitem(MODELS, "sd-v1-5", replace(MODELS["sd-v1-5"], source=sd, variant="other", memory=0.01))
+    loaded, plain = load_pipeline("sd-v1-5", device="cpu"), stand_in("sd-v1-5")
+    assert torch.equal(loaded.unet.conv_in.weight, pipe.unet.conv_in.weight)
+    assert torch.equal(loaded.vae.decoder.conv_in.weight, pipe.vae.decoder.conv_in.weight)
+    assert digest(load(sd)) == digest(plain)
+    assert torch.equal(
+        loaded.text_encoder.get_input_embeddings().weight, plain.text_encoder.get_input_embeddings().weight
+    )
+
+
+# What is wrong with a folder
+
+
+def change(path: Path, **changes: object) -> None:
+    write_json(path, {**json.loads(path.read_text()), **changes})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_part_that_is_listed_and_not_there(sd, part):
+    shutil.rmtree(sd / part)
+    refused(ModelError, f"{sd.name} has no {part}/.*incomplete; fetch it anew", sd)
+
+
+def test_a_part_that_is_needed_and_not_listed(sd):
+    change(sd / "model_index.json", vae=[None, None])
+    refused(ModelError, "has no vae, which StableDiffusionImg2ImgPipeline needs", sd)
+
+
+def test_weights_of_a_stock_model_cut_short(sd):
+    file = weights(sd, "vae")
+    file.write_bytes(file.read_bytes()[:-1000])
+    refused(ModelError, r"vae: .*is cut short: [\d,]+ bytes of [\d,]+; bring it anew", sd)
+
+
+def test_a_shard_that_is_missing(sd, stand_ins):
+    with quiet():
+        stand_in("sd-v1-5").unet.save_pretrained(sd / "unet", max_shard_size="1MB")
+    for file in (sd / "unet").glob("diffusion_pytorch_model.safetensors"):
+        file.unlink()
+    assert digest(load(sd)) == digest(stand_in("sd-v1-5"))
+    shard = max((sd / "unet").glob("*.safetensors"))
+    shard.unlink()
+    refused(ModelError, f"has no unet/{shard.name}: the model is incomplete", sd)
+    write_json(sd / "unet" / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": {"a": "../../x"}})
+    refused(ModelError, r"has no unet/\.\./\.\./x", sd)
+
+
+def test_no_code_of_a_models_own_runs(sd, tmp_path, monkeypatch):
+    mark = tmp_path / "ran"
+    for folder in (sd, sd / "unet", sd / "text_encoder"):
+        (folder / "decoy.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()\nclass Decoy: pass\n")
+    monkeypatch.chdir(sd)  # a module of the working folder could be found
+    index = sd / "model_index.json"
+    before = index.read_text()
+    for entry, message in (
+        (["decoy", "Decoy"], "unet: .*asks for 'Decoy' of 'decoy', which is not a part of diffusers: no code"),
+        (["os", "system"], "unet: .*asks for 'system' of 'os', which is not a part of diffusers"),
+        (["diffusers", "NoSuchUNet"], f"unet: diffusers {diffusers.__version__} has no 'NoSuchUNet'"),
+        (["transformers", "AutoModel"], "unet: .*asks for 'AutoModel' of 'transformers', which is neither a network"),
+        (["diffusers", "DiffusionPipeline"], "unet: .*asks for 'DiffusionPipeline' of 'diffusers', which is neither"),
+        (["pipeline_utils", "DiffusionPipeline"], "unet: .*'DiffusionPipeline' of 'pipeline_utils', which is neither"),
+    ):
+        change(index, unet=entry)
+        refused(ModelError, message, sd)
+    index.write_text(before)
+    for named in ("NoSuchPipeline", ["decoy", "Decoy"], None, "UNet2DConditionModel"):
+        change(index, _class_name=named)
+        refused(ModelError, "asks for the pipeline .*which diffusers .*does not have", sd)
+    index.write_text(before)
+    change(sd / "text_encoder" / "config.json", auto_map={"AutoModel": "decoy.Decoy", "AutoConfig": "decoy.Decoy"})
+    change(sd / "unet" / "config.json", _class_name="Decoy", _target_="decoy.Decoy")
+    assert digest(load(sd)) == digest(stand_in("sd-v1-5"))
+    change(sd / "text_encoder" / "config.json", attn_implementation="acme/kernel")
+    refused(ModelError, "text_encoder: .*asks for code from the hub, 'acme/kernel'", sd)
+    assert not mark.exists()
+
+
+def test_a_folder_without_an_index(sd):
+    (sd / "model_index.json").unlink()
+    refused(ModelError, "has no flexible_unet and no model_index.json: .*give the folder", sd)
+    (sd / "model_index.json").write_text("[1, 2")
+    refused(ModelError, "model_index.json is not valid JSON", sd)
+
+
+def test_a_tokenizer_of_another_stock_model(copy):
+    folder = copy("sdxl-base")
+    change(folder / "tokenizer_2" / "tokenizer_config.json", model_max_length=77)
+    refused(ModelError, "tokenizer_2: .* do not belong together; bring both from one model", folder)
+
+
+def test_older_names_of_what_prepares_a_picture(copy):
+    folder = copy("sd-2-depth")
+    change(folder / "model_index.json", feature_extractor=["transformers", "DPTFeatureExtractor"])
+    assert type(load(folder).feature_extractor) is type(stand_in("sd-2-depth").feature_extractor)
+
+
+def test_a_stock_model_in_pickles(sd, tmp_path):
+    for part in ("unet", "vae", "text_encoder"):
+        as_pickle(sd, part)
+    message = refused(
+        ModelError, "text_encoder: .*has no safetensors but text_encoder/.*bin, a pickle.*allow_pickle=True", sd
+    )
+    assert "look for a copy" in message
+    with pytest.warns(UserWarning, match="plain tensors only"):
+        assert digest(load(sd, allow_pickle=True)) == digest(stand_in("sd-v1-5"))
+    mark = tmp_path / "ran"
+    torch.save({"conv_in.weight": Malice(mark)}, sd / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.warns(UserWarning, match="plain tensors only"):
+        refused(ModelError, "unet: .*more than plain tensors", sd, allow_pickle=True)
+    assert not mark.exists()
+
+
+# What does not fit into the memory
+
+
+def test_a_known_model_that_is_too_large(monkeypatch, tmp_path):
+    monkeypatch.setitem(MODELS, "giant", Model("acme/giant", "a giant", 64, memory=1e6))
+    refused(ModelError, r"giant is too large for this machine: as float32 it needs about 2,?300,?000.0 GB", "giant")
+    assert not fits(MODELS["giant"], "cpu") and fits(MODELS["tiny"], "cpu")
+    there = total_memory() / 1e9
+    half = Model("acme/giant", "fits as bfloat16 only", 64, memory=0.7 * there)
+    assert fits(half, "cpu", "bfloat16") and not fits(half, "cpu")
+    monkeypatch.setitem(MODELS, "giant", half)
+    refused(ModelError, "too large.*; dtype='bfloat16' takes half of that", "giant")
+
+
+def test_a_folder_that_is_too_large_is_refused_unread(sd):
+    file = weights(sd, "unet")
+    numbers = total_memory() // 3  # as float32 4/3 of all there is, as bfloat16 2/3
+    header = json.dumps({"giant": {"dtype": "F16", "shape": [numbers], "data_offsets": [0, 2 * numbers]}}).encode()
+    with file.open("wb") as opened:
+        opened.write(len(header).to_bytes(8, "little") + header)
+        opened.truncate(8 + len(header) + 2 * numbers)  # a hole, which takes no room on the disk
+    refused(ModelError, "too large for this machine: as float32 it needs about .*dtype='bfloat16' takes half", sd)
