@@ -18,7 +18,7 @@ from decinb import allocator, hub, inputs, models, tuning
 from decinb.errors import InputError, ModelError
 from decinb.memory import total_memory
 from decinb.models import IMAGE_TO_IMAGE, MODELS, PUBLISHED, TASKS, TEXT_TO_IMAGE, Model
-from decinb.parts import Contents, Files, Part, blaming, check_tokenizers, contents, read_part
+from decinb.parts import INCOMPLETE, Contents, Files, Part, blaming, check_tokenizers, contents, read_part
 from decinb.quiet import quiet
 from decinb.weights import check_file, loaded_bytes
 
@@ -172,6 +172,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
 
 
 def _model_on_hub(name: str) -> Model:
+    """What is known of a model of which only the id is known."""
     return Model(name, "a model on the hub", 0)
 
 
@@ -256,6 +257,11 @@ def _places(
     def fetch(one: Model) -> Path:
         if isinstance(one.source, Path):
             return one.source
+        if not hub.is_model_id(one.source):
+            raise InputError(
+                f"model: the source of {name!r}, {one.source!r}, is no hub id 'owner/name'; give a folder as a "
+                "pathlib.Path"
+            )
         return hub.fetch(one.source, one.revision, _chooser(one, allow_pickle, check), timeout, fresh)
 
     def place(source: Model, *copies: Model) -> Path:
@@ -376,10 +382,7 @@ def _check_complete(cls: type[DiffusionPipeline], parts: Mapping[str, Any], wher
     expected, _ = cls._get_signature_keys(cls)
     optional = {name for name, it in inspect.signature(cls.__init__).parameters.items() if it.default is None}
     if lacking := sorted(set(expected) - set(parts) - optional - set(cls._optional_components)):
-        raise ModelError(
-            f"{where} has no {', '.join(lacking)}, which {cls.__name__} needs: the model is incomplete; fetch it anew, "
-            "or take another copy of it"
-        )
+        raise ModelError(f"{where} has no {', '.join(lacking)}, which {cls.__name__} needs: {INCOMPLETE}")
 
 
 # --- from files to a pipeline -----------------------------------------------------------------------------------------

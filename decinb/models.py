@@ -20,7 +20,7 @@ class Model:
     """A known model.
 
     Args:
-        source: its folder, or its id on the hub.
+        source: its folder, a ``Path``, or its id on the hub.
         about: what it is, in a few words.
         image_size: height and width in pixels of the images that it was trained on.
         example_image, example_prompt: something to try it on.

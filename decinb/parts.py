@@ -37,6 +37,7 @@ with quiet():  # importing these tells of optional libraries that are not needed
     from decinb.unet_nas import UNetNAS, refuse_partial
 
 INDEX = "model_index.json"
+INCOMPLETE = "the model is incomplete; fetch it anew, or take another copy of it"
 
 DECIDIFFUSION: dict[str, type] = {
     "unet": UNetNAS,
@@ -78,7 +79,7 @@ class Files:
             ModelError: there is none.
         """
         if name not in self.names:
-            raise ModelError(f"{self.where} has no {name}: the model is incomplete; {self._instead}")
+            raise ModelError(f"{self.where} has no {name}: {INCOMPLETE}")
         return name
 
     def json(self, name: str) -> dict[str, Any]:
@@ -88,11 +89,6 @@ class Files:
             ModelError: there is none, or it is no JSON.
         """
         return read_json(self.read(self.need(name)))
-
-    @property
-    def _instead(self) -> str:
-        """What to do about what is missing."""
-        return "fetch it anew, or take another copy of it"
 
 
 @dataclass(frozen=True)
@@ -311,10 +307,7 @@ def _network(files: Files, folder: str, cls: type, allow_pickle: bool, variant: 
             if whole not in files.names:
                 weights = [index, *(files.need(f"{folder}/{shard}") for shard in _shards(files.read(index)))]
             return Part(cls, [settings, *weights], kind)
-    raise ModelError(
-        f"{files.where} has no {folder}/{stem}.safetensors, and nothing in its place: the model is incomplete; "
-        f"{files._instead}"
-    )
+    raise ModelError(f"{files.where} has no {folder}/{stem}.safetensors, and nothing in its place: {INCOMPLETE}")
 
 
 def _kernels(config: Any) -> list[str]:

@@ -104,8 +104,9 @@ class _DeciDiffusion:
             if given[name] is not None or (name == "prompt" and given["prompt_embeds"] is None):
                 read[name] = inputs.texts(given[name], name)
         embeds = [name for name in ("prompt_embeds", "negative_prompt_embeds") if given[name] is not None]
+        width = self.unet.config.get("configurations", self.unet.config)["cross_attention_dim"]
         for name in embeds:
-            plain[name] = inputs.embeds(given[name], name, self.unet.config.cross_attention_dim)
+            plain[name] = inputs.embeds(given[name], name, width)
         if len({tuple(given[name].shape[1:]) for name in embeds}) > 1:
             shapes = " and ".join(f"{name} {tuple(given[name].shape)}" for name in embeds)
             raise InputError(

@@ -434,6 +434,13 @@ def test_text_to_image_where_a_model_can(stand_ins, name, capfd):
     np.testing.assert_array_equal(draw(back), draw(image_to_image))
 
 
+def test_an_entry_with_a_source_that_is_none(monkeypatch):
+    monkeypatch.setitem(MODELS, "mine", Model("/a/folder", "", 64))
+    refused(InputError, "the source of 'mine', '/a/folder', is no hub id .*a folder as a pathlib.Path", "mine")
+    monkeypatch.setitem(MODELS, "mine", Model(Path("/a/folder"), "", 64))
+    refused(ModelError, "/a/folder has no flexible_unet and no model_index.json", "mine")
+
+
 def test_a_task_or_a_setting_that_cannot_be(tiny):
     refused(
         InputError, "task must be one of image-to-image, text-to-image, got 'inpainting'", "tiny", task="inpainting"

@@ -195,14 +195,14 @@ def test_thirty_steps_and_a_rescale_of_guidance(text_to_image):
         ({"prompt": None}, "prompt must be a string, got None"),
         ({"prompt": None, "prompt_embeds": [1, 2]}, "prompt_embeds must be a float tensor .*, got "),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 7)}, r"prompt_embeds must be .*, got \(1, 4, 7\)"),
-        ({"prompt": None, "prompt_embeds": torch.full((1, 4, 24), torch.nan)}, "prompt_embeds holds NaN"),
+        ({"prompt": None, "prompt_embeds": torch.full((1, 4, 128), torch.nan)}, "prompt_embeds holds NaN"),
         (
             {
                 "prompt": None,
-                "prompt_embeds": torch.zeros(1, 4, 24),
-                "negative_prompt_embeds": torch.zeros(1, 5, 24),
+                "prompt_embeds": torch.zeros(1, 4, 128),
+                "negative_prompt_embeds": torch.zeros(1, 5, 128),
             },
-            r"must have as many tokens of one width, got prompt_embeds \(1, 4, 24\) and negative_prompt_embeds \(1, 5",
+            r"must have as many tokens of one width, got prompt_embeds \(1, 4, 128\) and negative_prompt_embeds \(1, 5",
         ),
     ],
 )
