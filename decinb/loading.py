@@ -452,5 +452,6 @@ def _for_task(pipe: DiffusionPipeline, task: str) -> DiffusionPipeline:
     _check_complete(cls, components, type(pipe).__name__)
     with quiet():
         made = _make(cls, components, settings, type(pipe).__name__)
-    made.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
+    if name := pipe.config.get("_name_or_path"):
+        made.register_to_config(_name_or_path=name)
     return made
