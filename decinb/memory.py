@@ -15,7 +15,7 @@ def total_memory(device: torch.device | str = "cpu") -> int | None:
     """Bytes that a device has in all; on the CPU what this process may use of them. None where nobody knows."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else None
     try:
         found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no such call
