@@ -18,6 +18,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
+    DisabledRepoError,
     FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
@@ -31,11 +32,11 @@ from huggingface_hub.utils import are_progress_bars_disabled as bar_is_off
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
 from tqdm.auto import tqdm
 
-from decinb.errors import ModelError
+from decinb.errors import InputError, ModelError
 from decinb.locks import alone
 
 Choose = Callable[[list[str], Callable[[str], Path]], list[str]]
-"""From a model's file names, and a way to get one, to the names wanted; or a ModelError that says what is missing."""
+"""From a model's file names, and a way to get one, to the names wanted; or an error of ours that refuses the model."""
 
 ANCHOR = "scheduler/scheduler_config.json"  # in every diffusers pipeline
 CHUNK = 1 << 20  # bytes at once
@@ -74,7 +75,8 @@ def fetch(
         The folder with the files.
 
     Raises:
-        ModelError: with the true cause: no such model, gated, offline, out of reach, not the hub that answered.
+        ModelError: with the true cause: no such model (a ``NotFoundError``), gated, offline, out of reach, not the hub
+            that answered.
     """
     if not fresh and (folder := cached(repo_id, revision, choose)):
         return folder
@@ -93,12 +95,13 @@ def fetch(
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(listing.sha)
         return read(ANCHOR).parents[1]
-    except ModelError:
+    except (ModelError, InputError):  # of choose
         raise
     except Exception as error:  # the network library's errors are not the hub's own, and differ between its versions
         here = fresh and cached(repo_id, revision, choose)
         lead = "is here, but was not compared with the hub's" if here else "is not in the cache"
-        kind = NotFoundError if type(error) is RepositoryNotFoundError else ModelError  # a gated one is there
+        gone = isinstance(error, (RepositoryNotFoundError, DisabledRepoError)) and not isinstance(error, GatedRepoError)
+        kind = NotFoundError if gone else ModelError
         raise kind(f"{repo_id} {_cause(error, repo_id, revision, lead)}") from error
 
 
@@ -231,8 +234,10 @@ def _cause(error: Exception, repo_id: str, revision: str | None, lead: str) -> s
         return f"is gated: accept its licence at {hub}/{repo_id}, then run `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return f"was not found at {hub}, or it is private: check the name, or run `hf auth login`"
+    if isinstance(error, DisabledRepoError):
+        return f"was disabled by {hub}: take another copy of it"
     if isinstance(error, RevisionNotFoundError):
-        return f"has no revision {revision!r}"
+        return f"has no revision {revision!r}: {hub}/{repo_id}/commits shows them"
     if isinstance(error, HfHubHTTPError):
         wait = error.response.headers.get("retry-after", "")
         when = f"in {wait} seconds" if wait.isdigit() else "later"

@@ -84,6 +84,30 @@ def latents(value: Any, channels: int) -> torch.Tensor | None:
     return value
 
 
+def embeds(value: Any, name: str, width: int) -> torch.Tensor:
+    """What a text encoder made of prompts: (prompts, tokens, width), finite."""
+    if not (torch.is_tensor(value) and value.ndim == 3 and value.shape[2] == width and value.is_floating_point()):
+        got = tuple(value.shape) if torch.is_tensor(value) else told(value)
+        raise InputError(f"{name} must be a float tensor (prompts, tokens, {width}), got {got}")
+    if not value.isfinite().all():
+        raise InputError(f"{name} holds NaN or infinity")
+    return value
+
+
+def depth_map(value: Any) -> torch.Tensor:
+    """How near everything in a picture is: (images, height, width), finite, and not the same everywhere."""
+    if not (torch.is_tensor(value) and value.ndim == 3 and value.is_floating_point() and value.numel()):
+        got = tuple(value.shape) if torch.is_tensor(value) else told(value)
+        raise InputError(f"depth_map must be a float tensor (images, height, width), got {got}")
+    if not value.isfinite().all():
+        raise InputError("depth_map holds NaN or infinity")
+    if (
+        value.amin((1, 2)) == value.amax((1, 2))
+    ).any():  # it is stretched to -1 to 1, and here there is nothing to stretch
+        raise InputError("depth_map is the same everywhere: it must tell near from far")
+    return value
+
+
 def text(value: Any, name: str) -> str:
     """A prompt: at most 4,000 letters, each of them one."""
     if not isinstance(value, str):

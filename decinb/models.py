@@ -20,7 +20,7 @@ class Model:
     """A known model.
 
     Args:
-        source: its folder, or its id on the hub.
+        source: its folder, a ``Path``, or its id on the hub.
         about: what it is, in a few words.
         image_size: height and width in pixels of the images that it was trained on.
         example_image, example_prompt: something to try it on.
@@ -141,9 +141,8 @@ MODELS: dict[str, Model] = {
 PUBLISHED = "decidiffusion-v1-0"
 
 
-def line_of(name: str) -> str:
-    """Where in this file the source of a known model stands: what to edit where it has moved."""
-    wanted = str(MODELS[name].source)
+def line_of(source: str) -> str:
+    """Where in this file a source stands: what to edit where it has moved."""
     lines = Path(__file__).read_text(encoding="utf-8").splitlines()
-    found = next((i for i, line in enumerate(lines, 1) if f'"{wanted}"' in line), None)
-    return f"decinb/models.py, line {found}" if found else f"the source of MODELS[{name!r}]"
+    found = next((i for i, line in enumerate(lines, 1) if f'"{source}"' in line), None)
+    return f"decinb/models.py, line {found}" if found else "its entry in decinb.MODELS"

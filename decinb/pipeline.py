@@ -6,6 +6,7 @@ one to the other: nothing is loaded twice.
 
 import inspect
 import json
+import warnings
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ with quiet():  # importing these tells of optional libraries that are not needed
         StableDiffusionImg2ImgPipeline,
         StableDiffusionPipeline,
     )
+    from diffusers.pipelines import auto_pipeline
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from decinb.unet_nas import UNetNAS
@@ -43,6 +45,14 @@ class _DeciDiffusion:
     def image_size(self) -> int:
         """Height and width in pixels of the images that the model was trained on."""
         return image_size(self)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """As diffusers does, but without a word, and the shared parts keep their dtype: its own makes them float32."""
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)
+        with quiet():
+            return super().from_pipe(pipeline, **kwargs)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers does, which logs page after page of a long prompt: what is cut off was told at the door."""
@@ -84,6 +94,8 @@ class _DeciDiffusion:
             plain["strength"] = inputs.strength(given["strength"])
             inputs.steps_run(steps, plain["strength"])
             latents = inputs.latents(given["image"], self.vae.config.latent_channels)
+            if latents is not None and "depth_map" in given:
+                raise InputError("image must be a picture here, not latents: its depth is seen in it")
             read["image"] = load_images(given["image"]) if latents is None else list(latents.split(1))
         else:
             plain |= {name: inputs.side(given[name], name) for name in ("height", "width") if given[name] is not None}
@@ -92,10 +104,17 @@ class _DeciDiffusion:
             if given[name] is not None or (name == "prompt" and given["prompt_embeds"] is None):
                 read[name] = inputs.texts(given[name], name)
         embeds = [name for name in ("prompt_embeds", "negative_prompt_embeds") if given[name] is not None]
+        width = self.unet.config.get("configurations", self.unet.config)["cross_attention_dim"]
+        for name in embeds:
+            plain[name] = inputs.embeds(given[name], name, width)
         if len({tuple(given[name].shape[1:]) for name in embeds}) > 1:
             shapes = " and ".join(f"{name} {tuple(given[name].shape)}" for name in embeds)
-            raise InputError(f"prompt_embeds and its negative must have as many tokens of one width, got {shapes}")
+            raise InputError(
+                f"prompt_embeds and negative_prompt_embeds must have as many tokens of one width, got {shapes}"
+            )
         lengths = {name: len(values) for name, values in read.items()} | {name: len(given[name]) for name in embeds}
+        if given.get("depth_map") is not None:
+            lengths["depth_map"] = len(inputs.depth_map(given["depth_map"]))
         most = inputs.together(**lengths)
         inputs.generators(given["generator"], most * per_prompt)
 
@@ -116,7 +135,7 @@ class _DeciDiffusion:
             plain[name] = torch.cat(as_many) if torch.is_tensor(values[0]) else values[0] if most == 1 else as_many
         return given | {
             **plain,
-            **{name: given[name].expand(most, -1, -1) for name in embeds},
+            **{name: plain[name].expand(most, -1, -1) for name in embeds},
             "guidance_scale": scale,
             "num_inference_steps": steps,
             "num_images_per_prompt": per_prompt,
@@ -269,6 +288,17 @@ class DeciDiffusionDepth2ImgPipeline(_DeciDiffusion, StableDiffusionDepth2ImgPip
             ModelError: NaN or infinity came out.
         """
         return self._checked_call(prompt, image, depth_map, strength, num_inference_steps, *args, **kwargs)
+
+    def prepare_depth_map(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As diffusers does, which asks for half precision on any device, and for float32 where that is meant."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "In CPU autocast", UserWarning)
+            return super().prepare_depth_map(*args, **kwargs)
+
+
+# The auto pipelines of diffusers find them by their names here, when one hands its parts to the other.
+auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["decidiffusion"] = DeciDiffusionImg2ImgPipeline
+auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["decidiffusion"] = DeciDiffusionPipeline
 
 
 def image_size(pipe: DiffusionPipeline) -> int:

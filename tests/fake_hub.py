@@ -18,7 +18,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.unet_nas import V1_CONFIGURATIONS, UNetNAS
@@ -94,13 +96,28 @@ def forbid(monkeypatch: pytest.MonkeyPatch, cls: type) -> None:
     monkeypatch.setattr(cls, "__init__", fail)
 
 
-def digest(pipe: DeciDiffusionImg2ImgPipeline) -> str:
+def digest(pipe: DiffusionPipeline) -> str:
     """A hash of every weight of a pipeline."""
     sha = hashlib.sha256()
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        for name, tensor in sorted(part.state_dict().items()):
+    for _, part in sorted(pipe.components.items()):
+        for name, tensor in sorted(part.state_dict().items()) if isinstance(part, nn.Module) else ():
             sha.update(f"{name} {tensor.dtype}".encode() + tensor.numpy().tobytes())
     return sha.hexdigest()
+
+
+def weights(folder: Path, component: str) -> Path:
+    """The file with the weights of a component: the plain one, beside its variants."""
+    return min((folder / component).glob("*.safetensors"), key=lambda file: len(file.name))
+
+
+def as_pickle(folder: Path, component: str) -> Path:
+    """Leave the weights of a component as a pickle only, which is what comes back."""
+    safe = weights(folder, component)
+    pickled = safe.with_name("pytorch_model.bin" if safe.stem == "model" else "diffusion_pytorch_model.bin")
+    torch.save(load_file(safe), pickled)
+    for file in safe.parent.glob("*.safetensors"):  # any of them would go before a pickle
+        file.unlink()
+    return pickled
 
 
 def publish(model: Path, folder: Path) -> Path:

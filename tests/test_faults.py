@@ -1,6 +1,6 @@
 """The ten faults that are promised to end well, where no other test file has a better place for them.
 
-F1 and F10: also test_processes; F2: also test_sweep; F3: also test_denoise; F6: test_pipeline; F7: also test_hub.
+F1 and F10: also test_processes; F2: also test_sweep; F3: also test_denoise; F6: test_loading; F7: also test_hub.
 """
 
 import json

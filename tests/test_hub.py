@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 import decinb
-from tests.fake_hub import DECOYS, FakeHub, commit, digest, publish, small_model, write_json
-from tests.test_pipeline import as_pickle
+from tests.fake_hub import DECOYS, FakeHub, as_pickle, commit, digest, publish, small_model, write_json
 
 WAIT_S = 2  # silence that the child takes for an unreachable hub
 USED = {
@@ -222,13 +221,13 @@ def test_a_revision_can_be_named(hub, child, repo, weights):
         child.ask(f"MODELS.update(named={model.format(repo, revision)})")
         answer = child.load("named")
         assert expected.items() <= answer.items()
-    assert answer["message"] == f"{repo} has no revision 'v9'"
+    assert answer["message"].startswith(f"{repo} has no revision 'v9': ")
 
 
 def test_what_is_no_decidiffusion_is_refused_before_its_weights_are_fetched(hub, child):
     answer = child.load("acme/ordinary")
     assert answer["error"] == "ModelError" and "acme/ordinary has no flexible_unet" in answer["message"]
-    assert hub.fetched("acme/ordinary") == {"unet/config.json", "model_index.json"}
+    assert all(name.endswith(".json") for name in hub.fetched("acme/ordinary"))
 
 
 def test_shards_where_there_is_nothing_else(hub, child, weights):
@@ -255,7 +254,7 @@ def test_the_published_checkpoint_is_taken_on_a_gpu_where_it_can_be_had(hub, chi
     published = decinb.MODELS["decidiffusion-v1-0"].source
     hub.repos[published] = folders["published"]
     hub.misbehave[published] = "silent"
-    found = "[str(part) for part in _find(None, torch.device('cuda'))]"
+    found = "(lambda name, places, why: [name, str(places[0][1]), why])(*_find(None, torch.device('cuda')))"
     name, _, why = child.ask(found)["value"]
     assert name == "tiny" and "cannot be reached" in why
 

@@ -85,3 +85,22 @@ def test_the_guides_values_are_the_guides():
     assert "list(range(30, 101, 10))" in sources["04"]
     for axis in ("[0.75 + 0.05 * i for i in range(4)]", "[i * 1.5 for i in range(3, 8)]", "list(range(30, 101, 10))"):
         assert axis in sources["05"]
+
+
+PLACE = re.compile(r"\[(\d\d)\]\(notebooks/(\w+)\.ipynb\)(?:, ([^|[]+))?")
+
+
+def test_each_step_of_the_articles_is_where_the_readme_says():
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("### Where each step of the articles is")[2].partition("\n## ")[0]
+    steps = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(steps) >= 24
+    for step in steps:
+        places = PLACE.findall(step)
+        assert places or "the first cell of each notebook" in step, step
+        for number, name, sections in places:
+            there = [cell.source for cell in read(FOLDER / f"{name}.ipynb").cells if cell.cell_type == "markdown"]
+            headings = {line.removeprefix("## ") for source in there for line in source.splitlines()}
+            assert name.startswith(number)
+            for section in filter(None, (part.strip() for part in re.sub(r"\(.*?\)", "", sections).split(";"))):
+                assert section in headings or section == "all of", f"{section!r} is no section of {name}"
