@@ -353,10 +353,11 @@ def test_a_link_that_turns_to_nan_is_named(tiny, image, tmp_path, of_decinb):
 
     hook = tiny.unet.register_forward_hook(poison)
     try:
-        with pytest.raises(ModelError, match="^link 1: no picture was made, only NaN or infinity, by the "):
+        with pytest.raises(ModelError, match="^link 1: no picture was made, only NaN or infinity, by the ") as caught:
             run_chain([Link(pipe, NIGHT, **QUICK), Link(pipe, DAY, **QUICK)], image, folder=tmp_path)
     finally:
         hook.remove()
+    assert len(caught.value.chain) == 1, "what was finished is in the error"
     assert len(list(tmp_path.iterdir())) == 1
 
 
