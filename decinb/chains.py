@@ -129,8 +129,8 @@ def run_chain(
 
     All links are checked before the first one runs. With a folder, each picture is written there the moment it is
     made, and ``replay`` makes it again, with all links before it, from the file alone. Stopping the notebook cell
-    returns what is done, and an error has it as its ``chain``. Where the folder cannot be written to, a warning says so,
-    and the pictures stay in memory.
+    returns what is done, and an error has it as its ``chain``. Where the folder cannot be written to, a warning says
+    so, and the pictures stay in memory.
 
     Args:
         links: at least one ``Link``. Only the first may be text to image.
