@@ -75,6 +75,18 @@ MODELS: dict[str, Model] = {
         licence="Apache-2.0",
         memory=0.03,
     ),
+    "tiny-depth": Model(
+        TINY / "depth",
+        "tiny, with a U-Net that also sees the depth of the input, bundled",
+        128,
+        "day",
+        "a painting of a yellow house, round trees and mountains on sand at sunset",
+        licence="Apache-2.0",
+        pipelines={IMAGE_TO_IMAGE: "DeciDiffusionDepth2ImgPipeline"},
+        depth=True,
+        memory=0.03,
+        further=(("", TINY / "model"),),  # VAE, text encoder, tokenizer, scheduler
+    ),
     "decidiffusion-v1-0": Model(
         "Deci/DeciDiffusion-v1-0",
         "the published checkpoint, 1.02 billion parameters",

@@ -284,7 +284,7 @@ def test_the_report_tells_of_every_model(hub, child):
     child.load("sd-2-depth")
     report = child.ask("__import__('decinb.report').report.report()")["value"]
     for name in MODELS:
-        state = {"tiny": "bundled", "sd-2-depth": "cached"}.get(name, "not cached")
+        state = {"tiny": "bundled", "tiny-depth": "bundled", "sd-2-depth": "cached"}.get(name, "not cached")
         assert re.search(rf"^model {name}: {state}$", report, re.MULTILINE)
 
 

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 MAX_MODEL_BYTES = 24_000_000
+MAX_DEPTH_BYTES = 18_000_000
 MAX_JUDGE_BYTES = 1_000_000
 
 
@@ -50,7 +51,8 @@ def test_the_conda_environment_is_python_and_the_same_pins():
 def test_the_bundled_weights_are_small_and_safe():
     files = [file for file in (ROOT / "decinb" / "tiny").rglob("*") if file.is_file()]
     assert not [file.name for file in files if file.suffix in (".bin", ".pt", ".ckpt", ".pkl", ".pth")]
-    assert sum(file.stat().st_size for file in files if "model" in file.parts) <= MAX_MODEL_BYTES
+    for folder, most in {"model": MAX_MODEL_BYTES, "depth": MAX_DEPTH_BYTES}.items():
+        assert 0 < sum(file.stat().st_size for file in files if folder in file.parts) <= most
     assert (ROOT / "decinb" / "tiny" / "judge.safetensors").stat().st_size <= MAX_JUDGE_BYTES
 
 

@@ -16,6 +16,7 @@ from decinb.tiny.scenes import (
     TREE_WORDS,
     Scene,
     caption,
+    depth_map,
     differing,
     house_mask,
     random_scene,
@@ -170,6 +171,58 @@ def test_a_twin_is_the_same_place_with_one_or_two_things_seen_to_change():
     assert set(changes) == {1, 2}
     assert 0.6 < changes.count(1) / len(changes) < 0.85  # 0.7, and more where a second change is one of style
     assert not differing(scene, replace(scene, layout=scene.layout + 1))
+
+
+# --- the depth --------------------------------------------------------------------------------------------------------
+
+
+def test_the_sky_is_far_and_the_ground_comes_near():
+    for layout in LAYOUTS:
+        depth = depth_map(Scene(layout=layout))
+        assert depth.dtype == np.float32 and depth.shape == (128, 128)
+        assert (depth == depth[:, :1]).all(), "nothing stands here"
+        assert not depth[:60].any() and depth.min() == 0 and 0.98 < depth.max() <= 1
+        assert (np.diff(depth[:, 0]) >= 0).all() and (np.diff(depth[90:, 0]) > 0).all()
+
+
+@pytest.mark.parametrize("thing", ["house", "trees"])
+def test_what_stands_is_as_near_as_the_ground_at_its_foot(thing):
+    for layout in LAYOUTS:
+        scene = Scene(**{thing: ATTRIBUTES[thing][1]}, layout=layout)
+        depth, ground = depth_map(scene), depth_map(Scene(layout=layout))
+        there = depth > ground + 0.02  # at its foot it cannot be told from the ground
+        assert there.any()
+        if thing == "house":
+            inside = house_mask(scene) & ~wider(~house_mask(scene))  # away from smoothed edges
+            (near,) = np.unique(depth[inside])
+            foot = np.flatnonzero(house_mask(scene).any(axis=1)).max()
+            assert abs(near - ground[foot, 0]) < 0.03
+        else:
+            assert ground[there].max() < depth[there].max() < 1
+
+
+def test_mountains_are_a_little_nearer_than_the_sky():
+    for layout in LAYOUTS:
+        depth = depth_map(Scene(mountains=True, layout=layout))
+        assert 0 < depth[:60].max() < 0.15
+
+
+def test_no_look_changes_the_depth():
+    for scene in random_scenes(20):
+        depth = depth_map(scene)
+        for look in ({"style": "sketch"}, {"style": "painting"}, {"time": "night"}, {"ground": "snow"}):
+            assert np.array_equal(depth, depth_map(replace(scene, **look)))
+        if scene.house:
+            assert np.array_equal(depth, depth_map(replace(scene, house="blue")))
+
+
+@pytest.mark.parametrize("thing", ["house", "trees", "mountains"])
+def test_depth_has_the_shape_of_the_picture(thing):
+    for layout in LAYOUTS:
+        scene, without = Scene(**{thing: ATTRIBUTES[thing][1]}, layout=layout), Scene(layout=layout)
+        nearer = depth_map(scene) > depth_map(without)
+        assert not (nearer & ~place(scene, thing)).any()
+        assert overlap(nearer, place(scene, thing)) > 0.8  # a foot is as near as the ground
 
 
 # --- the words --------------------------------------------------------------------------------------------------------

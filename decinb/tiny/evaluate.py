@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.errors import InputError
@@ -71,7 +72,7 @@ def evaluate_vae(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, An
 def evaluate_text(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
     """Make pictures from words alone (strength 1) and let the judge say what is right."""
     prompts = _prompts(count)
-    seen = Judge.load().see(_run(pipe, [_GREY] * count, prompts, strength=1.0))
+    seen = Judge.load().see(run_in_batches(pipe, [_GREY] * count, prompts, strength=1.0))
     answers = [_answers(*pair) for pair in zip(prompts, seen, strict=True)]
     shares = {name: [answer[name] for answer in answers if name in answer] for name in ATTRIBUTES}
     return {
@@ -90,9 +91,7 @@ def evaluate_changes(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str
     overlap there is what chance gives. ``vae`` is the overlap that the VAE alone leaves of the targets: the best there
     can be.
     """
-    pairs = list(_pairs(count))
-    images = [render(scene) for _, scene, _ in pairs]
-    prompts = [caption(target) for *_, target in pairs]
+    pairs = list(draw_pairs(count))
     redrawn = through_vae([render(target) for *_, target in pairs], pipe.vae)
     best = [
         overlap(find_house(image, target), house_mask(target))
@@ -100,24 +99,33 @@ def evaluate_changes(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str
     ]
     report: dict[str, Any] = {"pairs": count, "vae": float(np.mean(best)), "strengths": {}}
     for strength in STRENGTHS:
-        rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("all", *CHANGES)}
-        made = _run(pipe, images, prompts, strength)
-        for (name, _, target), before, image, prompt, seen in zip(
-            pairs, images, made, prompts, Judge.load().see(made), strict=True
-        ):
-            answers = _answers(prompt, seen)
-            adherence = float(np.mean(list(answers.values())))
-            row = {
-                "changed": float(answers.pop(CHANGES[name][0])),
-                "kept": float(np.mean(list(answers.values()))),
-                "adherence": adherence,
-                "overlap": overlap(find_house(image, target), house_mask(target)),
-                "distance": change(image, before),
-            }
-            rows[name].append(row)
-            rows["all"].append(row)
-        report["strengths"][f"{strength:g}"] = {name: _mean(values) for name, values in rows.items()}
+        report["strengths"][f"{strength:g}"] = measure_changes(pipe, pairs, strength)
     return report
+
+
+def measure_changes(
+    pipe: DiffusionPipeline, pairs: Sequence[tuple[str, Scene, Scene]], strength: float
+) -> dict[str, dict[str, float]]:
+    """What ``evaluate_changes`` reports of one strength: of all pairs, and by the name of their change."""
+    images = [render(scene) for _, scene, _ in pairs]
+    prompts = [caption(target) for *_, target in pairs]
+    made = run_in_batches(pipe, images, prompts, strength)
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("all", *CHANGES)}
+    for (name, _, target), before, image, prompt, seen in zip(
+        pairs, images, made, prompts, Judge.load().see(made), strict=True
+    ):
+        answers = _answers(prompt, seen)
+        adherence = float(np.mean(list(answers.values())))
+        row = {
+            "changed": float(answers.pop(CHANGES[name][0])),
+            "kept": float(np.mean(list(answers.values()))),
+            "adherence": adherence,
+            "overlap": overlap(find_house(image, target), house_mask(target)),
+            "distance": change(image, before),
+        }
+        rows[name].append(row)
+        rows["all"].append(row)
+    return {name: _mean(values) for name, values in rows.items()}
 
 
 def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
@@ -125,7 +133,7 @@ def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
     prompts = _prompts(count)
     report: dict[str, Any] = {"prompts": count, "scales": {}}
     for scale in GUIDANCES:
-        made = _run(pipe, [_GREY] * count, prompts, strength=1.0, guidance_scale=scale)
+        made = run_in_batches(pipe, [_GREY] * count, prompts, strength=1.0, guidance_scale=scale)
         report["scales"][f"{scale:g}"] = {
             "adherence": _adherence(made, prompts),
             "oversaturated": oversaturated(made),
@@ -137,10 +145,10 @@ def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
 def evaluate_steps(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
     """What more steps do to pictures made from words: adherence, and how far each is from that of twice the most."""
     prompts = _prompts(count)
-    settled = _run(pipe, [_GREY] * count, prompts, strength=1.0, num_inference_steps=2 * STEP_COUNTS[-1])
+    settled = run_in_batches(pipe, [_GREY] * count, prompts, strength=1.0, num_inference_steps=2 * STEP_COUNTS[-1])
     report: dict[str, Any] = {"prompts": count, "steps": {}}
     for steps in STEP_COUNTS:
-        made = _run(pipe, [_GREY] * count, prompts, strength=1.0, num_inference_steps=steps)
+        made = run_in_batches(pipe, [_GREY] * count, prompts, strength=1.0, num_inference_steps=steps)
         unsettled = float(np.mean([change(*pair) for pair in zip(made, settled, strict=True)]))
         report["steps"][str(steps)] = {"adherence": _adherence(made, prompts), "unsettled": unsettled}
     return report
@@ -152,7 +160,7 @@ def evaluate_call(pipe: DeciDiffusionImg2ImgPipeline) -> dict[str, Any]:
     times = []
     for _ in range(6):
         started = time.monotonic()
-        _run(pipe, [image], [prompt], strength=0.75)
+        run_in_batches(pipe, [image], [prompt], strength=0.75)
         times.append(time.monotonic() - started)
     return {"median_seconds": float(np.median(times[1:]))}
 
@@ -184,7 +192,7 @@ def _scenes(purpose: str, count: int) -> Iterator[Scene]:
     return (random_scene(rng) for _ in range(count))
 
 
-def _pairs(count: int) -> Iterator[tuple[str, Scene, Scene]]:
+def draw_pairs(count: int) -> Iterator[tuple[str, Scene, Scene]]:
     """The name of the change, the scene before and the scene after it; every scene has a house."""
     rng = random.Random("evaluate changes")
     for i in range(count):
@@ -220,14 +228,15 @@ def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
-def _run(
-    pipe: DeciDiffusionImg2ImgPipeline,
+def run_in_batches(
+    pipe: DiffusionPipeline,
     images: Sequence[Image.Image],
     prompts: Sequence[str],
     strength: float,
     guidance_scale: float = GUIDANCE,
-    num_inference_steps: int = STEPS,
+    num_inference_steps: int | None = None,
 ) -> list[Image.Image]:
+    """Call an image-to-image pipeline on many images, each with its own prompt and seed; by default in ``STEPS``."""
     made = []
     for start in range(0, len(prompts), BATCH):
         rows = slice(start, start + BATCH)
@@ -236,7 +245,7 @@ def _run(
             image=list(images[rows]),
             strength=strength,
             guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=num_inference_steps or STEPS,
             generator=[torch.Generator().manual_seed(start + i) for i in range(len(prompts[rows]))],
         ).images
     return made
@@ -258,19 +267,7 @@ def evaluate(pipe: DeciDiffusionImg2ImgPipeline, quick: bool = False) -> dict[st
     pipe.set_progress_bar_config(disable=True)
     report: dict[str, Any] = {
         "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "quick": quick},
-        "environment": {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "python": platform.python_version(),
-            **{library: importlib.metadata.version(library) for library in ("torch", "diffusers", "transformers")},
-            "device": pipe.device.type,
-            "dtype": str(pipe.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "parameters": {
-                name: sum(parameter.numel() for parameter in part.parameters())
-                for name, part in pipe.components.items()
-                if isinstance(part, torch.nn.Module)
-            },
-        },
+        "environment": describe(pipe),
     }
     report["call"] = evaluate_call(pipe)
     sizes = QUICK if quick else FULL
@@ -286,6 +283,23 @@ def evaluate(pipe: DeciDiffusionImg2ImgPipeline, quick: bool = False) -> dict[st
         report[name]["seconds"] = round(time.monotonic() - started, 1)
         print(f"{name}: {report[name]['seconds']:.0f} s", flush=True)
     return report
+
+
+def describe(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What a report depends on besides its settings: versions, device, number format, threads, parameters a part."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "python": platform.python_version(),
+        **{library: importlib.metadata.version(library) for library in ("torch", "diffusers", "transformers")},
+        "device": pipe.device.type,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "parameters": {
+            name: sum(parameter.numel() for parameter in part.parameters())
+            for name, part in pipe.components.items()
+            if isinstance(part, torch.nn.Module)
+        },
+    }
 
 
 @dataclass(frozen=True)
@@ -384,13 +398,13 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_card(report: dict[str, Any], card: Path) -> None:
-    """Put the table into a model's card, between its two marks, so that no number there is typed by hand."""
+def fill_card(text: str, card: Path) -> None:
+    """Put a table into a model's card, between its two marks, so that no number there is typed by hand."""
     before, begin, rest = card.read_text(encoding="utf-8").partition("<!-- evaluate -->\n")
     _, end, after = rest.partition("<!-- /evaluate -->")
     if not (begin and end):
         raise InputError(f"{card.name} has no marks <!-- evaluate --> and <!-- /evaluate --> to put the table between")
-    card.write_text(f"{before}{begin}```\n{table(report)}\n```\n{end}{after}", encoding="utf-8")
+    card.write_text(f"{before}{begin}```\n{text}\n```\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -409,7 +423,7 @@ def main() -> None:
     print(f"wrote {file.name}")
     card = (MODELS["tiny"].source if given.model == "tiny" else Path(given.model)) / "README.md"
     if card.is_file() and not given.quick:
-        write_card(report, card)
+        fill_card(table(report), card)
 
 
 if __name__ == "__main__":

@@ -60,11 +60,19 @@ def random_scene(rng: random.Random, sketches: float = 0.2) -> Scene:
     )
 
 
-def twin(scene: Scene, rng: random.Random) -> Scene:
-    """The same place with one or two attributes changed to others that can be seen, so that words can ask for them."""
+def twin(
+    scene: Scene,
+    rng: random.Random,
+    among: Sequence[str] = ("style", "time", "ground", "house", "house", "trees", "mountains"),
+) -> Scene:
+    """The same place with one or two attributes changed to others that can be seen, so that words can ask for them.
+
+    Args:
+        among: the attributes that may change; one named twice does so more often.
+    """
     other, changes = scene, 1 if rng.random() < 0.7 else 2
     while len(differing(scene, other)) < changes:
-        name = rng.choice(["style", "time", "ground", "house", "house", "trees", "mountains"])
+        name = rng.choice(among)
         other = replace(other, **{name: rng.choice([value for value in ATTRIBUTES[name] if value])})
     return other
 
@@ -152,6 +160,9 @@ class _Brush:
         self.image = Image.new("RGB", (size, size), PAPER)
         self.pen = ImageDraw.Draw(self.image)
 
+    def stand(self, foot: float) -> None:
+        """What is drawn next stands where the ground is at ``foot``; its colour is the same everywhere."""
+
     def gradient(self, top: float, bottom: float, upper: Colour, lower: Colour, lit: bool) -> None:
         first, last = round(top * self.size), round(bottom * self.size)
         rows = np.linspace(0, 1, max(last - first, 1))[:, None] * (np.array(lower) - upper) + upper
@@ -195,10 +206,60 @@ class _Brush:
         return tuple(round(c * light) for c, light in zip(colour, self.light if lit else (1, 1, 1), strict=True))
 
 
+class _DepthBrush(_Brush):
+    """Draws the same shapes as they are in a painting, each in the nearness of the ground that it stands on."""
+
+    def __init__(self, size: int, horizon: float):
+        super().__init__(size, "painting", "day")
+        self.horizon = horizon
+        self.nearness = 0.0
+        self.image = Image.new("F", (size, size))
+        self.pen = ImageDraw.Draw(self.image)
+
+    def stand(self, foot: float) -> None:
+        self.nearness = float(self._ground(foot))
+
+    def gradient(self, top: float, bottom: float, upper: Colour, lower: Colour, lit: bool) -> None:
+        first, last = round(top * self.size), round(bottom * self.size)
+        column = self._ground((np.arange(first, last) + 0.5) / self.size).astype(np.float32)
+        self.image.paste(Image.fromarray(np.repeat(column[:, None], self.size, axis=1)), (0, first))
+
+    def glow(self, centre: Point, radius: float, colour: Colour) -> None:
+        """Light has no depth."""
+
+    def _ground(self, y: float | np.ndarray) -> np.ndarray:
+        return np.clip((y - self.horizon) / (1 - self.horizon), 0, 1)
+
+    def _fill(self, colour: Colour, lit: bool) -> float:
+        return self.nearness
+
+
 def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
-    """Draw a scene as an RGB image of ``size`` x ``size`` pixels, smoothed by drawing it four times as large."""
+    """Draw a scene as an RGB image of ``size`` x ``size`` pixels, smoothed by drawing it several times as large."""
+    brush = _Brush(_drawn_size(size), scene.style, scene.time)
+    _draw(brush, scene, _Layout.draw(scene.layout))
+    return brush.image.resize((size, size), Image.Resampling.BOX)
+
+
+def depth_map(scene: Scene, size: int = IMAGE_SIZE) -> np.ndarray:
+    """How near a scene is, as a depth estimator such as MiDaS gives it: an array (size, size), float32, near is large.
+
+    The sky is 0, mountains are a little above it, the ground rises from 0 at the horizon to 1 at the lower edge, and
+    what stands on the ground is as near as its foot. No time, style or colour changes it.
+
+    Source: inverse depth up to scale and shift, Ranftl et al. (2020), arXiv:1907.01341.
+    """
     at = _Layout.draw(scene.layout)
-    brush = _Brush(4 * size if size <= 256 else 2 * size, scene.style, scene.time)
+    brush = _DepthBrush(_drawn_size(size), at.horizon)
+    _draw(brush, scene, at)
+    return np.asarray(brush.image.resize((size, size), Image.Resampling.BOX))
+
+
+def _drawn_size(size: int) -> int:
+    return 4 * size if size <= 256 else 2 * size
+
+
+def _draw(brush: _Brush, scene: Scene, at: _Layout) -> None:
     _draw_sky(brush, scene, at)
     if scene.mountains:
         _draw_mountains(brush, at)
@@ -211,7 +272,6 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
         _draw_tree(brush, scene.trees, *tree)
     if not house_is_drawn:
         _draw_house(brush, scene, at)
-    return brush.image.resize((size, size), Image.Resampling.BOX)
 
 
 def house_mask(scene: Scene, size: int = IMAGE_SIZE) -> np.ndarray:
@@ -248,7 +308,8 @@ def _draw_sky(brush: _Brush, scene: Scene, at: _Layout) -> None:
 
 def _draw_mountains(brush: _Brush, at: _Layout) -> None:
     base = at.horizon + 0.01
-    for x, height, half in at.peaks:
+    for rank, (x, height, half) in enumerate(at.peaks, start=1):
+        brush.stand(at.horizon + 0.02 + 0.01 * rank)  # beyond the horizon, yet each nearer than the one behind it
         top = (x, base - height)
         cap_left = (x - 0.3 * half, base - 0.7 * height)
         cap_right = (x + 0.3 * half, base - 0.7 * height)
@@ -278,6 +339,7 @@ def _draw_house(brush: _Brush, scene: Scene, at: _Layout) -> None:
     x, foot, width = at.house
     walls, roof = _house_outline(at)
     eaves = walls[0][1]
+    brush.stand(foot)
     brush.polygon(walls, PAPER if brush.sketch else HOUSE[scene.house])
     brush.polygon(roof, ROOF if brush.sketch or scene.ground != "snow" else ROOF_SNOW)
     brush.polygon(_box(x, foot - 0.16 * width, 0.18 * width, 0.32 * width), DOOR)
@@ -289,6 +351,7 @@ def _draw_house(brush: _Brush, scene: Scene, at: _Layout) -> None:
 
 
 def _draw_tree(brush: _Brush, kind: str, x: float, foot: float, height: float) -> None:
+    brush.stand(foot)
     brush.polygon(_box(x, foot - 0.11 * height, 0.12 * height, 0.22 * height), TRUNK)
     if kind == "pine":
         for part in (0, 1, 2):

@@ -327,22 +327,59 @@ class Lesson:
     words: str
 
     @classmethod
-    def draw(cls, scenes: Sequence[Scene], rng: random.Random, steps: int) -> "Lesson":
+    def draw(
+        cls, scenes: Sequence[Scene], rng: random.Random, steps: int, say: Callable[..., str] = caption
+    ) -> "Lesson":
         """Draw a lesson from scenes of which each second one is the twin of the one before it.
 
         Half of them are plain. In the others the words are the twin's: from ``TURN`` on so is the picture, before it
-        the words are wrong and the picture stays. No words every tenth time, for guidance.
+        the words are wrong and the picture stays. No words every tenth time, for guidance. ``say`` is called as
+        ``caption`` is.
         """
         row, timestep = rng.randrange(len(scenes)), rng.randrange(steps)
         scene, other = scenes[row], scenes[row ^ 1]
         changed = differing(scene, other)
         if rng.random() < 0.5 or not all(getattr(other, name) for name in changed):  # no words ask for "no house"
-            target, start, words = row, timestep, caption(scene, rng)
+            target, start, words = row, timestep, say(scene, rng)
         else:
             start = rng.randrange(timestep, steps)
             target = row ^ 1 if start > rng.uniform(*TURN) else row
-            words = caption(other, rng, always=changed)
+            words = say(other, rng, always=changed)
         return cls(target, row, start, timestep, "" if rng.random() < 0.1 else words)
+
+
+def noised(
+    lessons: Sequence[Lesson], moments: Tensor, scheduler: DDIMScheduler, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The latents that lessons aim at, and their noise with what is left in it of the pictures that they see.
+
+    Args:
+        moments: of the latents of all scenes, as ``encode`` gives them.
+        generator: of the CPU, so that every device gets the same noise.
+
+    Returns:
+        Two tensors (lessons, 4, height, width), float32.
+    """
+    means, log_variances = moments[[lesson.target for lesson in lessons]].chunk(2, dim=1)
+    seen = moments[[lesson.seen for lesson in lessons], :4]
+    latents = means + (0.5 * log_variances).exp() * torch.randn(means.shape, generator=generator).to(means)
+    noise = torch.randn(means.shape, generator=generator).to(means)
+    sigmas = (1 / scheduler.alphas_cumprod - 1).sqrt()[[lesson.start for lesson in lessons]]
+    noise += (seen - means) / sigmas[:, None, None, None].to(means)
+    return latents, noise
+
+
+def to_tokens(tokenizer: CLIPTokenizer, words: Sequence[str]) -> Tensor:
+    """The tokens of texts, (texts, TOKENS), as a pipeline makes them."""
+    return tokenizer(
+        list(words), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def house_weights(scenes: Sequence[Scene], side: int) -> Tensor:
+    """How much each place of a latent counts, (scenes, 1, side, side)."""
+    houses = torch.from_numpy(np.stack([house_mask(scene, side) for scene in scenes]))[:, None]
+    return torch.where(houses, HOUSE_WEIGHT, 1.0)
 
 
 # --- the two losses ---------------------------------------------------------------------------------------------------
@@ -372,20 +409,22 @@ def unet_loss(
     tokens: Tensor,
     timesteps: Tensor,
     weights: Tensor | float = 1.0,
+    depth: Tensor | None = None,
 ) -> Tensor:
     """The error of the predicted velocity, at one timestep a row; nearly clean rows count less.
 
     ``latents`` and ``noise`` are float32: in fewer digits a little noise would be none. ``weights`` say how much each
-    place counts.
+    place counts. ``depth``, (rows, 1, height, width), is for a U-Net that sees it beside the latent.
 
     Source: Salimans & Ho (2022), arXiv:2202.00512 (velocity); Hang et al. (2023), arXiv:2303.09556 (the weight).
     """
     noisy = scheduler.add_noise(latents, noise, timesteps)
     velocity = scheduler.get_velocity(latents, noise, timesteps)
+    given = noisy if depth is None else torch.cat([noisy, depth], dim=1)
     words = text_encoder(tokens)[0]
     # On a CPU, the way back through fused attention takes a fifth of a training step; through the plain one, little.
     with sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" else nullcontext():
-        predicted = unet(noisy.to(unet.dtype), timesteps.to(latents.device), words).sample
+        predicted = unet(given.to(unet.dtype), timesteps.to(latents.device), words).sample
     error = (weights * (predicted.float() - velocity).square()).mean(dim=(1, 2, 3))
     clean = scheduler.alphas_cumprod[timesteps]
     weight = (6 * (1 - clean)).clamp(max=1).to(error)  # min(snr + 1, 6) / (snr + 1)
@@ -527,31 +566,25 @@ def train_unet(
     learning_rate = learning_rate or (5e-4 if begin else 1e-3)
     modules = {"unet": unet, "text_encoder": text_encoder}
     stage = Stage("unet", modules, minutes, learning_rate, folder, device, dtype)
-    means, deviations = moments[:, :4], (0.5 * moments[:, 4:]).exp()
-    side = moments.shape[-1]
-    houses = torch.from_numpy(np.stack([house_mask(scene, side) for scene in scenes]))[:, None].to(moments.device)
-    sigmas = (1 / scheduler.alphas_cumprod - 1).sqrt()[:, None, None, None]
+    weights = house_weights(scenes, moments.shape[-1]).to(moments.device)
 
     def loss_of(step: int) -> Tensor:
         rng = random.Random(f"{seed} {step}")
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        lessons = [Lesson.draw(scenes, rng, len(sigmas)) for _ in range(batch)]
-        targets, seen = [lesson.target for lesson in lessons], [lesson.seen for lesson in lessons]
-        latents = means[targets]
-        latents = latents + deviations[targets] * torch.randn(latents.shape, generator=generator).to(means)
-        noise = torch.randn(latents.shape, generator=generator).to(means)
-        noise += (means[seen] - means[targets]) / sigmas[[lesson.start for lesson in lessons]].to(means)
-        tokens = tokenizer(
-            [lesson.words for lesson in lessons],
-            padding="max_length",
-            max_length=TOKENS,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
+        lessons = [Lesson.draw(scenes, rng, len(scheduler.alphas_cumprod)) for _ in range(batch)]
+        latents, noise = noised(lessons, moments, scheduler, generator)
+        tokens = to_tokens(tokenizer, [lesson.words for lesson in lessons])
         timesteps = torch.tensor([lesson.timestep for lesson in lessons])
-        weights = torch.where(houses[targets], HOUSE_WEIGHT, 1.0)
+        targets = [lesson.target for lesson in lessons]
         return unet_loss(
-            unet, text_encoder, scheduler, latents.to(device), noise.to(device), tokens.to(device), timesteps, weights
+            unet,
+            text_encoder,
+            scheduler,
+            latents.to(device),
+            noise.to(device),
+            tokens.to(device),
+            timesteps,
+            weights[targets],
         )
 
     stage.run(loss_of, (lambda progress: watch(unet, text_encoder, progress)) if watch else None)
@@ -576,7 +609,7 @@ def train(
         begin: a model to go on from, whose latent and tokenizer are kept; without it everything begins from nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _same_run(
+    check_same_run(
         folder / "settings.json",
         {"places": places, "vae_minutes": vae_minutes, "seed": seed, "begin": begin and str(begin)},
     )
@@ -630,7 +663,7 @@ not measured yet
     )
 
 
-def _same_run(file: Path, settings: dict[str, float]) -> None:
+def check_same_run(file: Path, settings: dict[str, float]) -> None:
     """What the checkpoints in a folder depend on must not change between two runs there."""
     if not file.exists():
         file.write_text(json.dumps(settings))
@@ -666,14 +699,19 @@ def save(
     pipe = DeciDiffusionImg2ImgPipeline(vae, text_encoder, tokenizer, unet, make_scheduler())
     with quiet():
         pipe.to(torch.float16).save_pretrained(folder)
+    tidy_configs(folder)
+    return folder
+
+
+def tidy_configs(folder: Path) -> None:
+    """Leave nothing in the configs of saved parts that is of this machine, or that changes how they load."""
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)  # where a part was loaded from on this machine
-        if file.parent.name == "text_encoder":
+        if "transformers_version" in config:
             # diffusers' parts come up in float32 whatever is stored; transformers' do so only if they are told.
             config["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2) + "\n")
-    return folder
 
 
 def main() -> None:
