@@ -30,5 +30,5 @@ for row, (name, prompt) in zip(axes.tolist(), ROWS, strict=True):
         ax.axis("off")
         ax.set_title(title, fontsize=9)
     row[0].text(0, 143, f"to: {prompt}", fontsize=10).set_in_layout(False)
-figure.get_layout_engine().set(hspace=0.14, rect=(0, 0.06, 1, 0.94))
+figure.get_layout_engine().set(hspace=0.14, rect=(0, 0.06, 1, 0.91))
 figure.savefig(Path(__file__).with_name("depth.png"), dpi=110)
