@@ -123,6 +123,8 @@ def plan(
         if isinstance(cell, dict):
             inputs.known(cell, [name for name in taken if name not in unknown], f"cell {i}: ")
             _check_taken(pipe, cell, f"cell {i}: ")
+            if "image" in cell:
+                check_image(pipe, cell["image"], f"cell {i}: ")
     if negative_prompt is not None:
         _check_taken(pipe, ["negative_prompt"], "")
     jobs = [read_cell(cell, taken, pictures.load, where=f"cell {i}: ") for i, cell in enumerate(cells)]
@@ -204,13 +206,13 @@ def _check_taken(pipe: DiffusionPipeline, names: Iterable[str], where: str) -> N
             raise InputError(f"{where}{name} must be left out: the call of a {type(pipe).__name__} takes none")
 
 
-def check_image(pipe: DiffusionPipeline, image: Source | None) -> None:
+def check_image(pipe: DiffusionPipeline, image: Source | None, where: str = "") -> None:
     """Refuse a picture that nothing is made of, and none where something is."""
     if image is None and takes(pipe, "image"):
         told = "a sample's name, a path, a URL, bytes, an array or a PIL image"
-        raise InputError(f"image must be {told}, got None: a {type(pipe).__name__} makes images from images")
+        raise InputError(f"{where}image must be {told}, got NoneType: a {type(pipe).__name__} makes images from images")
     if image is not None and not takes(pipe, "image"):
-        raise InputError(f"image must be None: a {type(pipe).__name__} makes images from text alone")
+        raise InputError(f"{where}image must be None: a {type(pipe).__name__} makes images from text alone")
 
 
 def _guidance_rescale(pipe: DiffusionPipeline, value: float) -> float:
