@@ -4,7 +4,9 @@ A kind says how a cell begins, what stands beside its latent, what the U-Net is 
 becomes a picture: each as the stock pipeline does it, with the same random draws in the same order.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,6 +82,8 @@ class Words(NamedTuple):
 class ImageToImage:
     """Stable Diffusion's image to image; the other kinds differ from it in what they say anew."""
 
+    beside_channels = 0  # that the U-Net sees beside the latent
+
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
         self.device = pipe._execution_device  # diffusers looks through every part for it, which takes a while
@@ -106,16 +110,24 @@ class ImageToImage:
 
     def see(self, image: Image.Image) -> Any:
         """What is made of an input picture, once for all jobs that have it."""
-        return self.pipe.vae.encode(self.pixels(image))
+        return self.encode(self.pixels(image))
 
-    def pixels(self, image: Image.Image) -> Tensor:
+    def encode(self, pixels: Tensor) -> Any:
+        """What the VAE makes of pixels."""
+        return self.pipe.vae.encode(pixels)
+
+    def scale(self, latents: Tensor) -> Tensor:
+        """The VAE's latents as the U-Net knows them."""
+        return self.pipe.vae.config.scaling_factor * latents
+
+    def pixels(self, image: Image.Image | Sequence[Image.Image]) -> Tensor:
         return self.pipe.image_processor.preprocess(image).to(self.device, self.dtype)
 
     def begin(
         self, job: Job, seen: Any, scheduler: SchedulerMixin, timestep: Tensor, generator: torch.Generator
     ) -> Tensor:
         """The first latents of a job: the VAE's sample is drawn first, then the noise."""
-        latents = self.pipe.vae.config.scaling_factor * retrieve_latents(seen, generator)
+        latents = self.scale(retrieve_latents(seen, generator))
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         return scheduler.add_noise(latents, noise, timestep)
 
@@ -127,7 +139,8 @@ class ImageToImage:
 
     def tell(self, words: Words, size: tuple[int, int]) -> dict[str, Tensor]:
         """What the U-Net is told in a row, as tensors of one row each."""
-        text = self.pipe.encode_prompt(words.text, self.device, 1, False)[0]
+        with quiet():  # what is cut off is told when a sweep is planned
+            text = self.pipe.encode_prompt(words.text, self.device, 1, False)[0]
         return {"encoder_hidden_states": text}
 
     def arguments(self, told: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
@@ -180,8 +193,12 @@ class TextToImage(ImageToImage):
 class DepthToImage(ImageToImage):
     """Sees the depth of the input in a fifth channel."""
 
+    beside_channels = 1
+
     def see(self, image: Image.Image) -> tuple[Any, Tensor]:
-        depth = self.pipe.prepare_depth_map(image, None, 1, False, self.dtype, self.device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "In CPU autocast", UserWarning)  # it asks for half precision anywhere
+            depth = self.pipe.prepare_depth_map(image, None, 1, False, self.dtype, self.device)
         return super().see(image), depth
 
     def begin(
@@ -205,29 +222,25 @@ class ImageToImageXL(ImageToImage):
         nothing = job.negative_prompt is None and self.pipe.config.force_zeros_for_empty_prompt
         return Words(None if nothing else job.negative_prompt or "", True)
 
-    def see(self, image: Image.Image) -> Any:
-        pixels, vae = self.pixels(image), self.pipe.vae
+    def encode(self, pixels: Tensor) -> Any:
+        vae = self.pipe.vae
         if not vae.config.force_upcast or vae.dtype == torch.float32:
             return vae.encode(pixels)
-        half = vae.dtype  # in which it would overflow
-        vae.to(torch.float32)
-        try:
+        with in_float32(vae):  # in half precision it would overflow
             return vae.encode(pixels.float())
-        finally:
-            vae.to(half)
 
     def begin(
         self, job: Job, seen: Any, scheduler: SchedulerMixin, timestep: Tensor, generator: torch.Generator
     ) -> Tensor:
-        vae = self.pipe.vae.config
-        latents = retrieve_latents(seen, generator).to(self.dtype)
-        if (spread := self._spread(latents)) is not None:
-            mean, deviation = spread
-            latents = (latents - mean) * vae.scaling_factor / deviation
-        else:
-            latents = vae.scaling_factor * latents
+        latents = self.scale(retrieve_latents(seen, generator).to(self.dtype))
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         return scheduler.add_noise(latents, noise, timestep)
+
+    def scale(self, latents: Tensor) -> Tensor:
+        if (spread := self._spread(latents)) is None:
+            return super().scale(latents)
+        mean, deviation = spread
+        return (latents - mean) * self.pipe.vae.config.scaling_factor / deviation
 
     def _spread(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
         """The mean and the deviation of every channel, where a VAE names them."""
@@ -238,9 +251,10 @@ class ImageToImageXL(ImageToImage):
         return mean, deviation
 
     def tell(self, words: Words, size: tuple[int, int]) -> dict[str, Tensor]:
-        text, _, pooled, _ = self.pipe.encode_prompt(
-            words.text or "", device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        with quiet():
+            text, _, pooled, _ = self.pipe.encode_prompt(
+                words.text or "", device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
         if words.text is None:
             text, pooled = torch.zeros_like(text), torch.zeros_like(pooled)
         times = self.time_ids(size, pooled)[words.against].to(self.device)
@@ -322,8 +336,18 @@ def decode(vae: AutoencoderKL, latents: Tensor, in_full: bool = False) -> Tensor
         pixels = vae.decode(latents)[0]
         if half == torch.float32 or pixels.isfinite().all():
             return pixels
-    vae.to(torch.float32)
-    try:
+    with in_float32(vae):
         return vae.decode(latents.float())[0].to(half)
+
+
+@contextmanager
+def in_float32(vae: AutoencoderKL) -> Iterator[None]:
+    """A VAE in half precision, in full inside the ``with`` block."""
+    half = vae.dtype
+    with quiet():  # diffusers warns of parts that should stay as they are, and names none
+        vae.to(torch.float32)
+    try:
+        yield
     finally:
-        vae.to(half)
+        with quiet():
+            vae.to(half)

@@ -20,6 +20,8 @@ def told(name: str, value: Any) -> str:
     """An argument and its value in a few words. Prompts and names of pictures speak for themselves."""
     if name == "negative_prompt":
         return f"negative prompt: {value}" if value else "no negative prompt"
+    if name == "image" and value is None:
+        return "from text alone"
     if name in ("prompt", "image"):
         return str(value) or "no prompt"
     return f"{SHORT.get(name, name)} {plain(value)}"

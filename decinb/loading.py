@@ -16,6 +16,7 @@ import torch
 
 from decinb import allocator, hub, inputs, models, tuning
 from decinb.errors import InputError, ModelError
+from decinb.kinds import kind_of
 from decinb.memory import total_memory
 from decinb.models import IMAGE_TO_IMAGE, MODELS, PUBLISHED, TASKS, TEXT_TO_IMAGE, Model
 from decinb.parts import INCOMPLETE, Contents, Files, Part, blaming, check_tokenizers, contents, read_part
@@ -437,7 +438,15 @@ def _make(
     given = dict.fromkeys(expected) | given
     takes = inspect.signature(cls.__init__).parameters
     with blaming(f"{where}: {cls.__name__} cannot be made of its parts"):
-        return cls(**{name: value for name, value in given.items() if name in takes})
+        made = cls(**{name: value for name, value in given.items() if name in takes})
+    if kind := kind_of(made):  # a U-Net for inpainting sees the mask and the picture too
+        sees, gives = made.unet.config.in_channels, made.vae.config.latent_channels + kind.beside_channels
+        if sees != gives:
+            raise ModelError(
+                f"{where}: its U-Net sees {sees} channels, and {cls.__name__} gives it {gives}: it was made for "
+                "another task; take another model"
+            )
+    return made
 
 
 def _for_task(pipe: DiffusionPipeline, task: str) -> DiffusionPipeline:

@@ -1,6 +1,7 @@
 """Pipelines that cannot share U-Net calls make their pictures one after the other, each by the pipeline's own call."""
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -68,7 +69,8 @@ def _without_bar(pipe: DiffusionPipeline) -> Iterator[None]:
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**before, "disable": True})
     try:
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # a pipeline of several calls the others as they once were
             yield
     finally:
         pipe.set_progress_bar_config(**before)

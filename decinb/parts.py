@@ -4,12 +4,12 @@ A class comes from diffusers, transformers or decinb, whatever the files say. Wh
 names and a few small settings, so that a model can be refused before its weights are fetched or read.
 """
 
-import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -212,7 +212,10 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: it is no JSON, or no table.
     """
     with blaming(f"{path} is not valid JSON"):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} is no table but {inputs.told(found)}")
+    return found
 
 
 @contextmanager
@@ -251,8 +254,10 @@ def _class(name: str, library: str, cls: str, where: str) -> type:
     if library in ("decinb", "decinb.unet_nas") and cls == UNetNAS.__name__:
         return UNetNAS
     home: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
-    if home is None and library.isidentifier() and hasattr(diffusers.pipelines, library):
-        home = importlib.import_module(f"diffusers.pipelines.{library}")  # a checker lies with its pipeline
+    if home is None and library.isidentifier():
+        home = getattr(diffusers.pipelines, library, None)  # a checker lies with its pipeline
+        if not (isinstance(home, ModuleType) and home.__name__ == f"diffusers.pipelines.{library}"):
+            home = None
     if home is None:
         raise ModelError(
             f"{name}: {where} asks for {cls!r} of {library!r}, which is not a part of diffusers: no code of a model's "

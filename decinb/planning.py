@@ -1,6 +1,6 @@
 """The plan of a sweep: every cell understood, checked and counted before anything runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -100,6 +100,7 @@ def plan(
         Once, of each kind of cell that can run and will surprise: settings that come to the same image, prompts that
         are cut off, guidance that burns out, a negative prompt without guidance, steps that begin late, very many.
     """
+    check_pipe(pipe)
     own = defaults(pipe)
     taken = {
         "strength": own["strength"],
@@ -121,6 +122,11 @@ def plan(
     for i, cell in enumerate(cells):
         if isinstance(cell, dict):
             inputs.known(cell, [name for name in taken if name not in unknown], f"cell {i}: ")
+            _check_taken(pipe, cell, f"cell {i}: ")
+            if "image" in cell:
+                check_image(pipe, cell["image"], f"cell {i}: ")
+    if negative_prompt is not None:
+        _check_taken(pipe, ["negative_prompt"], "")
     jobs = [read_cell(cell, taken, pictures.load, where=f"cell {i}: ") for i, cell in enumerate(cells)]
     calls = count_calls(pipe, jobs)
     shared = {"guidance_rescale": rescale, **origin(pipe), "versions": versions()}
@@ -187,13 +193,26 @@ def _notes(
     return [note for note in notes if note], mentioned
 
 
-def check_image(pipe: DiffusionPipeline, image: Source | None) -> None:
+def check_pipe(pipe: Any) -> None:
+    """Refuse what is no pipeline."""
+    if not isinstance(pipe, DiffusionPipeline):
+        raise InputError(f"pipe must be a pipeline, as load_pipeline gives it, got {inputs.told(pipe)}")
+
+
+def _check_taken(pipe: DiffusionPipeline, names: Iterable[str], where: str) -> None:
+    """Refuse an argument that the call of a pipeline would never see. Those that are packed take all."""
+    for name in names if kind_of(pipe) is None else ():
+        if name != "seed" and not takes(pipe, name):
+            raise InputError(f"{where}{name} must be left out: the call of a {type(pipe).__name__} takes none")
+
+
+def check_image(pipe: DiffusionPipeline, image: Source | None, where: str = "") -> None:
     """Refuse a picture that nothing is made of, and none where something is."""
     if image is None and takes(pipe, "image"):
         told = "a sample's name, a path, a URL, bytes, an array or a PIL image"
-        raise InputError(f"image must be {told}, got None: a {type(pipe).__name__} makes images from images")
+        raise InputError(f"{where}image must be {told}, got NoneType: a {type(pipe).__name__} makes images from images")
     if image is not None and not takes(pipe, "image"):
-        raise InputError(f"image must be None: a {type(pipe).__name__} makes images from text alone")
+        raise InputError(f"{where}image must be None: a {type(pipe).__name__} makes images from text alone")
 
 
 def _guidance_rescale(pipe: DiffusionPipeline, value: float) -> float:
@@ -323,10 +342,13 @@ def _record(
 
 def _deciding(pipe: DiffusionPipeline, kind: ImageToImage | None, job: Job) -> Record:
     """The part of a job that decides its pixels through something else: without guidance no words stand against it."""
+    # From text alone nothing but the pipeline says how large a picture is.
+    size = {"size": image_size(pipe)} if job.image is None else {}
     if kind is None:  # what its own call makes of it is not known here
         given = {name: getattr(job, name) for name in ("negative_prompt", "guidance_scale", "strength")}
-        return {**given, "pipeline": type(pipe).__name__}
+        return {**size, **given, "pipeline": type(pipe).__name__}
     return {
+        **size,
         "negative_prompt": kind.against(job).text if job.guided else "",
         "guidance_scale": job.guidance_scale if job.guided else 1.0,
         "skipped": job.skipped,

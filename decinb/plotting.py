@@ -271,7 +271,7 @@ def _sheet(
             names.setdefault(place[side], set()).add(records[index]["image"])
         if all(len(some) == 1 for some in names.values()):
             first = {name: at for at, (name,) in sorted(names.items(), reverse=True)}
-            return sheet.with_inputs(side, {at: Tile(inputs[name]) for name, at in first.items()})
+            return sheet.with_inputs(side, {at: Tile(inputs[name]) for name, at in first.items() if name in inputs})
     return sheet
 
 

@@ -204,15 +204,15 @@ def latent_to_rgb(pipe: DiffusionPipeline, image: Image.Image) -> Tensor:
     Returns:
         A tensor of a row for each latent channel and one more, and three columns: colours from 0 to 1.
     """
-    factor = pipe.vae_scale_factor
+    factor, kind = pipe.vae_scale_factor, kind_of(pipe)(pipe)
     shrink = min(1, FITTED / max(image.size))
     width, height = (max(1, round(side * shrink / factor)) * factor for side in image.size)
     red, green, blue = image.convert("RGB").resize((width, height)).split()
     turned = [Image.merge("RGB", bands) for bands in ((red, green, blue), (green, blue, red), (blue, red, green))]
     coloured = [*turned, *map(ImageChops.invert, turned)]
 
-    pixels = pipe.image_processor.preprocess(coloured).to(pipe._execution_device, pipe.vae.dtype)
-    latents = pipe.vae.config.scaling_factor * retrieve_latents(pipe.vae.encode(pixels), sample_mode="argmax")
+    pixels = kind.pixels(coloured)
+    latents = kind.scale(retrieve_latents(kind.encode(pixels), sample_mode="argmax"))
     colours = interpolate(pixels.float() / 2 + 0.5, latents.shape[-2:], mode="area")
     # The CPU's default cannot solve it where the picture is of one colour; this one can.
     return torch.linalg.lstsq(_with_one(latents), colours.movedim(1, -1).flatten(0, 2).cpu(), driver="gelsd").solution

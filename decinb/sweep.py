@@ -28,7 +28,7 @@ from decinb.locks import turn
 from decinb.models import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from decinb.one_by_one import call_each
 from decinb.origin import check_weights, known_model, scheduler_of
-from decinb.planning import NEEDED, Plan, check_image, count_calls, plan, read_cell
+from decinb.planning import NEEDED, Plan, check_image, check_pipe, count_calls, plan, read_cell
 from decinb.progress import Bar, LiveGrid
 from decinb.quiet import quiet
 from decinb.store import Images, Record, Store
@@ -89,7 +89,8 @@ class Sweep:
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = [_flat(record) for record in self.records]
         with open(file, "w", newline="", encoding="utf-8") as out:
-            writer = csv.DictWriter(out, list(rows[0]) if rows else ARGUMENTS)
+            columns = dict.fromkeys(name for row in rows for name in row)  # records of several tasks differ in theirs
+            writer = csv.DictWriter(out, list(columns or ARGUMENTS))
             writer.writeheader()
             writer.writerows(rows)
         return file
@@ -159,6 +160,7 @@ def run_sweep(
     if pack is not None:
         pack = inputs.number_of(pack, "pack")
     store = None if folder is None else Store(inputs.folder(folder))
+    check_pipe(pipe)
     with turn(pipe):  # planning too: it reads the scheduler
         planned = plan(pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, timed=False)
         return _run(_Run(pipe, planned, store, pack, progress, show))

@@ -1,8 +1,11 @@
 """Sweeps over every kind of pipeline: packed as each alone where that can be, by the pipeline's own call elsewhere."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
 import decinb
@@ -178,3 +181,57 @@ def test_cells_take_the_defaults_of_their_pipeline():
         "guidance_rescale": 0.0,
     }
     assert defaults(make("tiny", TEXT))["guidance_rescale"] == 0.7
+
+
+def test_pictures_from_text_and_from_a_picture_share_a_folder(tmp_path, tiny):
+    text = load_pipeline(tiny, task=TEXT)
+    cells = [{"num_inference_steps": 2, "seed": seed} for seed in (0, 1)]
+    run_sweep(tiny, "day", PROMPT, [{**cell, "strength": 1.0} for cell in cells], progress=False, folder=tmp_path)
+    run_sweep(text, None, PROMPT, cells, progress=False, folder=tmp_path)
+    both = load_sweep(tmp_path)
+    assert [record["image"] for record in both.records] == ["day", "day", None, None]
+    header, *rows = both.to_csv(tmp_path / "both.csv").read_text().splitlines()
+    assert len(rows) == 4 and "original_size" in header.split(",")
+    both.plot()
+    both.plot(rows="image", cols="seed")
+    assert len(both.select(image=None)) == 2
+
+
+def test_another_size_of_a_picture_from_text_is_another_picture(tmp_path, tiny):
+    text = load_pipeline(tiny, task=TEXT)
+    keys = set()
+    for name in ("tiny", "sd-v1-5"):  # as the entry of a model may be changed
+        text.register_to_config(_name_or_path=name)
+        keys.add(decinb.plan(text, None, PROMPT, [{"num_inference_steps": 2}], timed=False).records[0]["key"])
+    assert len(keys) == 2
+
+
+def test_what_the_own_call_of_a_pipeline_never_sees_is_refused():
+    parts = {name: part for name, part in stand_in("sd-v1-5").components.items() if part is not None}
+    pipe = StableDiffusionInstructPix2PixPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    assert decinb.plan(pipe, "day", PROMPT, [{"guidance_scale": 5}]).calls == 100
+    with pytest.raises(
+        InputError, match="cell 0: strength must be left out: the call of a StableDiffusionInstructPix2"
+    ):
+        run_sweep(pipe, "day", PROMPT, [{"strength": 0.5}])
+
+
+@pytest.mark.parametrize("pipe", [None, "tiny", 5])
+def test_what_is_no_pipeline_is_refused(pipe):
+    for call in (decinb.run_sweep, decinb.plan):
+        with pytest.raises(InputError, match="pipe must be a pipeline, as load_pipeline gives it, got"):
+            call(pipe, "day", PROMPT, [{}])
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_sweep_is_as_quiet_as_its_libraries_are_not(name, recwarn, monkeypatch):
+    said = []  # the handlers of the libraries hold on to the stderr that they found first
+    monkeypatch.setattr(logging.StreamHandler, "emit", lambda _, record: said.append(record.getMessage()))
+    pipe, words = stand_in(name), " ".join(["a red house"] * 30)
+    cells = [{"num_inference_steps": 2, "strength": 1.0, "prompt": prompt} for prompt in (PROMPT, words)]
+    run_sweep(pipe, decinb.load_image("day", size=64), PROMPT, cells, progress=False)
+    assert said == []
+    shown = [str(warning.message) for warning in recwarn if warning.category is not DeprecationWarning]
+    assert len(shown) == 1 and shown[0].startswith("prompt is too long"), shown

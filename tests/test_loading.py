@@ -517,6 +517,11 @@ def test_no_code_of_a_models_own_runs(sd, tmp_path, monkeypatch):
         (["transformers", "AutoModel"], "unet: .*asks for 'AutoModel' of 'transformers', which is neither a network"),
         (["diffusers", "DiffusionPipeline"], "unet: .*asks for 'DiffusionPipeline' of 'diffusers', which is neither"),
         (["pipeline_utils", "DiffusionPipeline"], "unet: .*'DiffusionPipeline' of 'pipeline_utils', which is neither"),
+        (
+            ["StableDiffusionPipeline", "X"],
+            "unet: .*'X' of 'StableDiffusionPipeline', which is not a part of diffusers",
+        ),
+        (["__class__", "X"], "unet: .*'X' of '__class__', which is not a part of diffusers"),
     ):
         change(index, unet=entry)
         refused(ModelError, message, sd)
@@ -538,6 +543,19 @@ def test_a_folder_without_an_index(sd):
     refused(ModelError, "has no flexible_unet and no model_index.json: .*give the folder", sd)
     (sd / "model_index.json").write_text("[1, 2")
     refused(ModelError, "model_index.json is not valid JSON", sd)
+    for content in ("[]", "[[1, 2]]", '"a"'):
+        (sd / "model_index.json").write_text(content)
+        refused(ModelError, "model_index.json is no table but", sd)
+
+
+@pytest.mark.parametrize("task", ["image-to-image", TEXT])
+def test_a_unet_that_was_made_for_another_task(sd, task):
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(sd / "unet"), in_channels=9)
+    unet.save_pretrained(sd / "unet")
+    change(sd / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+    refused(
+        ModelError, "its U-Net sees 9 channels, and StableDiffusion.*Pipeline gives it 4: .*another task", sd, task=task
+    )
 
 
 def test_a_tokenizer_of_another_stock_model(copy):

@@ -61,6 +61,14 @@ def test_a_notebook_is_as_it_should_be(path):
     assert not problems(path, code_cells(NOTEBOOKS[0])[0].source)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS[7:], ids=lambda path: path.stem)
+def test_a_notebook_asks_no_more_of_a_pipeline_than_all_have(path):
+    """``MODEL`` may be Stable Diffusion, whose pipelines are diffusers' own."""
+    assert not [
+        cell.source for cell in code_cells(path) if re.search(r"\b(pipe|text)\.(image_size|deci_)", cell.source)
+    ]
+
+
 def test_the_check_itself_finds_faults(tmp_path):
     notebook = read(NOTEBOOKS[0])
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

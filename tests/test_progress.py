@@ -13,7 +13,9 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from decinb import SAMPLES, grid, load_image
+from decinb.kinds import kind_of
 from decinb.progress import SIDE, Bar, LiveGrid, Montage, latent_to_rgb, preview
+from decinb.stand_ins import stand_in
 
 DEFAULTS = {
     "image": "day",
@@ -78,6 +80,26 @@ def test_a_picture_of_one_colour_can_be_fitted_and_latents_of_nan_be_shown(tiny)
     matrix = latent_to_rgb(tiny, Image.new("RGB", (64, 96), RED))
     assert matrix.isfinite().all()
     assert preview(torch.full((1, 4, 12, 8), torch.nan), matrix).size == (8, 12)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_preview_is_of_latents_as_the_sweep_has_them(half):
+    pipe, image = stand_in("sdxl-base"), load_image("day", 64)
+    pipe.vae.register_to_config(latents_mean=[3.0, -2.0, 1.0, 0.5], latents_std=[9.0, 5.0, 2.0, 7.0])
+    kind = kind_of(pipe)(pipe)
+    seen = kind.scale(kind.encode(kind.pixels(image)).latent_dist.mode())
+    with torch.no_grad():
+        expected = np.asarray(preview(seen, latent_to_rgb(pipe, image)), int)
+        pipe.vae.register_to_config(latents_mean=None, latents_std=None)
+        seen = kind.scale(kind.encode(kind.pixels(image)).latent_dist.mode())
+        plain = np.asarray(preview(seen, latent_to_rgb(pipe, image)), int)
+    assert abs(expected - plain).max() <= 1, "the colours do not depend on how latents are counted"
+    if half:  # as the published VAE, which overflows in half precision: it is asked in full
+        pipe.vae.half()
+        dtypes = []
+        pipe.vae.encoder.register_forward_pre_hook(lambda _, given: dtypes.append(given[0].dtype))
+        assert latent_to_rgb(pipe, image).isfinite().all()
+        assert dtypes == [torch.float32] and pipe.vae.dtype == torch.float16
 
 
 # --- the picture of all cells ---

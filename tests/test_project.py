@@ -80,5 +80,11 @@ def test_the_readme_names_the_two_commands_and_the_makefile_has_them(command):
     assert f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text()
 
 
+def test_the_readme_tells_of_every_module():
+    readme = (ROOT / "README.md").read_text()
+    modules = [file.name for file in (ROOT / "decinb").glob("*.py") if not file.name.startswith("__")]
+    assert not [name for name in modules if f"{name}`" not in readme]
+
+
 def test_ci_calls_the_readmes_test_command():
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("make test")
