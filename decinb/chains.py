@@ -31,6 +31,7 @@ from decinb.locks import turn
 from decinb.models import IMAGE_TO_IMAGE, TASKS, TEXT_TO_IMAGE
 from decinb.origin import check_weights, known_model, origin, picture_name, scheduler_of, versions
 from decinb.pipeline import defaults
+from decinb.planning import lost_words
 from decinb.quiet import quiet
 from decinb.store import Record, image_hash, key
 
@@ -266,6 +267,9 @@ def _arguments(link: Link, scheduler: Any, where: str) -> dict[str, Any]:
     found = {"prompt": inputs.text(link.prompt, f"{where}prompt")}
     if link.negative_prompt is not None:
         found["negative_prompt"] = inputs.text(link.negative_prompt, f"{where}negative_prompt")
+    for name in ("prompt", "negative_prompt") if not hasattr(pipe, "_stock") else ():  # those warn themselves
+        if lost := lost_words(pipe, found.get(name, "")):
+            inputs.warn(where + inputs.lost(name, lost))
     own = defaults(pipe)
     for name, read in NUMBERS.items():
         if name in known:
@@ -404,7 +408,8 @@ def _make(step: _Step, handed: Image.Image | Tensor | None, generator: torch.Gen
     pipe.scheduler = step.scheduler
     try:
         # NumPy's floats, where latents are not to be had: they show NaN, which a picture hides.
-        made = pipe(**given, generator=generator, output_type="latent" if kind else "np").images
+        with quiet():  # what is cut off of a prompt was told at the door
+            made = pipe(**given, generator=generator, output_type="latent" if kind else "np").images
         latents = made if kind else None
         if latents is not None and not latents.isfinite().all():
             raise ModelError(_lost("the network or its guidance"))

@@ -295,6 +295,11 @@ def _network(files: Files, folder: str, cls: type, allow_pickle: bool, variant: 
         )
     if any("/" in kernel for kernel in _kernels(config)):  # transformers would fetch that, and run it
         raise ModelError(f"{folder}: {files.where} asks for code from the hub, {_kernels(config)[0]!r}: none is run")
+    if f"{folder}/adapter_config.json" in files.names:  # transformers would go to the model that it names
+        raise ModelError(
+            f"{folder}: {files.where} holds an adapter, not a model: load the model that it is for, then the adapter "
+            "with the pipeline's load_lora_weights"
+        )
     stem = "model" if issubclass(cls, PreTrainedModel) else "diffusion_pytorch_model"
     pickle_stem = "pytorch_model" if issubclass(cls, PreTrainedModel) else "diffusion_pytorch_model"
     for start, ending in ((stem, "safetensors"), (pickle_stem, "bin")):

@@ -132,7 +132,7 @@ def plan(
     shared = {"guidance_rescale": rescale, **origin(pipe), "versions": versions()}
     packed = kind_of(pipe)
     kind = packed and packed(pipe)
-    cut = lru_cache(None)(lambda words: _lost_words(pipe, words))
+    cut = lru_cache(None)(lambda words: lost_words(pipe, words))
     records = [
         _record(pipe, kind, cell, job, shared, picture_name(cell.get("image", image), job.image))
         | {"original_size": pictures.original_size(job.image), "truncated": _truncated(job, cut)}
@@ -222,8 +222,8 @@ def _guidance_rescale(pipe: DiffusionPipeline, value: float) -> float:
     return value
 
 
-def _lost_words(pipe: DiffusionPipeline, words: str) -> str:
-    """The end of a prompt that a text encoder does not read; of several, the one that reads least."""
+def lost_words(pipe: DiffusionPipeline, words: str) -> str:
+    """The end of a prompt that a pipeline's text encoder does not read; of several, the one that reads least."""
     tokenizers = [part for part in pipe.components.values() if isinstance(part, CLIPTokenizer)]
     return max((inputs.lost_words(words, one) for one in tokenizers), key=len, default="")
 

@@ -372,3 +372,12 @@ def test_a_chain_is_drawn(tiny, text, image, tmp_path):
     assert widths[0] == widths[1] > np.asarray(image).shape[1], "two pictures each: the second with its input"
     with pytest.raises(InputError, match="no finished link"):
         decinb.Chain().plot()
+
+
+@pytest.mark.parametrize("of_decinb", [True, False])
+def test_a_prompt_that_is_cut_off_is_told_once(tiny, image, capfd, of_decinb):
+    pipe = tiny if of_decinb else stock(diffusers.StableDiffusionImg2ImgPipeline, tiny)
+    with pytest.warns(UserWarning, match="prompt is too long for the text encoder") as caught:
+        run_chain([Link(pipe, "a red house and " * 20, **QUICK)], image)
+    assert len(caught) == 1
+    assert "truncated" not in capfd.readouterr().err

@@ -109,7 +109,7 @@ def test_float16_on_the_cpu_becomes_float32_and_says_so(small, dtype):
         ({"device": "cuda:99"}, "device: 'cuda:99'.*none"),
         ({"model": "tinny"}, "'tinny' is not known; did you mean 'tiny'"),
         ({"model": "DeciDiffusion"}, "did you mean 'decidiffusion-v1-0'.*'tiny'"),
-        ({"model": "xyzzy"}, "'xyzzy' is not known; give one of 'tiny', 'decidiffusion-v1-0'.*folder.*hub"),
+        ({"model": "xyzzy"}, "'xyzzy' is not known; give one of 'tiny', .*'decidiffusion-v1-0'.*folder.*hub"),
         ({"model": "acme/-name"}, "'acme/-name' is not known"),
         ({"model": ""}, "'' is not known"),
         ({"model": "./nowhere"}, "folder not found: './nowhere'"),
@@ -608,3 +608,9 @@ def test_a_folder_that_is_too_large_is_refused_unread(sd):
         opened.write(len(header).to_bytes(8, "little") + header)
         opened.truncate(8 + len(header) + 2 * numbers)  # a hole, which takes no room on the disk
     refused(ModelError, "too large for this machine: as float32 it needs about .*dtype='bfloat16' takes half", sd)
+
+
+def test_an_adapter_in_place_of_a_model_is_refused(broken):
+    write_json(broken / "text_encoder" / "adapter_config.json", {"base_model_name_or_path": "/elsewhere"})
+    with pytest.raises(ModelError, match=r"text_encoder: .*holds an adapter, not a model.*load_lora_weights"):
+        load(broken)
