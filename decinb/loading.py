@@ -133,6 +133,11 @@ def is_here(model: Model) -> bool:
     return all(any(_here(one) for one in copies) for _, copies in _sources(model))
 
 
+def takes_published() -> bool:
+    """Whether published models are meant: on a CUDA GPU, unless the environment variable ``DECINB_MODEL`` names one."""
+    return torch.cuda.is_available() and not os.environ.get("DECINB_MODEL")
+
+
 def fits(model: Model, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> bool:
     """Whether a known model fits into the memory of a device; device and dtype as for ``load_pipeline``."""
     device = _device(device)
