@@ -149,7 +149,7 @@ def run_sweep(
         progress: show a bar.
         guidance_rescale: 0 to 1; None is the pipeline's own: 0.7 for text to image with DeciDiffusion, nothing else.
         pack: the most rows in a U-Net call; None suits it to the device and the images' size.
-        show: in a notebook, show a grid that fills while the sweep runs.
+        show: in a notebook, show a grid that fills while the sweep runs, with previews where there is an input.
 
     Raises:
         InputError: a cell cannot run; the message names it.
