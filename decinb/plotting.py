@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PAGE = 12  # rows and columns of one figure
 TITLE = 34  # letters in a line above a picture
+UNBROKEN = str.maketrans({" ": "\u00a0", "-": "\u2011"})  # no line of a tab's name ends there
 MAX_PAGE = 40  # at their smallest, pictures of so many rows and columns still make a figure that can be opened
 
 
@@ -78,27 +79,29 @@ def show_gallery(
     Args:
         images: of any size; the notebook keeps them as JPEG, no wider than twice ``width``.
         groups: the name of the tab that each belongs to. Tabs come in the order in which they are named first.
-        titles: a line above each image; by default its number.
+        titles: a line above each image, under its number.
         width: of an image in the page, in pixels.
 
     Raises:
         InputError: there are no images, or not as many groups or titles as images.
     """
-    titles = [str(number) for number in range(1, len(images) + 1)] if titles is None else titles
     _check(images, groups, "groups")
-    _check(images, titles, "titles")
+    if titles is not None:
+        _check(images, titles, "titles")
     if not in_notebook() or find_spec("ipyplot") is None:
-        plot_grid(images, [f"{group}\n{title}" for group, title in zip(groups, titles, strict=True)], columns=6)
+        told = groups if titles is None else [f"{one}\n{title}" for one, title in zip(groups, titles, strict=True)]
+        plot_grid(images, told, columns=6)
         return
     import ipyplot
     from IPython.utils.capture import capture_output
 
+    tabs = [group.translate(UNBROKEN) for group in groups]
     with capture_output() as shown:  # it shows all twice: as a page, and as the source of that page
         ipyplot.plot_class_tabs(
             [_jpeg(image, 2 * width) for image in images],
-            list(groups),
-            tabs_order=list(dict.fromkeys(groups)),
-            custom_texts=list(titles),
+            tabs,
+            tabs_order=list(dict.fromkeys(tabs)),
+            custom_texts=None if titles is None else list(titles),
             max_imgs_per_tab=len(images),
             img_width=width,
             show_url=False,
