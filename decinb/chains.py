@@ -10,7 +10,6 @@ Between two links whose VAEs are the same, which is looked at and not assumed, l
 decode and encode them again would lose a little, and draw once more. Pictures for show are decoded on the side.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ from decinb.loading import load_pipeline
 from decinb.locks import turn
 from decinb.models import IMAGE_TO_IMAGE, TASKS, TEXT_TO_IMAGE
 from decinb.origin import check_weights, known_model, origin, picture_name, scheduler_of, versions
-from decinb.pipeline import defaults
+from decinb.pipeline import call_arguments, defaults, is_decidiffusion, takes
 from decinb.planning import lost_words
 from decinb.quiet import quiet
 from decinb.store import Record, image_hash, key
@@ -58,7 +57,7 @@ FROM_LATENTS = (StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 UNSEEN = ("sample_size", "force_upcast")  # of a VAE's config: no latent looks different for them
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class Link:
     """One call in a chain: a pipeline and its arguments, by diffusers' names. What is None is the pipeline's default.
 
@@ -73,35 +72,17 @@ class Link:
         takes: ``"latent"`` or ``"picture"``, what the link before is to hand on. None is the latent where both have
             the same VAE, else the picture.
 
-    Raises:
-        InputError: an argument's name is not known. Values are looked at by ``run_chain``.
+    Values are looked at by ``run_chain``.
     """
 
     pipe: DiffusionPipeline
     prompt: str
-    negative_prompt: str | None
-    strength: float | None
-    guidance_scale: float | None
-    num_inference_steps: int | None
-    guidance_rescale: float | None
-    takes: str | None
-
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        negative_prompt: str | None = None,
-        strength: float | None = None,
-        guidance_scale: float | None = None,
-        num_inference_steps: int | None = None,
-        guidance_rescale: float | None = None,
-        takes: str | None = None,
-        **unknown: Any,
-    ):
-        inputs.known(unknown, ARGUMENTS)
-        given = locals()
-        for name in ("pipe", *ARGUMENTS):
-            object.__setattr__(self, name, given[name])
+    negative_prompt: str | None = None
+    strength: float | None = None
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    guidance_rescale: float | None = None
+    takes: str | None = None
 
 
 @dataclass
@@ -255,7 +236,7 @@ def _read(links: Any, has_image: bool, schedulers: Sequence[Any] | None = None) 
 
 def _arguments(link: Link, scheduler: Any, where: str) -> dict[str, Any]:
     """The arguments of a link's call as plain values, what is left out filled in."""
-    pipe, known = link.pipe, _parameters(link.pipe)
+    pipe, known = link.pipe, call_arguments(link.pipe)
     if "prompt" not in known:
         raise InputError(f"{where}{_class(pipe)} takes no prompt")
     for needed in ("mask_image", "control_image"):
@@ -267,7 +248,7 @@ def _arguments(link: Link, scheduler: Any, where: str) -> dict[str, Any]:
     found = {"prompt": inputs.text(link.prompt, f"{where}prompt")}
     if link.negative_prompt is not None:
         found["negative_prompt"] = inputs.text(link.negative_prompt, f"{where}negative_prompt")
-    for name in ("prompt", "negative_prompt") if not hasattr(pipe, "_stock") else ():  # those warn themselves
+    for name in ("prompt", "negative_prompt") if not is_decidiffusion(pipe) else ():  # those warn themselves
         if lost := lost_words(pipe, found.get(name, "")):
             inputs.warn(where + inputs.lost(name, lost))
     own = defaults(pipe)
@@ -349,17 +330,8 @@ def _first_difference(one: nn.Module, other: nn.Module) -> str | None:
     return None
 
 
-def _parameters(pipe: DiffusionPipeline) -> set[str]:
-    """The names of the arguments that a pipeline's call takes; one of decinb's takes those of the class it goes by."""
-    return {name for cls in (type(pipe), getattr(pipe, "_stock", type(pipe))) for name in _signature(cls)}
-
-
-def _signature(cls: type) -> list[str]:
-    return list(inspect.signature(cls.__call__).parameters)
-
-
 def _task(pipe: DiffusionPipeline) -> str:
-    return IMAGE_TO_IMAGE if "image" in _parameters(pipe) else TEXT_TO_IMAGE
+    return IMAGE_TO_IMAGE if takes(pipe, "image") else TEXT_TO_IMAGE
 
 
 def _class(pipe: DiffusionPipeline) -> str:
@@ -401,7 +373,7 @@ def _make(step: _Step, handed: Image.Image | Tensor | None, generator: torch.Gen
     pipe, kind, given = step.pipe, kind_of(step.pipe), dict(step.arguments)
     if step.task == IMAGE_TO_IMAGE:
         given["image"] = handed
-        if isinstance(handed, Image.Image) and {"height", "width"} <= _parameters(pipe):
+        if isinstance(handed, Image.Image) and {"height", "width"} <= call_arguments(pipe).keys():
             given |= {"height": handed.height, "width": handed.width}  # their defaults would squash it
     started = perf_counter()
     before = pipe.scheduler

@@ -120,6 +120,10 @@ class ImageToImage:
         """The VAE's latents as the U-Net knows them."""
         return self.pipe.vae.config.scaling_factor * latents
 
+    def unscale(self, latents: Tensor) -> Tensor:
+        """The U-Net's latents as the VAE knows them."""
+        return latents / self.pipe.vae.config.scaling_factor
+
     def pixels(self, image: Image.Image | Sequence[Image.Image]) -> Tensor:
         return self.pipe.image_processor.preprocess(image).to(self.device, self.dtype)
 
@@ -127,7 +131,7 @@ class ImageToImage:
         self, job: Job, seen: Any, scheduler: SchedulerMixin, timestep: Tensor, generator: torch.Generator
     ) -> Tensor:
         """The first latents of a job: the VAE's sample is drawn first, then the noise."""
-        latents = self.scale(retrieve_latents(seen, generator))
+        latents = self.scale(retrieve_latents(seen, generator).to(self.dtype))
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         return scheduler.add_noise(latents, noise, timestep)
 
@@ -151,7 +155,7 @@ class ImageToImage:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels."""
-        return decode(self.pipe.vae, latents / self.pipe.vae.config.scaling_factor)
+        return decode(self.pipe.vae, self.unscale(latents))
 
     def check(self, pixels: Tensor) -> tuple[Tensor, list[bool]]:
         """Pixels, black where a safety checker took them for unsafe, and where that was."""
@@ -229,18 +233,17 @@ class ImageToImageXL(ImageToImage):
         with in_float32(vae):  # in half precision it would overflow
             return vae.encode(pixels.float())
 
-    def begin(
-        self, job: Job, seen: Any, scheduler: SchedulerMixin, timestep: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        latents = self.scale(retrieve_latents(seen, generator).to(self.dtype))
-        noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        return scheduler.add_noise(latents, noise, timestep)
-
     def scale(self, latents: Tensor) -> Tensor:
         if (spread := self._spread(latents)) is None:
             return super().scale(latents)
         mean, deviation = spread
         return (latents - mean) * self.pipe.vae.config.scaling_factor / deviation
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        if (spread := self._spread(latents)) is None:
+            return super().unscale(latents)
+        mean, deviation = spread
+        return latents * deviation / self.pipe.vae.config.scaling_factor + mean
 
     def _spread(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
         """The mean and the deviation of every channel, where a VAE names them."""
@@ -287,13 +290,7 @@ class ImageToImageXL(ImageToImage):
         return {"encoder_hidden_states": rows.pop("encoder_hidden_states"), "added_cond_kwargs": rows}
 
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        if (spread := self._spread(latents)) is not None:
-            mean, deviation = spread
-            latents = latents * deviation / vae.config.scaling_factor + mean
-        else:
-            latents = latents / vae.config.scaling_factor
-        pixels = decode(vae, latents, in_full=vae.config.force_upcast)
+        pixels = decode(self.pipe.vae, self.unscale(latents), in_full=self.pipe.vae.config.force_upcast)
         mark = getattr(self.pipe, "watermark", None)
         return pixels if mark is None else mark.apply_watermark(pixels)
 

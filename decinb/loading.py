@@ -294,7 +294,7 @@ def _places(
 
 
 def _here(model: Model) -> bool:
-    return model.is_bundled or hub.cached(str(model.source), model.revision, _chooser(model)) is not None
+    return isinstance(model.source, Path) or hub.cached(str(model.source), model.revision, _chooser(model)) is not None
 
 
 def _chooser(model: Model, allow_pickle: bool = False, check: Callable[[Contents], None] | None = None) -> hub.Choose:
@@ -415,7 +415,7 @@ def _load(
     cls = _class_of_known(name, task) if known else _class_for(Contents(parts, index), task, where)
     _check_complete(cls, parts, where)
 
-    from_hub = not known.is_bundled if known else not Path(name).expanduser().is_dir()
+    from_hub = isinstance(known.source, str) if known else not Path(name).expanduser().is_dir()
     repair = f"decinb.download({name!r}) fetches it anew" if from_hub else "bring it anew from where it came from"
     weights = [(component, folder / file) for component, (folder, part) in found.items() for file in part.weights]
     if pickles := [f"{file.parent.name}/{file.name}" for _, file in weights if file.suffix == ".bin"]:

@@ -60,7 +60,7 @@ class Model:
     @property
     def is_bundled(self) -> bool:
         """Whether it came with decinb."""
-        return isinstance(self.source, Path)
+        return isinstance(self.source, Path) and self.source.is_relative_to(TINY)
 
 
 TINY = Path(__file__).parent / "tiny"

@@ -1,6 +1,5 @@
 """Pipelines that cannot share U-Net calls make their pictures one after the other, each by the pipeline's own call."""
 
-import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from decinb.denoise import Done, Tick
 from decinb.inputs import steps_run
 from decinb.kinds import Job
+from decinb.pipeline import call_arguments
 from decinb.quiet import quiet
 
 with quiet():  # importing these tells of optional libraries that are not needed here
@@ -42,9 +42,9 @@ def call_each(pipe: DiffusionPipeline, jobs: Sequence[Job], guidance_rescale: fl
         yield Tick(steps_run(job.num_inference_steps, job.strength), [done], {})
 
 
-def takes(pipe: DiffusionPipeline, name: str) -> bool:
-    """Whether a pipeline's call has an argument of this name."""
-    return name in inspect.signature(type(pipe).__call__).parameters
+def not_packed(pipe: DiffusionPipeline) -> str:
+    """What to say of such a pipeline."""
+    return f"a {type(pipe).__name__} is not packed: it makes one image after the other, by its own call"
 
 
 def _arguments(pipe: DiffusionPipeline, job: Job, guidance_rescale: float) -> dict[str, Any]:
@@ -60,7 +60,8 @@ def _arguments(pipe: DiffusionPipeline, job: Job, guidance_rescale: float) -> di
     }
     if job.image is not None:  # some would else make it their own size
         given |= {"width": job.image.width, "height": job.image.height}
-    return {name: value for name, value in given.items() if value is not None and takes(pipe, name)}
+    known = call_arguments(pipe)
+    return {name: value for name, value in given.items() if value is not None and name in known}
 
 
 @contextmanager

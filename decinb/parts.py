@@ -179,7 +179,7 @@ def read_part(name: str, part: Part, folder: Path, dtype: torch.dtype) -> Any:
             variant=part.variant,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the info instead, by name
-            **{"dtype" if issubclass(part.cls, PreTrainedModel) else "torch_dtype": dtype},
+            dtype=dtype,
         )
     refuse_partial(info, where)
     check_numbers(name, loaded, where)

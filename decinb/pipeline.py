@@ -312,22 +312,33 @@ def image_size(pipe: DiffusionPipeline) -> int:
     return max(sample if isinstance(sample, (list, tuple)) else (sample,)) * getattr(pipe, "vae_scale_factor", 8)
 
 
+def is_decidiffusion(pipe: DiffusionPipeline) -> bool:
+    """Whether it is one of the pipelines above, whose calls look at their arguments themselves."""
+    return isinstance(pipe, _DeciDiffusion)
+
+
+def call_arguments(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What a pipeline's call takes, with the default of each, or None; one of decinb's takes its stock class's too."""
+    classes = (pipe._stock, type(pipe)) if is_decidiffusion(pipe) else (type(pipe),)
+    parameters = [one for cls in classes for one in inspect.signature(cls.__call__).parameters.values()]
+    named = [one for one in parameters if one.name != "self" and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    return {one.name: None if one.default is one.empty else one.default for one in named}
+
+
+def takes(pipe: DiffusionPipeline, name: str) -> bool:
+    """Whether a pipeline's call has an argument of this name."""
+    return name in call_arguments(pipe)
+
+
 def defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
     """What a pipeline takes where a call leaves it out: its strength, guidance scale, steps and guidance rescale.
 
     A pipeline without strength or guidance rescale has 1 and 0 of them: it forgets its input, and rescales nothing.
     """
-    found = {"strength": 1.0, "guidance_scale": 1.0, "num_inference_steps": None, "guidance_rescale": 0.0}
-    for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
-        if name in found and parameter.default is not inspect.Parameter.empty:
-            found[name] = parameter.default
-    if isinstance(pipe, _DeciDiffusion):
-        stock = inspect.signature(pipe._stock.__call__).parameters
-        found |= {"guidance_scale": stock["guidance_scale"].default}
-    found["num_inference_steps"] = found["num_inference_steps"] or getattr(
-        pipe, "deci_default_number_of_iterations", 30
-    )
-    return found
+    steps = getattr(pipe, "deci_default_number_of_iterations", 30)
+    without = {"strength": 1.0, "guidance_scale": 1.0, "num_inference_steps": steps, "guidance_rescale": 0.0}
+    own = call_arguments(pipe)
+    return {name: value if own.get(name) is None else own[name] for name, value in without.items()}
 
 
 def example(pipe: DiffusionPipeline) -> tuple[str, str]:

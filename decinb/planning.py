@@ -1,6 +1,6 @@
 """The plan of a sweep: every cell understood, checked and counted before anything runs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +15,9 @@ from decinb.errors import InputError
 from decinb.images import Source, fit, read_image
 from decinb.kinds import ImageToImage, Job, kind_of
 from decinb.labels import ARGUMENTS, label
-from decinb.one_by_one import takes
+from decinb.one_by_one import not_packed
 from decinb.origin import origin, picture_name, versions
-from decinb.pipeline import defaults, image_size
+from decinb.pipeline import defaults, image_size, takes
 from decinb.quiet import quiet
 from decinb.store import Record, Store, image_hash, key
 
@@ -118,16 +118,12 @@ def plan(
         raise InputError(f"cells must be a list of at least one dict, got {inputs.told(cells)}")
     store = Store(inputs.folder(folder)) if folder is not None else None
     pictures = _Pictures()
-    unknown = () if takes(pipe, "image") else ("image", "strength")  # of cells that are made from text alone
-    for i, cell in enumerate(cells):
-        if isinstance(cell, dict):
-            inputs.known(cell, [name for name in taken if name not in unknown], f"cell {i}: ")
-            _check_taken(pipe, cell, f"cell {i}: ")
-            if "image" in cell:
-                check_image(pipe, cell["image"], f"cell {i}: ")
     if negative_prompt is not None:
-        _check_taken(pipe, ["negative_prompt"], "")
-    jobs = [read_cell(cell, taken, pictures.load, where=f"cell {i}: ") for i, cell in enumerate(cells)]
+        _check_taken(pipe, {"negative_prompt": negative_prompt}, "")
+    jobs = []
+    for i, cell in enumerate(cells):
+        jobs.append(read_cell(cell, taken, pictures.load, where=f"cell {i}: "))
+        _check_taken(pipe, cell, f"cell {i}: ")
     calls = count_calls(pipe, jobs)
     shared = {"guidance_rescale": rescale, **origin(pipe), "versions": versions()}
     packed = kind_of(pipe)
@@ -146,7 +142,7 @@ def plan(
     if len(missing) > MANY:
         loud.append(f"{len(missing):,} images are to be made: print the plan of this sweep to see how long that takes")
     if kind is None:
-        quiet.append(f"a {type(pipe).__name__} is not packed: it makes one image after the other, by its own call")
+        quiet.append(not_packed(pipe))
     for note in loud:
         inputs.warn(note)
     return Plan(
@@ -199,11 +195,13 @@ def check_pipe(pipe: Any) -> None:
         raise InputError(f"pipe must be a pipeline, as load_pipeline gives it, got {inputs.told(pipe)}")
 
 
-def _check_taken(pipe: DiffusionPipeline, names: Iterable[str], where: str) -> None:
-    """Refuse an argument that the call of a pipeline would never see. Those that are packed take all."""
-    for name in names if kind_of(pipe) is None else ():
+def _check_taken(pipe: DiffusionPipeline, cell: Cell, where: str) -> None:
+    """Refuse an argument that the call of a pipeline would never see, and a picture that is none."""
+    for name in cell:
         if name != "seed" and not takes(pipe, name):
             raise InputError(f"{where}{name} must be left out: the call of a {type(pipe).__name__} takes none")
+    if "image" in cell:
+        check_image(pipe, cell["image"], where)
 
 
 def check_image(pipe: DiffusionPipeline, image: Source | None, where: str = "") -> None:

@@ -5,6 +5,7 @@ import platform
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -34,7 +35,8 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     yield "dtype", f"{str(loading._dtype(None, device)).removeprefix('torch.')}, unless another is asked for"
     for name, model in MODELS.items():
-        yield f"model {name}", "bundled" if model.is_bundled else "cached" if is_here(model) else "not cached"
+        where = "bundled" if model.is_bundled else "in a folder" if isinstance(model.source, Path) else ""
+        yield f"model {name}", where or ("cached" if is_here(model) else "not cached")
     for name in sorted(filter(SWITCHES.match, os.environ)):
         value = os.environ[name]
         plain = (HARMLESS.fullmatch(value) or value in MODELS) and not SECRET.search(name)

@@ -26,7 +26,7 @@ from decinb.labels import ARGUMENTS, label
 from decinb.loading import load_pipeline
 from decinb.locks import turn
 from decinb.models import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
-from decinb.one_by_one import call_each
+from decinb.one_by_one import call_each, not_packed
 from decinb.origin import check_weights, known_model, scheduler_of
 from decinb.planning import NEEDED, Plan, check_image, check_pipe, count_calls, plan, read_cell
 from decinb.progress import Bar, LiveGrid
@@ -226,7 +226,7 @@ def replay(path: str | Path, pipe: DiffusionPipeline | Sequence[DiffusionPipelin
         pipe.scheduler = scheduler_of(pipe, record, str(path))
         try:
             rescale = inputs.share(record["guidance_rescale"], "guidance_rescale")
-            done = [done for tick in _make(pipe, [job], None, rescale) for done in tick.done].pop()
+            done = [done for tick in _ticks(pipe, [job], None, rescale) for done in tick.done].pop()
         finally:
             pipe.scheduler = before
     if done.image is None:
@@ -234,7 +234,7 @@ def replay(path: str | Path, pipe: DiffusionPipeline | Sequence[DiffusionPipelin
     return done.image
 
 
-def _make(pipe: DiffusionPipeline, jobs: Sequence[Job], pack: int | None, guidance_rescale: float) -> Iterator[Tick]:
+def _ticks(pipe: DiffusionPipeline, jobs: Sequence[Job], pack: int | None, guidance_rescale: float) -> Iterator[Tick]:
     """An image for every job: many in each U-Net call where that can be, else one after the other."""
     if kind_of(pipe) is None:
         return call_each(pipe, jobs, guidance_rescale)
@@ -262,6 +262,11 @@ def _among(value: Any, wanted: Iterable[Any]) -> bool:
 def _is_shared() -> bool:
     """Whether this is one of several processes, as ``accelerate launch`` and ``torchrun`` start them."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _is_first() -> bool:
+    """Whether this is the first of them, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _Run:
@@ -295,7 +300,7 @@ class _Run:
         if self.store is None:
             self._make()
             return
-        first = os.environ.get("RANK", "0") == "0"  # of processes that share a sweep, one notes it and keeps others out
+        first = _is_first()  # of processes that share a sweep, one notes it and keeps others out
         with self.store.alone() if first else nullcontext():
             if first:
                 try:
@@ -311,6 +316,8 @@ class _Run:
         for made_by, path in found.items():
             self._take(made_by, path)
         mine = [made_by for made_by in self.cells_of if made_by not in found]
+        if mine and kind_of(self.pipe) is None and _is_first():
+            print(f"decinb: {not_packed(self.pipe)}")
         if not _is_shared():
             self._compute(mine)
             return
@@ -334,12 +341,9 @@ class _Run:
             return
         jobs = [self.plan.jobs[self.cells_of[made_by][0]] for made_by in keys]
         calls, packed = count_calls(self.pipe, jobs), kind_of(self.pipe) is not None
-        if not packed:
-            name = type(self.pipe).__name__
-            print(f"decinb: a {name} is not packed: it makes one image after the other, by its own call")
         rows = sum(n * (2 if packed and job.guided else 1) for n, job in zip(calls, jobs, strict=True))
         with Bar(rows, self.progress) as bar:
-            ticks = _make(self.pipe, jobs, self.pack, self.guidance_rescale)
+            ticks = _ticks(self.pipe, jobs, self.pack, self.guidance_rescale)
             try:
                 for tick in ticks:
                     self._note(tick, keys)

@@ -146,8 +146,20 @@ def seeded() -> dict:
     ("name", "task", "image", "cell", "message"),
     [
         ("tiny", TEXT, "day", {}, "image must be None: a DeciDiffusionPipeline makes images from text alone"),
-        ("tiny", TEXT, None, {"strength": 0.5}, "cell 0: unknown argument 'strength'"),
-        ("tiny", TEXT, None, {"image": "day"}, "cell 0: unknown argument 'image'"),
+        (
+            "tiny",
+            TEXT,
+            None,
+            {"strength": 0.5},
+            "cell 0: strength must be left out: the call of a DeciD",
+        ),
+        (
+            "tiny",
+            TEXT,
+            None,
+            {"image": "day"},
+            "cell 0: image must be left out: the call of a DeciDiff",
+        ),
         ("tiny", IMAGES, None, {}, "image must be a sample's name.*got None"),
         ("kandinsky-2-2", IMAGES, "day", {"strength": 0.001}, "leaves 0 steps"),
     ],

@@ -1,0 +1,57 @@
+"""Make the pictures of the README: ``python docs/make_pictures.py`` (two minutes on two cores)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+from PIL import Image
+
+import decinb
+
+STRENGTHS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
+SEEDS = [0, 1, 2]
+HERO = [
+    ("day", "a painting of a blue house, round trees and mountains on grass at night"),
+    ("sketch", "a painting of a blue house, pine trees and mountains on grass at sunset"),
+    ("day", "a painting of a blue house, round trees and mountains on snow by day"),
+]
+DEPTH = [
+    ("valley", "a painting of a yellow house on sand at sunset"),
+    ("sketch", "a painting of a blue house on snow at night"),
+]
+
+
+def draw(rows: Sequence[tuple[str, Sequence[Image.Image]]], titles: Sequence[str], file: str, edge: float) -> None:
+    """Pictures in rows, each under its column's title, and under each row what it was to become.
+
+    Args:
+        edge: the share of the figure's height that is left free above and below.
+    """
+    figure, axes = plt.subplots(len(rows), len(titles), figsize=(13.5, 0.4 + 1.85 * len(rows)), layout="constrained")
+    for line, (prompt, pictures) in zip(axes.tolist(), rows, strict=True):
+        for ax, picture, title in zip(line, pictures, titles, strict=True):
+            ax.imshow(picture)
+            ax.axis("off")
+            ax.set_title(title, fontsize=9)
+        line[0].text(0, 143, f"to: {prompt}", fontsize=10).set_in_layout(False)
+    figure.get_layout_engine().set(hspace=0.14, rect=(0, edge, 1, 1 - 1.5 * edge))
+    figure.savefig(Path(__file__).with_name(file), dpi=110)
+
+
+def pictures(pipes: Sequence, name: str, prompt: str, **axes: Sequence) -> list[Image.Image]:
+    """An input, and what each pipeline makes of it in every cell of a grid."""
+    image = decinb.load_image(name, size=128)
+    sweeps = [decinb.run_sweep(pipe, image, prompt, decinb.grid(**axes), progress=False) for pipe in pipes]
+    return [image, *(made for sweep in sweeps for made in sweep.images)]
+
+
+tiny, depth = decinb.load_pipeline("tiny"), decinb.load_pipeline("tiny-depth")
+rows = [(prompt, pictures([tiny], name, prompt, strength=STRENGTHS)) for name, prompt in HERO]
+draw(rows, ["input", *(f"strength {strength}" for strength in STRENGTHS)], "hero.png", 0.03)
+rows = [(prompt, pictures([depth, tiny], name, prompt, strength=[1.0], seed=SEEDS)) for name, prompt in DEPTH]
+titles = [f"{name}, strength 1" for name in ("tiny-depth", "tiny") for _ in SEEDS]
+draw(rows, ["input", *titles], "depth.png", 0.06)
