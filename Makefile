@@ -41,7 +41,7 @@ test: environment
 	$(BIN)/python -m pytest -q
 
 fuzz: environment
-	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -p no:nbval -o addopts= tests/test_fuzz.py
+	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -p no:nbval -o addopts= tests/guarantees/test_fuzz.py
 
 # Runs every notebook anew, in place. Look at the pictures before you commit them.
 notebooks: environment

@@ -1,6 +1,7 @@
 """Learn, run and measure image-to-image diffusion with DeciDiffusion's U-Net-NAS."""
 
 import os
+import warnings
 
 import lazy_loader
 
@@ -8,27 +9,38 @@ os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")  # diffusers reads i
 
 # A name is looked for where it is first used, so that `import decinb` costs next to nothing: torch, diffusers and
 # matplotlib come when there is work for them.
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+_lazy_getattr, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "chains": ["Chain", "Link", "run_chain"],
         "designs": ["grid", "one_at_a_time", "random_design", "zipped"],
         "errors": ["InputError", "ModelError"],
+        "execution.chains": ["Chain", "Link", "run_chain"],
+        "execution.plan": ["Plan", "plan"],
+        "execution.replay": ["replay"],
         "images": ["SAMPLES", "load_image", "read_record"],
         "loading": ["download", "load_pipeline"],
-        "metrics": ["adherence", "change", "named_attributes", "oversaturated", "saturated"],
-        "models": ["MODELS", "Model"],
+        "metrics": ["clipped_fraction", "mean_abs_difference", "oversaturated"],
+        "models": ["MODELS", "Model", "example", "image_size"],
         "pipeline": [
             "DeciDiffusionDepth2ImgPipeline",
             "DeciDiffusionImg2ImgPipeline",
             "DeciDiffusionPipeline",
             "DeciDiffusionPipeline_img2img",
-            "example",
-            "image_size",
         ],
-        "planning": ["Plan", "plan"],
         "plotting": ["plot_grid", "plot_images", "show_gallery"],
-        "sweep": ["Sweep", "SweepError", "load_sweep", "replay", "run_sweep"],
+        "scenes.adherence": ["adherence", "named_attributes"],
+        "sweep": ["Sweep", "SweepError", "load_sweep", "run_sweep"],
         "unet_nas": ["ModelMixin", "UNetNAS"],  # diffusers looks for ModelMixin here, when it loads a saved pipeline
     },
 )
+
+_RENAMED = {"change": "mean_abs_difference", "saturated": "clipped_fraction"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _RENAMED:
+        warnings.warn(
+            f"decinb.{name} is now decinb.{_RENAMED[name]}; the old name will go", DeprecationWarning, stacklevel=2
+        )
+        name = _RENAMED[name]
+    return _lazy_getattr(name)

@@ -9,8 +9,8 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from decinb import inputs
 from decinb.errors import InputError
+from decinb.utils import validation
 
 Cell = dict[str, Any]
 
@@ -58,7 +58,7 @@ def one_at_a_time(base: Cell, **axes: Sequence[Any]) -> list[Cell]:
         InputError: the base is not a dict, or does not name an argument that is to change.
     """
     if not isinstance(base, dict):
-        raise InputError(f"base must be a dict such as {{'strength': 0.6}}, got {inputs.told(base)}")
+        raise InputError(f"base must be a dict such as {{'strength': 0.6}}, got {validation.short_repr(base)}")
     lists = _lists(axes)
     if missing := [name for name in lists if name not in base]:
         raise InputError(f"base must name {missing[0]}, which is to change from there: {base!r} does not")
@@ -78,9 +78,11 @@ def random_design(n: int, seed: int = 0, **axes: Sequence[Any]) -> list[Cell]:
     lists = _lists({("seed" if name == "seeds" else name): values for name, values in axes.items()})
     total = math.prod(len(values) for values in lists.values())
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
-        raise InputError(f"n must be a whole number from 1 to {total} (all combinations), got {inputs.told(n)}")
+        raise InputError(
+            f"n must be a whole number from 1 to {total} (all combinations), got {validation.short_repr(n)}"
+        )
     cells = []
-    for place in random.Random(inputs.seed(seed)).sample(range(total), n):
+    for place in random.Random(validation.seed(seed)).sample(range(total), n):
         values = []
         for axis in reversed(lists.values()):
             place, at = divmod(place, len(axis))
@@ -92,7 +94,7 @@ def random_design(n: int, seed: int = 0, **axes: Sequence[Any]) -> list[Cell]:
 def _lists(axes: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
     for name, values in axes.items():
         if isinstance(values, (str, dict)) or not isinstance(values, Iterable):
-            raise InputError(f"{name} must be a list of values, got {inputs.told(values)}")
+            raise InputError(f"{name} must be a list of values, got {validation.short_repr(values)}")
     lists = {name: values if isinstance(values, Sequence) else list(values) for name, values in axes.items()}
     if empty := [name for name, values in lists.items() if not len(values)]:
         raise InputError(f"{empty[0]} is an empty list: give at least one value")

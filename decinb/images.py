@@ -20,11 +20,11 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from decinb import inputs
 from decinb.errors import InputError
-from decinb.fetching import fetch
-from decinb.inputs import MAX_SIDE, MIN_SIDE, MULTIPLE
-from decinb.tiny.scenes import Scene, render
+from decinb.scenes.scenes import Scene, render
+from decinb.utils import validation
+from decinb.utils.url import fetch
+from decinb.utils.validation import MAX_SIDE, MIN_SIDE, MULTIPLE
 
 SAMPLES: dict[str, tuple[Scene, int]] = {
     "day": (Scene(house="blue", trees="round", mountains=True, layout=13), 128),
@@ -72,7 +72,7 @@ def load_image(source: Source, size: int | None = None, allow_private: bool = Fa
 
 def read_image(source: Source, size: int | None = None, allow_private: bool = False) -> Image.Image:
     """As ``load_image``, of the size that the picture has: a sample is drawn at the size that is asked for."""
-    size = None if size is None else inputs.side(size, "size")
+    size = None if size is None else validation.side(size, "size")
     if isinstance(source, str) and source in SAMPLES:
         scene, own_size = SAMPLES[source]
         return render(scene, size or own_size)
@@ -218,7 +218,7 @@ def _bytes(source: Any, allow_private: bool) -> tuple[bytes, str]:
             f"image must be a sample's name, a path, a URL, bytes, an array or a PIL image, got {type(source).__name__}"
         )
     text = os.fsdecode(source)
-    name = f"image {inputs.told(text)}"
+    name = f"image {validation.short_repr(text)}"
     if "://" in text or re.match("(data|file):", text, re.IGNORECASE):
         data, host = fetch(text.strip(), allow_private)
         return data, f"{name} from {host}"
@@ -234,7 +234,7 @@ def _bytes(source: Any, allow_private: bool) -> tuple[bytes, str]:
     except (OSError, RuntimeError, ValueError) as error:  # no right to read it, no such user, no possible name
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{name} cannot be read: {inputs.told(str(error))}") from error
+        raise InputError(f"{name} cannot be read: {validation.short_repr(str(error))}") from error
 
 
 def _looks_like(data: bytes) -> str:
@@ -308,7 +308,7 @@ def fit(image: Image.Image, size: int | None = None) -> Image.Image:
             f"image of {width} x {height} pixels is too long: at {MAX_SIDE}, its shorter side has less than {MIN_SIDE}"
         )
     if max(image.size) > MAX_ASPECT * min(image.size):
-        inputs.warn(f"image of {width} x {height} pixels is longer than {MAX_ASPECT}:1, which no model has learnt")
+        validation.warn(f"image of {width} x {height} pixels is longer than {MAX_ASPECT}:1, which no model has learnt")
     width, height = (int(side * shrink) // MULTIPLE * MULTIPLE for side in image.size)
     if shrink < 1:
         return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

@@ -7,6 +7,11 @@ its ``source`` here, or for one session: ``MODELS["sd-v1-5"] = replace(MODELS["s
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from decinb.utils.quiet import quiet
+
+with quiet():  # importing these tells of optional libraries that are not needed here
+    from diffusers import DiffusionPipeline
+
 IMAGE_TO_IMAGE = "image-to-image"
 TEXT_TO_IMAGE = "text-to-image"
 TASKS = (IMAGE_TO_IMAGE, TEXT_TO_IMAGE)
@@ -158,3 +163,22 @@ def line_of(source: str) -> str:
     lines = Path(__file__).read_text(encoding="utf-8").splitlines()
     found = next((i for i, line in enumerate(lines, 1) if f'"{source}"' in line), None)
     return f"decinb/models.py, line {found}" if found else "its entry in decinb.MODELS"
+
+
+def image_size(pipe: DiffusionPipeline) -> int:
+    """Height and width in pixels of the images that a pipeline's model was trained on."""
+    if known := MODELS.get(str(pipe.config.get("_name_or_path"))):
+        return known.image_size
+    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    sample = getattr(network.config, "sample_size", None) if network is not None else None
+    if sample is None:
+        return getattr(pipe, "default_sample_size", 64) * getattr(pipe, "vae_scale_factor", 8)
+    return max(sample if isinstance(sample, (list, tuple)) else (sample,)) * getattr(pipe, "vae_scale_factor", 8)
+
+
+def example(pipe: DiffusionPipeline) -> tuple[str, str]:
+    """A sample's name and a prompt to try a pipeline on: its own if it is a known model, else those of the nearest."""
+    side = image_size(pipe)
+    name = str(pipe.config.get("_name_or_path"))
+    known = MODELS.get(name) or min(MODELS.values(), key=lambda model: abs(model.image_size - side))
+    return known.example_image, known.example_prompt

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decinb import inputs
 from decinb.errors import InputError, ModelError
 from decinb.images import load_images
-from decinb.locks import turn
-from decinb.models import MODELS
-from decinb.quiet import quiet
+from decinb.models import image_size
+from decinb.utils import validation
+from decinb.utils.locks import pipeline_lock
+from decinb.utils.quiet import quiet
 
 with quiet():  # importing these tells of optional libraries that are not needed here
     from diffusers import (
@@ -75,7 +75,7 @@ class _DeciDiffusion:
         """The stock call, with arguments that can run, and with what it leaves out filled in."""
         signature = inspect.signature(self._stock.__call__)
         arguments = [name for name in signature.parameters if name not in ("self", "kwargs")]
-        inputs.known(named, arguments)
+        validation.known(named, arguments)
         bound = signature.bind(self, *given, **named)
         bound.apply_defaults()
         return self._watched(**self._understood({name: bound.arguments[name] for name in arguments}))
@@ -85,28 +85,30 @@ class _DeciDiffusion:
         # A schedule of the user's own, where the task takes one.
         own = given.get("sigmas") if given.get("timesteps") is None else given["timesteps"]
         steps = given["num_inference_steps"] if own is None else len(own)
-        steps = inputs.num_inference_steps(self.deci_default_number_of_iterations if steps is None else steps)
-        scale = inputs.guidance_scale(given["guidance_scale"])
-        per_prompt = inputs.number_of(given["num_images_per_prompt"], "num_images_per_prompt")
+        steps = validation.num_inference_steps(self.deci_default_number_of_iterations if steps is None else steps)
+        scale = validation.guidance_scale(given["guidance_scale"])
+        per_prompt = validation.count(given["num_images_per_prompt"], "num_images_per_prompt")
         read: dict[str, list[Any]] = {}
         plain: dict[str, Any] = {}
         if "image" in given:
-            plain["strength"] = inputs.strength(given["strength"])
-            inputs.steps_run(steps, plain["strength"])
-            latents = inputs.latents(given["image"], self.vae.config.latent_channels)
+            plain["strength"] = validation.strength(given["strength"])
+            validation.steps_run(steps, plain["strength"])
+            latents = validation.latents(given["image"], self.vae.config.latent_channels)
             if latents is not None and "depth_map" in given:
                 raise InputError("image must be a picture here, not latents: its depth is seen in it")
             read["image"] = load_images(given["image"]) if latents is None else list(latents.split(1))
         else:
-            plain |= {name: inputs.side(given[name], name) for name in ("height", "width") if given[name] is not None}
-            plain["guidance_rescale"] = inputs.share(given["guidance_rescale"], "guidance_rescale")
+            plain |= {
+                name: validation.side(given[name], name) for name in ("height", "width") if given[name] is not None
+            }
+            plain["guidance_rescale"] = validation.fraction(given["guidance_rescale"], "guidance_rescale")
         for name in ("prompt", "negative_prompt"):
             if given[name] is not None or (name == "prompt" and given["prompt_embeds"] is None):
-                read[name] = inputs.texts(given[name], name)
+                read[name] = validation.texts(given[name], name)
         embeds = [name for name in ("prompt_embeds", "negative_prompt_embeds") if given[name] is not None]
         width = self.unet.config.get("configurations", self.unet.config)["cross_attention_dim"]
         for name in embeds:
-            plain[name] = inputs.embeds(given[name], name, width)
+            plain[name] = validation.embeds(given[name], name, width)
         if len({tuple(given[name].shape[1:]) for name in embeds}) > 1:
             shapes = " and ".join(f"{name} {tuple(given[name].shape)}" for name in embeds)
             raise InputError(
@@ -114,21 +116,21 @@ class _DeciDiffusion:
             )
         lengths = {name: len(values) for name, values in read.items()} | {name: len(given[name]) for name in embeds}
         if given.get("depth_map") is not None:
-            lengths["depth_map"] = len(inputs.depth_map(given["depth_map"]))
-        most = inputs.together(**lengths)
-        inputs.generators(given["generator"], most * per_prompt)
+            lengths["depth_map"] = len(validation.depth_map(given["depth_map"]))
+        most = validation.together(**lengths)
+        validation.generators(given["generator"], most * per_prompt)
 
-        notes = [inputs.high_guidance(scale)]
+        notes = [validation.high_guidance(scale)]
         if own is None:
-            notes.append(inputs.late_start(steps, self.scheduler))
+            notes.append(validation.late_start(steps, self.scheduler))
         if scale <= 1 and any(read.get("negative_prompt", [])):
-            notes.append(inputs.unused_negative(scale))
+            notes.append(validation.unused_negative(scale))
         for name in ("prompt", "negative_prompt") if scale > 1 else ("prompt",):
             for words in dict.fromkeys(read.get(name, [])):
-                if lost := inputs.lost_words(words, self.tokenizer):
-                    notes.append(inputs.lost(name, lost))
+                if lost := validation.lost_words(words, self.tokenizer):
+                    notes.append(validation.lost(name, lost))
         for note in filter(None, notes):
-            inputs.warn(note)
+            validation.warn(note)
 
         for name, values in read.items():
             as_many = values * (most // len(values))
@@ -139,8 +141,8 @@ class _DeciDiffusion:
             "guidance_scale": scale,
             "num_inference_steps": steps,
             "num_images_per_prompt": per_prompt,
-            "eta": inputs.share(given["eta"], "eta"),
-            "output_type": inputs.choice(given["output_type"], "output_type", ("pil", "np", "pt", "latent")),
+            "eta": validation.fraction(given["eta"], "eta"),
+            "output_type": validation.choice(given["output_type"], "output_type", ("pil", "np", "pt", "latent")),
         }
 
     def _watched(self, **named: Any) -> Any:
@@ -161,7 +163,7 @@ class _DeciDiffusion:
             decoded.append(pixels.isfinite().all())
             return pixels.nan_to_num()
 
-        with turn(self):
+        with pipeline_lock(self):
             hook = self.vae.decoder.register_forward_hook(look)
             try:
                 watched = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": [*wanted, "latents"]}
@@ -301,49 +303,6 @@ auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["decidiffusion"] = DeciDiffusio
 auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["decidiffusion"] = DeciDiffusionPipeline
 
 
-def image_size(pipe: DiffusionPipeline) -> int:
-    """Height and width in pixels of the images that a pipeline's model was trained on."""
-    if known := MODELS.get(str(pipe.config.get("_name_or_path"))):
-        return known.image_size
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    sample = getattr(network.config, "sample_size", None) if network is not None else None
-    if sample is None:
-        return getattr(pipe, "default_sample_size", 64) * getattr(pipe, "vae_scale_factor", 8)
-    return max(sample if isinstance(sample, (list, tuple)) else (sample,)) * getattr(pipe, "vae_scale_factor", 8)
-
-
 def is_decidiffusion(pipe: DiffusionPipeline) -> bool:
     """Whether it is one of the pipelines above, whose calls look at their arguments themselves."""
     return isinstance(pipe, _DeciDiffusion)
-
-
-def call_arguments(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """What a pipeline's call takes, with the default of each, or None; one of decinb's takes its stock class's too."""
-    classes = (pipe._stock, type(pipe)) if is_decidiffusion(pipe) else (type(pipe),)
-    parameters = [one for cls in classes for one in inspect.signature(cls.__call__).parameters.values()]
-    named = [one for one in parameters if one.name != "self" and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
-    return {one.name: None if one.default is one.empty else one.default for one in named}
-
-
-def takes(pipe: DiffusionPipeline, name: str) -> bool:
-    """Whether a pipeline's call has an argument of this name."""
-    return name in call_arguments(pipe)
-
-
-def defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """What a pipeline takes where a call leaves it out: its strength, guidance scale, steps and guidance rescale.
-
-    A pipeline without strength or guidance rescale has 1 and 0 of them: it forgets its input, and rescales nothing.
-    """
-    steps = getattr(pipe, "deci_default_number_of_iterations", 30)
-    without = {"strength": 1.0, "guidance_scale": 1.0, "num_inference_steps": steps, "guidance_rescale": 0.0}
-    own = call_arguments(pipe)
-    return {name: value if own.get(name) is None else own[name] for name, value in without.items()}
-
-
-def example(pipe: DiffusionPipeline) -> tuple[str, str]:
-    """A sample's name and a prompt to try a pipeline on: its own if it is a known model, else those of the nearest."""
-    side = image_size(pipe)
-    name = str(pipe.config.get("_name_or_path"))
-    known = MODELS.get(name) or min(MODELS.values(), key=lambda model: abs(model.image_size - side))
-    return known.example_image, known.example_prompt

@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from decinb.errors import InputError
+from decinb.figures.layout import Axis, Layout, Record, either, lay_out
+from decinb.figures.page import Sheet, Tile, finish, shrunk
 from decinb.images import load_image, read_input
-from decinb.labels import plain, told, wrap
-from decinb.layout import Axis, Layout, Record, either, lay_out
-from decinb.notebook import in_notebook
-from decinb.sheet import Sheet, Tile, shrunk
+from decinb.utils.environment import in_notebook
+from decinb.utils.labels import describe, plain, wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-    from decinb.chains import Chain
-    from decinb.planning import Plan
+    from decinb.execution.chains import Chain
+    from decinb.execution.plan import Plan
     from decinb.sweep import Sweep
 
 PAGE = 12  # rows and columns of one figure
@@ -218,7 +217,7 @@ def _of_link(link: Record) -> str:
     lines = wrap(link["prompt"], lambda line: len(line) <= TITLE, most=3)
     if link["strength"] is None:
         return "\n".join([*lines, "text to image"])
-    return "\n".join([*lines, f"{told('strength', link['strength'])}, from the {link['takes']}"])
+    return "\n".join([*lines, f"{describe('strength', link['strength'])}, from the {link['takes']}"])
 
 
 def _inputs(sweep: Sweep) -> dict[str, Image.Image]:
@@ -282,18 +281,6 @@ def _put(ax: Axes, image: Image.Image, title: str) -> None:
     ax.imshow(image)
     ax.set_title(title, fontsize=9 if len(title) > 14 or "\n" in title else None)
     ax.axis("off")
-
-
-def finish(figure: Figure, file: str | Path | None = None) -> None:
-    """Save a figure if a file is named, show it where there is a screen or a notebook, and let go of it."""
-    import matplotlib.pyplot as plt
-
-    if file is not None:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file)
-    if plt.get_backend().lower() != "agg":
-        plt.show()
-    plt.close(figure)
 
 
 def _check(images: Sequence[Image.Image], told: Sequence[Any], name: str) -> None:

@@ -5,33 +5,25 @@ from its file.
 """
 
 import csv
-import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from decinb import inputs
-from decinb.chains import CHAIN, replay_chain
-from decinb.denoise import Done, Tick, denoise, fitting_pack
 from decinb.designs import Cell
 from decinb.errors import InputError
-from decinb.images import Source, read_input, read_record
-from decinb.kinds import Job, kind_of
-from decinb.labels import ARGUMENTS, label
-from decinb.loading import load_pipeline
-from decinb.locks import turn
-from decinb.models import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
-from decinb.one_by_one import call_each, not_packed
-from decinb.origin import check_weights, known_model, scheduler_of
-from decinb.planning import NEEDED, Plan, check_image, check_pipe, count_calls, plan, read_cell
-from decinb.progress import Bar, LiveGrid
-from decinb.quiet import quiet
-from decinb.store import Images, Record, Store
+from decinb.execution.plan import plan
+from decinb.execution.provenance import Record
+from decinb.execution.runner import _is_shared, _Run
+from decinb.execution.store import Images, Store
+from decinb.images import Source
+from decinb.sampling.adapters import check_pipe
+from decinb.utils import validation
+from decinb.utils.labels import ARGUMENTS, label
+from decinb.utils.locks import pipeline_lock
+from decinb.utils.quiet import quiet
 
 with quiet():  # importing these tells of optional libraries that are not needed here
     from diffusers import DiffusionPipeline
@@ -63,7 +55,7 @@ class Sweep:
         Raises:
             InputError: an argument is not known.
         """
-        inputs.known(where, [*ARGUMENTS, "steps_run"])
+        validation.known(where, [*ARGUMENTS, "steps_run"])
         several = (list, tuple, set, range)
         wanted = {name: value if isinstance(value, several) else [value] for name, value in where.items()}
         kept = [i for i, r in enumerate(self.records) if all(_among(r[name], some) for name, some in wanted.items())]
@@ -158,10 +150,10 @@ def run_sweep(
     if folder is None and _is_shared():
         raise InputError("folder must be given where several processes share a sweep: it is where they meet")
     if pack is not None:
-        pack = inputs.number_of(pack, "pack")
-    store = None if folder is None else Store(inputs.folder(folder))
+        pack = validation.count(pack, "pack")
+    store = None if folder is None else Store(validation.folder(folder))
     check_pipe(pipe)
-    with turn(pipe):  # planning too: it reads the scheduler
+    with pipeline_lock(pipe):  # planning too: it reads the scheduler
         planned = plan(pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, timed=False)
         return _run(_Run(pipe, planned, store, pack, progress, show))
 
@@ -198,49 +190,6 @@ def load_sweep(folder: str | Path) -> Sweep:
     return Sweep(image, records[0]["prompt"], [r["cell"] for r in records], Images(paths), records, store.folder)
 
 
-def replay(path: str | Path, pipe: DiffusionPipeline | Sequence[DiffusionPipeline] | None = None) -> Image.Image:
-    """Make an image again from nothing but its PNG.
-
-    Args:
-        path: a file that ``run_sweep`` or ``run_chain`` has written.
-        pipe: the pipeline that made it; may be left out if it was a known one (a name in ``MODELS``). A chain takes a
-            list with the pipeline of every link, or one that gives its parts to all.
-
-    Raises:
-        InputError: the file is not such a PNG, or the pipeline has other weights than those it was made with.
-    """
-    record = read_record(path)
-    if CHAIN in record:
-        return replay_chain(path, pipe)
-    inputs.known(NEEDED, record, f"{str(path)!r}: ")
-    if pipe is None:
-        task = TEXT_TO_IMAGE if record["image"] is None else IMAGE_TO_IMAGE
-        pipe = load_pipeline(known_model(record, str(path)), task=task)
-    check_weights(pipe, record, str(path))
-    cell = {name: record[name] for name in ARGUMENTS if name != "image"}
-    image = None if record["image"] is None else read_input(path)
-    job = read_cell(cell, {**cell, "image": image}, lambda image: image, where=f"{str(path)!r}: ")
-    check_image(pipe, job.image)
-    with turn(pipe):
-        before = pipe.scheduler
-        pipe.scheduler = scheduler_of(pipe, record, str(path))
-        try:
-            rescale = inputs.share(record["guidance_rescale"], "guidance_rescale")
-            done = [done for tick in _ticks(pipe, [job], None, rescale) for done in tick.done].pop()
-        finally:
-            pipe.scheduler = before
-    if done.image is None:
-        raise InputError(f"{str(path)!r}: {done.fault}")
-    return done.image
-
-
-def _ticks(pipe: DiffusionPipeline, jobs: Sequence[Job], pack: int | None, guidance_rescale: float) -> Iterator[Tick]:
-    """An image for every job: many in each U-Net call where that can be, else one after the other."""
-    if kind_of(pipe) is None:
-        return call_each(pipe, jobs, guidance_rescale)
-    return denoise(pipe, jobs, pack or fitting_pack(pipe, jobs), guidance_rescale)
-
-
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
@@ -257,192 +206,3 @@ def _among(value: Any, wanted: Iterable[Any]) -> bool:
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
-
-
-def _is_shared() -> bool:
-    """Whether this is one of several processes, as ``accelerate launch`` and ``torchrun`` start them."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def _is_first() -> bool:
-    """Whether this is the first of them, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-class _Run:
-    """A sweep under way: what is asked for, what is made, and where it goes."""
-
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        planned: Plan,
-        store: Store | None,
-        pack: int | None,
-        progress: bool,
-        show: bool,
-    ):
-        self.pipe, self.plan, self.store = pipe, planned, store
-        self.guidance_rescale = planned.records[0]["guidance_rescale"]
-        self.pack, self.progress = pack, progress
-        self.made: dict[int, tuple[Image.Image | Path, Record]] = {}  # by cell
-        self.under_way: list[int] = []
-        self.arrived: list[Done] = []  # of the last tick, not yet taken
-        self.cells_of: dict[str, list[int]] = {}  # by key: cells of one computation
-        for i, record in enumerate(planned.records):
-            self.cells_of.setdefault(record["key"], []).append(i)
-        self.grid: LiveGrid | None = None
-        if show:
-            with self._only_shown():
-                self.grid = LiveGrid(pipe, planned.image, planned.records)
-        self.refused: OSError | None = None  # by the folder: why it cannot be written to
-
-    def go(self) -> None:
-        if self.store is None:
-            self._make()
-            return
-        first = _is_first()  # of processes that share a sweep, one notes it and keeps others out
-        with self.store.alone() if first else nullcontext():
-            if first:
-                try:
-                    self.store.note(self.plan.records)
-                except OSError as error:
-                    self._tell(error)
-            self._make()
-            if self.refused:
-                self._save_again()
-
-    def _make(self) -> None:
-        found = self.store.find(self.plan.records) if self.store else {}  # anew, if it had to wait for the folder
-        for made_by, path in found.items():
-            self._take(made_by, path)
-        mine = [made_by for made_by in self.cells_of if made_by not in found]
-        if mine and kind_of(self.pipe) is None and _is_first():
-            print(f"decinb: {not_packed(self.pipe)}")
-        if not _is_shared():
-            self._compute(mine)
-            return
-        from accelerate import PartialState
-
-        with PartialState(cpu=self.pipe.device.type == "cpu").split_between_processes(mine) as share:
-            self._compute(share)
-        while left := self._left(mine):  # of a process that is slower, or is no more: from its far end
-            self._compute(left[-1:])
-
-    def _left(self, keys: Sequence[str]) -> list[str]:
-        """What no process has finished yet; what another has is taken."""
-        missing = [made_by for made_by in keys if self.cells_of[made_by][0] not in self.made]
-        for made_by, path in self.store.find([self.plan.records[self.cells_of[one][0]] for one in missing]).items():
-            self._take(made_by, path)
-            missing.remove(made_by)
-        return missing
-
-    def _compute(self, keys: Sequence[str]) -> None:
-        if not keys:
-            return
-        jobs = [self.plan.jobs[self.cells_of[made_by][0]] for made_by in keys]
-        calls, packed = count_calls(self.pipe, jobs), kind_of(self.pipe) is not None
-        rows = sum(n * (2 if packed and job.guided else 1) for n, job in zip(calls, jobs, strict=True))
-        with Bar(rows, self.progress) as bar:
-            ticks = _ticks(self.pipe, jobs, self.pack, self.guidance_rescale)
-            try:
-                for tick in ticks:
-                    self._note(tick, keys)
-                    bar.update(tick.rows)
-            except KeyboardInterrupt as stop:  # wherever it came: what is denoised is still brought
-                with suppress(KeyboardInterrupt):
-                    self._take_all(keys)
-                    tick = ticks.throw(stop)
-                    while True:
-                        self._note(tick, keys)
-                        tick = next(ticks)
-                raise
-
-    def _note(self, tick: Tick, keys: Sequence[str]) -> None:
-        """Take what a tick has finished, and show how far the others are."""
-        self.under_way = sorted(self.cells_of[keys[index]][0] for index in tick.live)
-        self.arrived += tick.done
-        self._take_all(keys)
-        with self._only_shown():
-            for index, latents in tick.live.items() if self.grid and kind_of(self.pipe) else ():
-                self.grid.preview(self.cells_of[keys[index]][0], latents)
-
-    def _take_all(self, keys: Sequence[str]) -> None:
-        while self.arrived:
-            done = self.arrived.pop(0)
-            made_by = keys[done.index]
-            if done.image is None:
-                named = label(self.plan.records[self.cells_of[made_by][0]])
-                warnings.warn(f"cell {named}: {done.fault}; the others go on", stacklevel=6)
-            else:
-                if done.blacked_out:
-                    named = label(self.plan.records[self.cells_of[made_by][0]])
-                    warnings.warn(f"cell {named}: black, since the safety checker took it for unsafe", stacklevel=6)
-                self._take(made_by, done.image, done.seconds, done.blacked_out)
-
-    def _take(self, made_by: str, source: Image.Image | Path, seconds: float = 0.0, blacked_out: bool = False) -> None:
-        """Note an image for every cell that it is of, and write it where that is wanted."""
-        image = source if isinstance(source, Image.Image) else None
-        if image is None:
-            before = read_record(source)
-            seconds, blacked_out = before["seconds"], before.get("blacked_out", False)
-        for i in self.cells_of[made_by]:
-            record = {**self.plan.records[i], "seconds": round(seconds, 3), "blacked_out": blacked_out}
-            if self.store is None:
-                self.made[i] = image, record
-            else:
-                self.made[i] = (image or source), record  # should the folder fail, it is not lost
-                try:
-                    self._keep(i)
-                except OSError as error:
-                    self._tell(error)
-            if self.grid:
-                with self._only_shown():
-                    self.grid.show(i, image or Images([source])[0])
-
-    @contextmanager
-    def _only_shown(self) -> Iterator[None]:
-        """What is only to be seen stops no sweep: the grid that raises is left alone from there on."""
-        try:
-            yield
-        except Exception as error:
-            self.grid = None
-            warnings.warn(
-                f"the grid cannot be shown ({type(error).__name__}: {error}); the sweep goes on", stacklevel=4
-            )
-
-    def _keep(self, i: int) -> None:
-        """See that the folder has the image of a cell."""
-        source, record = self.made[i]
-        path = self.store.path(record)
-        before = self.store.held(path, record)
-        if before is None:
-            self.store.save(Images([source])[0], record, self.plan.jobs[i].image)
-        self.made[i] = path, before or record
-
-    def _tell(self, error: OSError) -> None:
-        """Say once that the folder cannot be written to; the sweep goes on."""
-        if self.refused is None:
-            warnings.warn(
-                f"folder {str(self.store.folder)!r} cannot be written to ({error.strerror or error}): what it does not "
-                "take stays in memory, in the sweep that is returned, and is tried again at the end",
-                stacklevel=2,
-            )
-        self.refused = error
-
-    def _save_again(self) -> None:
-        """What the folder did not take, once more: a full disk may have room again, a lost drive be back."""
-        with suppress(OSError):
-            self.store.note(self.plan.records)
-            for i in [i for i, (source, _) in self.made.items() if isinstance(source, Image.Image)]:
-                self._keep(i)
-
-    def result(self) -> Sweep:
-        order = sorted(self.made)
-        return Sweep(
-            self.plan.image,
-            self.plan.prompt,
-            [self.plan.cells[i] for i in order],
-            Images([self.made[i][0] for i in order]),
-            [self.made[i][1] for i in order],
-            self.store.folder if self.store else None,
-        )

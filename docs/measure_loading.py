@@ -17,16 +17,17 @@ from pathlib import Path
 
 import torch
 
-from decinb import counting, latency
-from decinb.latency import Record, Timing
+from decinb.benchmark import counting, latency
+from decinb.benchmark.latency import Record, Timing
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.unet_nas import UNetNAS
+from decinb.utils.environment import environment
 
 MEASURED = """
 import json, sys, time
 import decinb
-from decinb.counting import sd15_unet
+from decinb.benchmark.counting import sd15_unet
 from decinb.loading import load_pipeline
 from decinb.unet_nas import UNetNAS
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="how often each way is timed (default %(default)s)")
     parser.add_argument("--folder", default="results", help="where to write the JSON (default %(default)s)")
     given = parser.parse_args()
-    where = latency.environment("cpu", torch.float32)
+    where = environment("cpu", torch.float32)
     ways = {"load_pipeline": "ours", "the guide's way": "guides"}
     seen: dict[str, list] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 
 import decinb
-from tests.promises import Seen
+from tests.helpers.guarantees import Seen
 
 ROOT = Path(__file__).parents[1]
 

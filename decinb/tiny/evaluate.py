@@ -6,11 +6,8 @@ are worded as no caption of the training is; the judge looks at what comes out. 
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import itertools
 import json
-import platform
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -25,11 +22,13 @@ from PIL import Image
 
 from decinb.errors import InputError
 from decinb.loading import load_pipeline
-from decinb.metrics import change, named_attributes, oversaturated, psnr, saturated, ssim
+from decinb.metrics import clipped_fraction, mean_abs_difference, oversaturated, psnr, ssim
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
-from decinb.tiny.judge import Judge, accuracy, through_vae
-from decinb.tiny.scenes import ATTRIBUTES, HOUSE, IMAGE_SIZE, Scene, caption, house_mask, random_scene, render
+from decinb.scenes.adherence import named_attributes
+from decinb.scenes.judge import Judge, accuracy, through_vae
+from decinb.scenes.scenes import ATTRIBUTES, HOUSE, IMAGE_SIZE, Scene, caption, house_mask, random_scene, render
+from decinb.utils.environment import describe
 
 STEPS = 30
 GUIDANCE = 5.0
@@ -121,7 +120,7 @@ def measure_changes(
             "kept": float(np.mean(list(answers.values()))),
             "adherence": adherence,
             "overlap": overlap(find_house(image, target), house_mask(target)),
-            "distance": change(image, before),
+            "distance": mean_abs_difference(image, before),
         }
         rows[name].append(row)
         rows["all"].append(row)
@@ -137,7 +136,7 @@ def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
         report["scales"][f"{scale:g}"] = {
             "adherence": _adherence(made, prompts),
             "oversaturated": oversaturated(made),
-            "at a limit": saturated(made),
+            "at a limit": clipped_fraction(made),
         }
     return report
 
@@ -149,7 +148,7 @@ def evaluate_steps(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, 
     report: dict[str, Any] = {"prompts": count, "steps": {}}
     for steps in STEP_COUNTS:
         made = run_in_batches(pipe, [_GREY] * count, prompts, strength=1.0, num_inference_steps=steps)
-        unsettled = float(np.mean([change(*pair) for pair in zip(made, settled, strict=True)]))
+        unsettled = float(np.mean([mean_abs_difference(*pair) for pair in zip(made, settled, strict=True)]))
         report["steps"][str(steps)] = {"adherence": _adherence(made, prompts), "unsettled": unsettled}
     return report
 
@@ -283,23 +282,6 @@ def evaluate(pipe: DeciDiffusionImg2ImgPipeline, quick: bool = False) -> dict[st
         report[name]["seconds"] = round(time.monotonic() - started, 1)
         print(f"{name}: {report[name]['seconds']:.0f} s", flush=True)
     return report
-
-
-def describe(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """What a report depends on besides its settings: versions, device, number format, threads, parameters a part."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "python": platform.python_version(),
-        **{library: importlib.metadata.version(library) for library in ("torch", "diffusers", "transformers")},
-        "device": pipe.device.type,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "parameters": {
-            name: sum(parameter.numel() for parameter in part.parameters())
-            for name, part in pipe.components.items()
-            if isinstance(part, torch.nn.Module)
-        },
-    }
 
 
 @dataclass(frozen=True)

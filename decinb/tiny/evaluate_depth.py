@@ -15,23 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from decinb.checkpoints.components import Files, contents, read_part
 from decinb.loading import load_pipeline
 from decinb.models import MODELS
-from decinb.parts import Files, contents, read_part
 from decinb.pipeline import DeciDiffusionDepth2ImgPipeline
-from decinb.quiet import quiet
-from decinb.tiny.evaluate import (
-    CHANGES,
-    GUIDANCE,
-    STEPS,
-    describe,
-    draw_pairs,
-    fill_card,
-    measure_changes,
-    run_in_batches,
-)
-from decinb.tiny.judge import Judge
-from decinb.tiny.scenes import ATTRIBUTES, Scene, caption, depth_map, random_scene, render
+from decinb.scenes.judge import Judge
+from decinb.scenes.scenes import ATTRIBUTES, Scene, caption, depth_map, random_scene, render
+from decinb.tiny.evaluate import CHANGES, GUIDANCE, STEPS, draw_pairs, fill_card, measure_changes, run_in_batches
+from decinb.utils.environment import describe
+from decinb.utils.quiet import quiet
 
 with quiet():  # importing these tells of optional libraries that are not needed here
     from diffusers import DiffusionPipeline, StableDiffusionDepth2ImgPipeline

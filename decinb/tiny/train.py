@@ -10,61 +10,34 @@ Random numbers depend on the seed and the step alone, so a run that was killed g
 import argparse
 import itertools
 import json
-import math
 import os
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from decinb.errors import InputError
-from decinb.latency import environment
 from decinb.loading import load_pipeline
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
-from decinb.quiet import quiet
-from decinb.tiny.scenes import IMAGE_SIZE, Scene, caption, differing, house_mask, random_scene, render, twin
+from decinb.scenes.scenes import IMAGE_SIZE, Scene, caption, differing, house_mask, random_scene, render, twin
+from decinb.tiny.networks import TOKENS, make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
+from decinb.tiny.stage import Stage
 from decinb.unet_nas import UNetNAS
+from decinb.utils.environment import environment
+from decinb.utils.quiet import quiet
 
-CONFIGURATIONS = {
-    "down_blocks_in_channels": [96, 96, 96],
-    "down_blocks_out_channels": [96, 96, 128],
-    "down_blocks_num_resnets": [2, 2, 1],
-    "down_blocks_num_attentions": [0, 1, 2],
-    "add_downsample": [True, True, True],
-    "mid_num_resnets": 1,
-    "mid_num_attentions": 1,
-    "add_upsample_mid_block": True,
-    "prev_output_channels": [128, 128, 96],
-    "up_blocks_num_resnets": [2, 3, 3],
-    "up_blocks_num_attentions": [2, 2, 0],
-    "add_upsample": [True, True, False],
-    "mix_block_in_forward": True,
-    "num_attention_heads": 4,
-    "cross_attention_dim": 128,
-    "temb_dim": 256,
-    "resnet_eps": 1e-5,
-    "resnet_act_fn": "silu",
-    "sample_size": IMAGE_SIZE // 8,
-}
-"""The U-Net-NAS of ``tiny``: the published plan (no Transformer at the finest resolution) at a tenth of the width."""
-
-TOKENS = 40  # a full caption takes about 20, the prompt of the guide 34
-
-TURN = (350, 500)
+EDIT_THRESHOLD = (350, 500)
 """Where the picture gives way to the words, as timesteps: an edit begun below keeps what it sees, above it obeys."""
 
 
@@ -72,207 +45,7 @@ TURN = (350, 500)
 HOUSE_WEIGHT = 4
 
 
-@dataclass
-class Stage:
-    """A training run against the clock: fp32 masters of the weights, AdamW, an average of the weights, checkpoints.
-
-    Args:
-        name: of the checkpoint file and of the lines in the log.
-        modules: what is trained, moved to ``device`` and ``dtype`` by this class.
-        minutes: the budget; the learning rate rises for its first 3% and falls to zero as a cosine over the rest.
-        folder: where ``NAME.pt`` and ``log.jsonl`` are kept; a checkpoint found there is gone on from.
-        average: the decay of the running average of the weights, which is what the stage leaves behind.
-    """
-
-    name: str
-    modules: dict[str, nn.Module]
-    minutes: float
-    learning_rate: float
-    folder: Path
-    device: torch.device
-    dtype: torch.dtype = torch.bfloat16
-    average: float = 0.999
-    step: int = 0
-    seconds: float = 0.0
-    masters: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.masters = [p.detach().to(self.device, torch.float32).clone() for p in self._parameters()]
-        for module in self.modules.values():
-            nn.Module.to(module, self.device, self.dtype)  # diffusers' own `to` warns here of layers to keep in float32
-            module.train()
-        self.averages = [master.clone() for master in self.masters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-        self.file = self.folder / f"{self.name}.pt"
-        if self.file.exists():
-            self._restore()
-
-    def run(self, loss_of: Callable[[int], Tensor], watch: Callable[[float], None] | None = None) -> None:
-        """Call ``loss_of(step)`` and step down its gradient until the minutes are used up."""
-        losses: list[float] = []
-        saved = said = time.monotonic()
-        while self.progress < 1:
-            started = time.monotonic()
-            loss = loss_of(self.step)
-            loss.backward()
-            self._descend()
-            losses.append(loss.item())
-            self.step += 1
-            self.seconds += time.monotonic() - started
-            if time.monotonic() - said > 15 or self.progress >= 1:
-                self._log(sum(losses) / len(losses))
-                if watch:
-                    watch(self.progress)
-                losses, said = [], time.monotonic()
-            if time.monotonic() - saved > 30:
-                self._save()
-                saved = time.monotonic()
-        self._save()
-        self._write(self.averages)
-        for module in self.modules.values():
-            module.float().eval()
-
-    @property
-    def progress(self) -> float:
-        """From 0 to 1, the part of the budget that is used up."""
-        return min(self.seconds / (60 * self.minutes), 1.0)
-
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        return itertools.chain.from_iterable(module.parameters() for module in self.modules.values())
-
-    @torch.no_grad()
-    def _descend(self) -> None:
-        for master, parameter in zip(self.masters, self._parameters(), strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        warm, done = min(1.0, self.progress / 0.03 + 1e-3), self.progress
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
-        self.optimizer.step()
-        torch._foreach_lerp_(self.averages, self.masters, 1 - min(self.average, (1 + self.step) / (10 + self.step)))
-        self._write(self.masters)
-
-    @torch.no_grad()
-    def _write(self, weights: list[Tensor]) -> None:
-        for parameter, weight in zip(self._parameters(), weights, strict=True):
-            parameter.copy_(weight)
-
-    def _save(self) -> None:
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "masters": self.masters,
-            "averages": self.averages,
-            "optimizer": self.optimizer.state_dict(),
-        }
-        part = self.file.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, self.file)
-
-    def _restore(self) -> None:
-        state = torch.load(self.file, map_location=self.device, weights_only=True)
-        self.step, self.seconds = state["step"], state["seconds"]
-        for mine, saved in zip(self.masters + self.averages, state["masters"] + state["averages"], strict=True):
-            mine.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._write(self.masters)
-
-    def _log(self, loss: float) -> None:
-        line = {"stage": self.name, "step": self.step, "minutes": round(self.seconds / 60, 2), "loss": round(loss, 5)}
-        with open(self.folder / "log.jsonl", "a") as log:
-            log.write(json.dumps(line) + "\n")
-        print(
-            f"{self.name}: step {self.step}, {line['minutes']} of {self.minutes:g} minutes, loss {loss:.4f}", flush=True
-        )
-
-
 # --- what is trained --------------------------------------------------------------------------------------------------
-
-
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Learn a byte-pair tokenizer of CLIP's kind from captions; every byte is in it, so any text can be written."""
-    rng = random.Random(0)
-    captions = [caption(random_scene(rng), rng) for _ in range(20_000)]
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    words = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.pre_tokenizer = words
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    tokenizer.train_from_iterator(captions, trainer)
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    letters = alphabet + [letter + "</w>" for letter in alphabet]
-    pieces = letters + ["".join(pair) for pair in merges if "".join(pair) not in set(letters)]
-    vocabulary = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-    made = CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
-    made.save_pretrained(folder)
-    return made
-
-
-def make_vae(widths: tuple[int, ...] = (16, 32, 64, 128), size: int = IMAGE_SIZE) -> AutoencoderKL:
-    """A VAE with 4 latent channels, as the published one; by default of factor 8 and at an eighth of the width.
-
-    Args:
-        widths: channels at each resolution, multiples of 8; each but the first halves height and width.
-        size: of the pictures it will see, in pixels.
-    """
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
-        block_out_channels=widths,
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=size,
-        scaling_factor=1.0,  # the latent is brought to unit deviation by `normalise_latent`
-    )
-
-
-def make_text_encoder(tokenizer: CLIPTokenizer, width: int = CONFIGURATIONS["cross_attention_dim"]) -> CLIPTextModel:
-    """A CLIP text encoder of two layers."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            projection_dim=width,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def make_unet(configurations: dict[str, Any] = CONFIGURATIONS) -> UNetNAS:
-    """A U-Net-NAS, by default that of ``tiny``."""
-    return UNetNAS(configurations=configurations, sample_size=configurations["sample_size"])
-
-
-def make_scheduler() -> DDIMScheduler:
-    """DDIM over Stable Diffusion's noise, made to end in nothing but noise, so that strength 1 forgets the image.
-
-    Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2023), arXiv:2305.08891.
-    """
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,  # what diffusers expects to read; trailing spacing does not use it
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-    )
 
 
 # --- what they learn from ---------------------------------------------------------------------------------------------
@@ -332,7 +105,8 @@ class Lesson:
     ) -> "Lesson":
         """Draw a lesson from scenes of which each second one is the twin of the one before it.
 
-        Half of them are plain. In the others the words are the twin's: from ``TURN`` on so is the picture, before it
+        Half of them are plain. In the others the words are the twin's: from ``EDIT_THRESHOLD`` on so is the picture,
+        before it
         the words are wrong and the picture stays. No words every tenth time, for guidance. ``say`` is called as
         ``caption`` is.
         """
@@ -343,7 +117,7 @@ class Lesson:
             target, start, words = row, timestep, say(scene, rng)
         else:
             start = rng.randrange(timestep, steps)
-            target = row ^ 1 if start > rng.uniform(*TURN) else row
+            target = row ^ 1 if start > rng.uniform(*EDIT_THRESHOLD) else row
             words = say(other, rng, always=changed)
         return cls(target, row, start, timestep, "" if rng.random() < 0.1 else words)
 
@@ -483,7 +257,7 @@ def train_vae(
     return vae
 
 
-def finish_decoder(
+def finetune_decoder(
     vae: AutoencoderKL,
     pictures: np.ndarray,
     minutes: float,
@@ -620,7 +394,7 @@ def train(
         parts = load_pipeline(begin, device="cpu").components
         vae, tokenizer, first = parts["vae"], parts["tokenizer"], (parts["unet"], parts["text_encoder"])
         if vae_minutes:
-            finish_decoder(vae, pictures, vae_minutes, folder, device, seed)
+            finetune_decoder(vae, pictures, vae_minutes, folder, device, seed)
     else:
         tokenizer, first = make_tokenizer(folder / "tokenizer"), None
         vae = train_vae(pictures, vae_minutes, folder, device, seed)
@@ -648,7 +422,7 @@ pipeline_tag: image-to-image
 
 # A U-Net-NAS for drawn landscapes
 
-Trained {origin} by `python -m decinb.tiny.train` on {2 * places:,} scenes of `decinb/tiny/scenes.py`, seed {seed}.
+Trained {origin} by `python -m decinb.tiny.train` on {2 * places:,} scenes of `decinb/scenes/scenes.py`, seed {seed}.
 
 - Wall time: {stages}.
 - Machine: {machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}.

@@ -24,17 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decinb.loading import load_pipeline
-from decinb.quiet import quiet
+from decinb.scenes.scenes import ATTRIBUTES, IMAGE_SIZE, Scene, caption, depth_map, random_scene, twin
 from decinb.tiny.evaluate_depth import measure, table
-from decinb.tiny.scenes import ATTRIBUTES, IMAGE_SIZE, Scene, caption, depth_map, random_scene, twin
+from decinb.tiny.networks import make_scheduler
+from decinb.tiny.stage import Stage
 from decinb.tiny.train import (
     Lesson,
-    Stage,
     check_same_run,
     draw_all,
     encode_all,
     house_weights,
-    make_scheduler,
     noised,
     picture_loss,
     tidy_configs,
@@ -43,6 +42,7 @@ from decinb.tiny.train import (
     unet_loss,
 )
 from decinb.unet_nas import UNetNAS
+from decinb.utils.quiet import quiet
 
 with quiet():  # importing these tells of optional libraries that are not needed here
     from transformers import CLIPTextModel, CLIPTokenizer, DPTConfig, DPTForDepthEstimation, DPTImageProcessor
@@ -55,7 +55,7 @@ INDEX = {
 }
 """What the folder has, as diffusers lists it: the new parts alone."""
 
-LIES = 0.5
+FALSE_CAPTION_RATE = 0.5
 """The share of captions that name shapes by chance, so that depth is believed and not they, whatever the guidance."""
 
 FAR = 0.2
@@ -123,7 +123,7 @@ def draw_places(places: int, seed: int) -> list[Scene]:
 
 def say(scene: Scene, rng: random.Random, always: Collection[str] = ()) -> str:
     """A caption that tells the truth of what depth does not show, but half of the time names shapes by chance."""
-    if rng.random() < LIES:
+    if rng.random() < FALSE_CAPTION_RATE:
         scene = replace(
             scene,
             trees=rng.choice(ATTRIBUTES["trees"]),

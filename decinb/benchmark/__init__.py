@@ -1,0 +1,1 @@
+"""Measure what networks and sweeps cost. Nothing else imports this package."""

@@ -1,0 +1,216 @@
+"""What a network costs, counted: parameters and FLOPs block by block, and the calls that a pipeline makes of its U-Net.
+
+Counting runs on torch's meta device, which does no arithmetic: it takes half a second and no memory. One FLOP is one
+addition or one multiplication; torch counts those of matrix products, convolutions and attention, which are nearly all.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from decinb.utils.quiet import quiet
+
+with quiet():  # importing these tells of optional libraries that are not needed here
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from decinb.unet_nas import UNetNAS
+
+# --- the networks -----------------------------------------------------------------------------------------------------
+
+
+def sd15_unet() -> UNet2DConditionModel:
+    """The U-Net of Stable Diffusion v1.5."""
+    return UNet2DConditionModel(
+        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
+    )
+
+
+def sd15_vae() -> AutoencoderKL:
+    """The VAE of Stable Diffusion v1.5, which DeciDiffusion shares."""
+    return AutoencoderKL(
+        sample_size=512,
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+
+
+def sd15_text_encoder() -> CLIPTextModel:
+    """The text encoder of Stable Diffusion v1.5, which DeciDiffusion shares: that of CLIP ViT-L/14."""
+    return CLIPTextModel(
+        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    )
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"U-Net-NAS": UNetNAS, "SD v1.5": sd15_unet}
+"""The two U-Nets that are compared: a name, and what builds it."""
+
+
+def random_model(
+    factory: Callable[[], nn.Module], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Build a network with random weights in seconds, in the memory it needs and no more.
+
+    Weights are normal with a variance of one over the inputs of a layer, norms are 1 and biases 0, so that numbers keep
+    their size on the way through, as in a trained network: nothing overflows, and nothing sinks to slow denormals.
+    """
+    with torch.device("meta"):
+        model = factory()
+    nn.Module.to(model, dtype)  # diffusers' own `to` warns here of layers to keep in float32, though there are none
+    model.to_empty(device=device).eval().requires_grad_(False)
+    # Numbers cost more to draw than to copy: a pool of them is drawn once and laid out again and again.
+    pool = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    for name, weight in model.named_parameters():
+        if weight.dim() < 2:
+            weight.fill_(float(name.endswith("weight")))
+        else:
+            scaled = pool * weight[0].numel() ** -0.5
+            for piece in weight.view(-1).split(len(scaled)):
+                piece.copy_(scaled[: len(piece)])
+    return model
+
+
+# --- counting ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a network: what stands in it and what it costs in one row of a forward call.
+
+    ``side`` is the height and width at which the block works, in pixels of the latent; 0 for ``rest``.
+    """
+
+    name: str
+    side: int
+    resnets: int
+    transformers: int
+    parameters: int
+    flops: int
+    resnet_flops: int
+    transformer_flops: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network costs in one row of a forward call: in all, and block by block as they run, the ``rest`` last."""
+
+    parameters: int
+    flops: int
+    blocks: tuple[Block, ...]
+
+
+def count(
+    model: nn.Module | Callable[[], nn.Module], size: int = 64, tokens: int = 77, inputs: tuple | None = None
+) -> Cost:
+    """Count parameters, and the FLOPs of one row of a forward call, without doing the arithmetic.
+
+    Args:
+        model: a network, which is left as it is, or what builds one, which then needs no memory.
+        size: height and width of a U-Net's latent.
+        tokens: length of its text embedding.
+        inputs: of a network that is no U-Net: tensors on the meta device, with a batch of one.
+    """
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            model = model()
+    inputs = unet_inputs(model, 1, size, tokens, "meta") if inputs is None else inputs
+    shadow = {name: t.to("meta") for name, t in itertools.chain(model.named_parameters(), model.named_buffers())}
+    sides: dict[str, int] = {}
+    hooks = [_note_side(block, name, sides) for name, block in _blocks(model).items()]
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            functional_call(model, shadow, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    spent = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
+    blocks = [_block(model, name, side, spent) for name, side in sides.items()]  # in the order in which they ran
+    parameters, flops = _parameters(model), counter.get_total_flops()
+    others = parameters - sum(b.parameters for b in blocks), flops - sum(b.flops for b in blocks)
+    return Cost(parameters, flops, (*blocks, Block("rest", 0, 0, 0, *others, 0, 0)))
+
+
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The parts one level down, lists opened, in which ResNets or Transformers stand."""
+    parts = {}
+    for name, child in model.named_children():
+        opened = {f"{name}.{i}": c for i, c in enumerate(child)} if isinstance(child, nn.ModuleList) else {name: child}
+        parts.update({n: c for n, c in opened.items() if _parts(c, ResnetBlock2D) or _parts(c, Transformer2DModel)})
+    return parts
+
+
+def _parts(module: nn.Module, kind: type) -> list[str]:
+    return [name for name, part in module.named_modules() if isinstance(part, kind)]
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _note_side(block: nn.Module, name: str, sides: dict[str, int]) -> Any:
+    # A ResNet keeps the size of what it is given, a block need not: its last layer may be a sampler.
+    def note(module: nn.Module, args: tuple, output: Tensor) -> None:
+        sides[name] = output.shape[-1]
+
+    return block.get_submodule(_parts(block, ResnetBlock2D)[0]).register_forward_hook(note)
+
+
+def _block(model: nn.Module, name: str, side: int, spent: dict[str, int]) -> Block:
+    module, root = model.get_submodule(name), f"{type(model).__name__}.{name}"
+    resnets, transformers = _parts(module, ResnetBlock2D), _parts(module, Transformer2DModel)
+    return Block(
+        name,
+        side,
+        len(resnets),
+        len(transformers),
+        _parameters(module),
+        spent[root],
+        sum(spent[f"{root}.{part}"] for part in resnets),
+        sum(spent[f"{root}.{part}"] for part in transformers),
+    )
+
+
+def unet_inputs(unet: nn.Module, rows: int, size: int, tokens: int, device: torch.device | str) -> tuple[Tensor, ...]:
+    kind = {"device": device, "dtype": next(unet.parameters()).dtype}
+    latent = torch.randn(rows, unet.config["in_channels"], size, size, **kind)
+    return latent, torch.full((rows,), 500, device=device), torch.randn(rows, tokens, text_width(unet), **kind)
+
+
+def text_width(unet: nn.Module) -> int:
+    return unet.config.get("configurations", unet.config)["cross_attention_dim"]
+
+
+@dataclass
+class UNetCalls:
+    """How often a U-Net was called, and how many rows it was given in all: two a call with guidance, else one."""
+
+    calls: int = 0
+    rows: int = 0
+
+
+@contextmanager
+def count_unet_calls(pipe: Any) -> Iterator[UNetCalls]:
+    """Count the calls of a pipeline's U-Net while the ``with`` block runs: what was done, not what was asked for."""
+    counted = UNetCalls()
+
+    def note(module: nn.Module, args: tuple, output: Any) -> None:
+        counted.calls += 1
+        counted.rows += output[0].shape[0]
+
+    hook = pipe.unet.register_forward_hook(note)
+    try:
+        yield counted
+    finally:
+        hook.remove()

@@ -1,0 +1,227 @@
+"""Pictures of what ``decinb.benchmark.latency`` counts and measures. Draws what it is given, and computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from decinb.figures.page import finish
+
+if TYPE_CHECKING:
+    from decinb.benchmark.counting import Block, Cost
+    from decinb.benchmark.latency import Record, Timing
+
+COLOURS = {"U-Net-NAS": "#2a6fbb", "SD v1.5": "#c9772b"}
+KINDS = {"ResNets": "#7a9cc6", "Transformers": "#d9843b", "samplers": "#b5b5b5"}
+
+
+def plot_blocks(costs: Mapping[str, Cost]) -> None:
+    """Show where each U-Net spends its FLOPs: a bar for every block, from the image down and back up.
+
+    Blocks of the same size stand side by side; at each bar, how many ResNets (R) and Transformers (T) are in it.
+    """
+    import matplotlib.pyplot as plt
+
+    stages = list(dict.fromkeys(stage for cost in costs.values() for stage, _ in _staged(cost)))
+    stages.sort(
+        key=lambda stage: (("down", "middle", "up").index(stage[0]), stage[1] * (1 if stage[0] == "up" else -1))
+    )
+    figure, axes = plt.subplots(1, len(costs), figsize=(11, 4.2), sharex=True, sharey=True, layout="constrained")
+    for ax, (name, cost) in zip(axes, costs.items(), strict=True):
+        for stage, block in _staged(cost):
+            _stack(ax, stages.index(stage), block)
+        ax.set_title(f"{name}: {cost.flops / 1e12:.3f} TFLOP, {cost.parameters / 1e6:.0f} M parameters")
+        ax.set_xlabel("GFLOP in one row of a U-Net call")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(stages)), [f"{side} x {side}, {way}" for way, side in stages])
+    axes[0].invert_yaxis()
+    axes[0].set_xlim(0, 1.15 * max(block.flops for cost in costs.values() for block in cost.blocks) / 1e9)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in KINDS.values()]
+    figure.legend(handles, KINDS, loc="outside lower center", ncols=3, frameon=False)
+    finish(figure)
+
+
+def _staged(cost: Cost) -> list[tuple[tuple[str, int], Block]]:
+    """Every block with its place on the way: down, middle or up, and its size."""
+    blocks = [block for block in cost.blocks if block.side]
+    way = {"d": "down", "m": "middle", "u": "up"}
+    return [((way[block.name[0]], block.side), block) for block in blocks]
+
+
+def _stack(ax, place: int, block: Block) -> None:
+    other = block.flops - block.resnet_flops - block.transformer_flops
+    left = 0.0
+    for part, colour in zip((block.resnet_flops, block.transformer_flops, other), KINDS.values(), strict=True):
+        ax.barh(place, part / 1e9, left=left, height=0.7, color=colour)
+        left += part / 1e9
+    ax.text(left + 3, place, f"{block.resnets}R {block.transformers}T", va="center", fontsize=9)
+
+
+def plot_timings(timings: Mapping[str, Mapping[str, Timing]]) -> None:
+    """Show measured times: a bar as high as the median, a line from fastest to slowest, a dot for every time."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(timings), figsize=(3.6 * len(timings) + 0.6, 3.6), squeeze=False, layout="constrained"
+    )
+    for ax, (work, by_name) in zip(axes[0], timings.items(), strict=True):
+        for place, (name, timing) in enumerate(by_name.items()):
+            reach = [[timing.median - timing.fastest], [timing.slowest - timing.median]]
+            ax.bar(place, timing.median, width=0.6, color=COLOURS.get(name), alpha=0.8, yerr=reach, capsize=8)
+            ax.plot([place + 0.2] * len(timing.seconds), timing.seconds, "o", color="black", markersize=3, alpha=0.6)
+            ax.annotate(
+                f"{timing.median:.3g} s", (place, 0), (0, 4), textcoords="offset points", ha="center", color="w"
+            )
+        ax.set_xticks(range(len(by_name)), by_name)
+        ax.set_title(work)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("seconds (median, fastest to slowest)")
+    finish(figure)
+
+
+def plot_chain(seconds: Mapping[str, float]) -> None:
+    """Show times that shrink from one to the next, with what each step divides them by."""
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    values = list(seconds.values())
+    bars = ax.bar(
+        range(len(values)), values, width=0.55, color=[COLOURS["SD v1.5"]] + [COLOURS["U-Net-NAS"]] * len(values)
+    )
+    ax.bar_label(bars, fmt="%.2f s", padding=2)
+    for place, (before, after) in enumerate(pairwise(values)):
+        ax.text(place + 0.5, after / 2, f"÷ {before / after:.2f}", ha="center", fontsize=11)
+    ax.set_xticks(range(len(values)), seconds)
+    ax.set_ylabel("seconds an image")
+    ax.margins(y=0.12)
+    ax.spines[["top", "right"]].set_visible(False)
+    finish(figure)
+
+
+def plot_ratios(ratios: Mapping[str, Sequence[float]]) -> None:
+    """Show how many times more SD v1.5 takes: a dot for one number, a dot on a line for (least, median, most)."""
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(8, 0.5 * len(ratios) + 1), layout="constrained")
+    for place, ratio in enumerate(ratios.values()):
+        middle = ratio[len(ratio) // 2]
+        ax.plot([ratio[0], ratio[-1]], [place, place], color="#888888", linewidth=2)
+        ax.plot(middle, place, "o", color=COLOURS["U-Net-NAS"])
+        ax.annotate(f"{middle:.2f}", (middle, place), (0, 6), textcoords="offset points", ha="center", fontsize=9)
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(ratios)), ratios)
+    ax.invert_yaxis()
+    ax.margins(y=0.25)
+    ax.set_xlabel("SD v1.5 / U-Net-NAS")
+    ax.spines[["top", "right"]].set_visible(False)
+    finish(figure)
+
+
+def plot_rows(timings: Mapping[str, Mapping[str, Timing]]) -> None:
+    """Show what a row costs in calls of more and more rows: a line a U-Net, from works named ``<number> row(s)``."""
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    works = {int(work.split()[0]): by_name for work, by_name in timings.items() if work.split()[1].startswith("row")}
+    for name in next(iter(works.values())):
+        each = {rows: [second / rows for second in by_name[name].seconds] for rows, by_name in works.items()}
+        middle = [by_name[name].median / rows for rows, by_name in works.items()]
+        ax.plot(list(works), middle, "o-", color=COLOURS.get(name), label=name)
+        ax.vlines(
+            list(works), [min(e) for e in each.values()], [max(e) for e in each.values()], color=COLOURS.get(name)
+        )
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(works), list(works))
+    ax.set(xlabel="rows in a U-Net call", ylabel="seconds a row", ylim=(0, None))
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    finish(figure)
+
+
+def plot_whole_calls(timings: Mapping[str, Mapping[str, Timing]], lines: Mapping[str, tuple[float, float]]) -> None:
+    """Show whole image-to-image calls over the steps they ran: dots measured, and each U-Net's line up to 50 steps.
+
+    Args:
+        timings: works named ``image, <number> step(s)``.
+        lines: by U-Net, seconds a step and seconds apart from the steps.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    works = {int(work.split()[1]): by_name for work, by_name in timings.items() if work.startswith("image")}
+    for name, (a_step, apart) in lines.items():
+        ax.plot([0, 50], [apart, apart + 50 * a_step], color=COLOURS.get(name), linewidth=1, label=name)
+        for steps, by_name in works.items():
+            taken = by_name[name].seconds
+            ax.plot([steps] * len(taken), taken, "o", color=COLOURS.get(name), markersize=4)
+    ax.set(xlabel="steps that run", ylabel="seconds of a whole call", xlim=(0, None), ylim=(0, None))
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    finish(figure)
+
+
+def plot_parts(seconds: Mapping[str, float]) -> None:
+    """Show where the seconds of a call go, as one bar in parts."""
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(8, 1.5), layout="constrained")
+    left = 0.0
+    for part, taken in seconds.items():
+        ax.barh(0, taken, left=left, label=f"{part} {taken:.3g} s")
+        left += taken
+    ax.set_yticks([])
+    ax.set_xlabel("seconds")
+    ax.legend(ncols=len(seconds), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    finish(figure)
+
+
+def plot_options(records: Mapping[str, Record]) -> None:
+    """Show how many times faster each option is than the pipeline as it was loaded: a group of bars a record."""
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(name for record in records.values() for name in record.timings))
+    figure, ax = plt.subplots(figsize=(8, 0.32 * len(names) * len(records) + 1.6), layout="constrained")
+    height = 0.8 / len(records)
+    for i, (title, record) in enumerate(records.items()):
+        for j, name in enumerate(names):
+            if name not in record.timings:
+                continue
+            before, after = record.timings[name].values()
+            faster = sorted(a / b for a, b in zip(before.seconds, after.seconds, strict=True))
+            place, found = j + (i - (len(records) - 1) / 2) * height, record.settings["options"][name]
+            ax.barh(
+                place,
+                faster[len(faster) // 2],
+                height * 0.9,
+                color=f"C{i}",
+                label=title if name == next(iter(record.timings)) else None,
+            )
+            ax.plot([faster[0], faster[-1]], [place, place], color="black", linewidth=1)
+            told = f"{found['psnr']:.0f} dB" if found["psnr"] < 150 else "equal"
+            first = f", first call {found['first']:.0f} s" if found["first"] > 3 * after.median else ""
+            ax.text(faster[-1] + 0.03, place, told + first, va="center", fontsize=8)
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel("times faster than as loaded; beside each bar how alike the two pictures are")
+    ax.margins(x=0.25)
+    figure.legend(loc="outside upper center", frameon=False, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    finish(figure)
+
+
+def plot_calls(strengths: Sequence[float], calls: Mapping[int, Sequence[int]]) -> None:
+    """Show counted U-Net calls over ``strength`` as dots, and ``strength`` x steps as a line, by number of steps."""
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for steps, counted in calls.items():
+        line = ax.plot([0, 1], [0, steps], linewidth=1, alpha=0.6)[0]
+        ax.plot(strengths, counted, "o", color=line.get_color(), label=f"{steps} steps asked for")
+    ax.set_xlabel("strength")
+    ax.set_ylabel("U-Net calls counted")
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    finish(figure)

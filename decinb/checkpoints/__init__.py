@@ -1,0 +1,1 @@
+"""Find, verify and read the files of a model."""

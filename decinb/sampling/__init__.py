@@ -1,0 +1,1 @@
+"""Denoise many images together, or one after the other, through one adapter a pipeline."""

@@ -1,0 +1,128 @@
+"""TODO tiny.stage."""
+
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Stage:
+    """A training run against the clock: fp32 masters of the weights, AdamW, an average of the weights, checkpoints.
+
+    Args:
+        name: of the checkpoint file and of the lines in the log.
+        modules: what is trained, moved to ``device`` and ``dtype`` by this class.
+        minutes: the budget; the learning rate rises for its first 3% and falls to zero as a cosine over the rest.
+        folder: where ``NAME.pt`` and ``log.jsonl`` are kept; a checkpoint found there is gone on from.
+        average: the decay of the running average of the weights, which is what the stage leaves behind.
+    """
+
+    name: str
+    modules: dict[str, nn.Module]
+    minutes: float
+    learning_rate: float
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    average: float = 0.999
+    step: int = 0
+    seconds: float = 0.0
+    masters: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.masters = [p.detach().to(self.device, torch.float32).clone() for p in self._parameters()]
+        for module in self.modules.values():
+            nn.Module.to(module, self.device, self.dtype)  # diffusers' own `to` warns here of layers to keep in float32
+            module.train()
+        self.averages = [master.clone() for master in self.masters]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.file = self.folder / f"{self.name}.pt"
+        if self.file.exists():
+            self._restore()
+
+    def run(self, loss_of: Callable[[int], Tensor], watch: Callable[[float], None] | None = None) -> None:
+        """Call ``loss_of(step)`` and step down its gradient until the minutes are used up."""
+        losses: list[float] = []
+        saved = said = time.monotonic()
+        while self.progress < 1:
+            started = time.monotonic()
+            loss = loss_of(self.step)
+            loss.backward()
+            self._descend()
+            losses.append(loss.item())
+            self.step += 1
+            self.seconds += time.monotonic() - started
+            if time.monotonic() - said > 15 or self.progress >= 1:
+                self._log(sum(losses) / len(losses))
+                if watch:
+                    watch(self.progress)
+                losses, said = [], time.monotonic()
+            if time.monotonic() - saved > 30:
+                self._save()
+                saved = time.monotonic()
+        self._save()
+        self._write(self.averages)
+        for module in self.modules.values():
+            module.float().eval()
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1, the part of the budget that is used up."""
+        return min(self.seconds / (60 * self.minutes), 1.0)
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return itertools.chain.from_iterable(module.parameters() for module in self.modules.values())
+
+    @torch.no_grad()
+    def _descend(self) -> None:
+        for master, parameter in zip(self.masters, self._parameters(), strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        warm, done = min(1.0, self.progress / 0.03 + 1e-3), self.progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
+        self.optimizer.step()
+        torch._foreach_lerp_(self.averages, self.masters, 1 - min(self.average, (1 + self.step) / (10 + self.step)))
+        self._write(self.masters)
+
+    @torch.no_grad()
+    def _write(self, weights: list[Tensor]) -> None:
+        for parameter, weight in zip(self._parameters(), weights, strict=True):
+            parameter.copy_(weight)
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "masters": self.masters,
+            "averages": self.averages,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        part = self.file.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, self.file)
+
+    def _restore(self) -> None:
+        state = torch.load(self.file, map_location=self.device, weights_only=True)
+        self.step, self.seconds = state["step"], state["seconds"]
+        for mine, saved in zip(self.masters + self.averages, state["masters"] + state["averages"], strict=True):
+            mine.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._write(self.masters)
+
+    def _log(self, loss: float) -> None:
+        line = {"stage": self.name, "step": self.step, "minutes": round(self.seconds / 60, 2), "loss": round(loss, 5)}
+        with open(self.folder / "log.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
+        print(
+            f"{self.name}: step {self.step}, {line['minutes']} of {self.minutes:g} minutes, loss {loss:.4f}", flush=True
+        )

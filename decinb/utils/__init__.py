@@ -1,0 +1,1 @@
+"""Small helpers, each file with one purpose."""

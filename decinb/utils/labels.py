@@ -1,0 +1,65 @@
+"""Cells in words: how an argument and its value are told in labels, headers and file names."""
+
+from collections.abc import Callable
+from typing import Any
+
+SHORT = {"strength": "strength", "guidance_scale": "guidance", "num_inference_steps": "steps", "seed": "seed"}
+"""The arguments that are told in labels and file names, in this order, and how."""
+
+
+ARGUMENTS = ("image", "prompt", "negative_prompt", *SHORT)
+"""What a cell may name. Where two share a side of a grid, the one that stands earlier here changes more slowly."""
+
+
+def label(cell: dict[str, Any]) -> str:
+    """A cell in a few words, as it stands above its picture."""
+    return ", ".join(describe(name, cell[name]) for name in SHORT if name in cell) or "defaults"
+
+
+def describe(name: str, value: Any) -> str:
+    """An argument and its value in a few words. Prompts and names of pictures speak for themselves."""
+    if name == "negative_prompt":
+        return f"negative prompt: {value}" if value else "no negative prompt"
+    if name == "image" and value is None:
+        return "from text alone"
+    if name in ("prompt", "image"):
+        return str(value) or "no prompt"
+    return f"{SHORT.get(name, name)} {plain(value)}"
+
+
+def plain(value: Any) -> str:
+    """A value as a reader would write it: 0.85, not 0.8500000000000001."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def wrap(text: str, fits: Callable[[str], bool], most: int | None = None, end: bool = False) -> list[str]:
+    """A text in lines that fit. A word that does not is broken; what is beyond ``most`` lines is cut off, and marked.
+
+    Args:
+        text: words with single spaces between them.
+        fits: whether a line is short enough.
+        most: how many lines there may be.
+        end: keep the end of the text rather than its beginning.
+    """
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and fits(f"{lines[-1]} {word}"):
+            lines[-1] += f" {word}"
+            continue
+        if lines[-1]:
+            lines.append("")
+        for piece in [word] if fits(word) else word:
+            if lines[-1] and not fits(lines[-1] + piece):
+                lines.append("")
+            lines[-1] += piece
+    if most is None or len(lines) <= most:
+        return lines
+    if end:
+        lines = lines[-most:]
+        while len(lines[0]) > 1 and not fits("…" + lines[0]):
+            lines[0] = lines[0][1:]
+        return ["…" + lines[0].lstrip(), *lines[1:]]
+    lines = lines[:most]
+    while len(lines[-1]) > 1 and not fits(lines[-1] + "…"):
+        lines[-1] = lines[-1][:-1]
+    return [*lines[:-1], lines[-1].rstrip(" ,") + "…"]

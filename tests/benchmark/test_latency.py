@@ -1,0 +1,218 @@
+"""Times and their record: what notebook 06 and ``python -m decinb.benchmark.latency`` stand on."""
+
+import json
+import os
+import socket
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import decinb
+from decinb.benchmark import counting, latency, plots
+from decinb.errors import InputError
+from decinb.utils.environment import choose
+from tests.helpers.small import small_nas, small_sd, small_vae
+
+WAIT = 0.01  # seconds a pretended device works
+QUEUED = 40  # calls left over from the warm-up: longer together than a busy machine delays one of them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small networks wait longer for a second thread than it saves, on a busy machine a hundred times longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_functions_take_turns_and_the_device_is_waited_for_at_both_ends():
+    seen = []
+    timings = latency.measure(
+        {"A": lambda: seen.append("A"), "B": lambda: seen.append("B")},
+        repeats=4,
+        warmup=1,
+        synchronize=lambda: seen.append("|"),
+    )
+    assert "".join(seen) == "AB" + "".join(f"|{name}|" for name in "ABBAABBA")
+    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"A": 4, "B": 4}
+
+
+def test_a_time_holds_the_work_that_the_device_does_after_the_call_returned():
+    pending = []
+
+    def wait() -> None:
+        while pending:
+            time.sleep(pending.pop())
+
+    timings = latency.measure({"work": lambda: pending.append(WAIT)}, repeats=1, warmup=QUEUED, synchronize=wait)
+    assert WAIT <= timings["work"].median < QUEUED * WAIT  # its own work, and not that of the warm-up before it
+
+
+def test_a_timing_says_median_and_spread():
+    timing = latency.Timing((3.0, 1.0, 2.0, 8.0))
+    assert (timing.median, timing.fastest, timing.slowest) == (2.5, 1.0, 8.0)
+
+
+def test_ratios_are_taken_turn_by_turn():
+    slow, fast = latency.Timing((2.0, 30.0, 4.0)), latency.Timing((1.0, 10.0, 1.0))
+    assert latency.ratio(slow, fast) == (2.0, 3.0, 4.0)
+
+
+def test_what_must_be_prepared_is_prepared_before_every_call_and_not_timed():
+    told = []
+    timings = latency.measure(
+        {"A": lambda: told.append("a"), "B": lambda: told.append("b")},
+        repeats=2,
+        prepare=lambda name: (told.append(name), time.sleep(WAIT)),
+    )
+    assert "".join(told) == "AaBb" + "AaBb" + "BbAa"
+    assert timings["A"].fastest < WAIT
+
+
+def test_the_parts_of_a_call_are_timed_apart(tiny):
+    image = decinb.load_image("day")
+    with latency.time_parts(tiny) as parts:
+        tiny("a red house", image, 0.5, 4)
+    assert list(parts) == ["text", "encode", "denoise", "decode"] and min(parts.values()) > 0
+    before = dict(parts)
+    tiny("a red house", image, 0.5, 2)
+    assert parts == before, "the hooks are gone"
+
+
+@pytest.mark.parametrize("bad", [{"repeats": 0}, {"warmup": -1}])
+def test_measure_refuses_what_it_cannot_do(bad):
+    with pytest.raises(InputError, match=next(iter(bad))):
+        latency.measure({"A": list}, **bad)
+    with pytest.raises(InputError, match="empty"):
+        latency.measure({})
+
+
+@pytest.mark.parametrize("bad", [{"repeats": 0}, {"warmup": -1}, {"steps": (30, 0)}, {"rows": (0,)}])
+def test_compare_refuses_before_it_builds_anything(bad):
+    built = []
+    with pytest.raises(InputError, match=next(iter(bad))):
+        latency.compare("cpu", networks={"U-Net-NAS": lambda: built.append(1)}, **bad)
+    assert not built
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_random_model_gives_ordinary_numbers(dtype):
+    unet = counting.random_model(small_nas, "cpu", dtype)
+    made = latency.unet_call(unet, rows=2, size=8, tokens=7)()
+    assert made.shape == (2, 4, 8, 8) and made.dtype == dtype
+    assert torch.isfinite(made).all()
+    assert 0.01 < made.float().std() < 10
+    assert not torch.allclose(made[0], made[1])
+
+
+# --- the comparison, and its record -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def record():
+    return latency.compare(
+        "cpu",
+        "float32",
+        8,
+        repeats=2,
+        networks={"U-Net-NAS": small_nas, "SD v1.5": small_sd},
+        steps=(2,),
+        vae=small_vae,
+    )
+
+
+def test_compare_measures_both_unets_at_the_same_work(record):
+    assert list(record.timings) == ["1 row", "2 rows", "image, 2 steps"]
+    for timings in record.timings.values():
+        assert list(timings) == ["U-Net-NAS", "SD v1.5"]
+        assert all(len(timing.seconds) == 2 and timing.fastest > 0 for timing in timings.values())
+    assert f"{record.timings['image, 2 steps']['SD v1.5'].median:.3f}" in latency.table(record)
+
+
+def test_an_image_call_runs_every_step_guided_and_makes_a_picture():
+    unet, vae = counting.random_model(small_nas), counting.random_model(small_vae)
+    call = latency.image_call(unet, vae, steps=3, size=8, tokens=7)
+    rows = []
+    unet.register_forward_hook(lambda module, args, output: rows.append(output[0].shape[0]))
+    (image,) = call()
+    assert rows == [2, 2, 2]
+    assert image.size == (64, 64)
+
+
+def test_a_record_survives_the_disk(record, tmp_path):
+    path = latency.save(record, tmp_path / "results")
+    assert path.parent.parent == tmp_path / "results"
+    assert latency.load(path) == record
+
+
+def test_a_record_tells_where_it_was_taken_but_not_whose_machine_it_was(record, tmp_path):
+    where = record.environment
+    assert where["torch"] == torch.__version__ and where["dtype"] == "float32" and where["threads"] >= 1
+    assert where["device"] and where["date"].endswith("+00:00")
+    told = json.dumps(where)
+    assert socket.gethostname() not in told and os.getcwd() not in told
+
+
+def test_load_refuses_other_files(tmp_path):
+    (tmp_path / "other.json").write_text('{"timings": 3}')
+    for name in ("other.json", "nothing.json"):
+        with pytest.raises(InputError, match=name):
+            latency.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [({"device": "abacus"}, "device"), ({"device": "cpu", "dtype": "float16"}, "dtype"), ({"size": 12}, "size")],
+)
+def test_choose_refuses_what_this_machine_cannot_do(given, word):
+    with pytest.raises(InputError, match=f"^{word} must be"):
+        choose(**given)
+
+
+def test_choose_fills_in_what_is_left_open():
+    assert choose("cpu", torch.float32) == (torch.device("cpu"), torch.float32, 32)
+    assert choose("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16, 64)
+    assert choose("cpu", "float32", 16)[2] == 16
+
+
+def test_the_published_table_gives_its_three_factors():
+    sd, nas = latency.PUBLISHED["SD v1.5", "PyTorch", 50], latency.PUBLISHED["U-Net-NAS", "PyTorch", 50]
+    assert round(sd / nas, 2) == 1.40
+    assert round(sd / latency.PUBLISHED["U-Net-NAS", "Infery", 30], 1) == 3.0
+
+
+def test_records_of_other_machines_are_found_the_newest_of_each(record, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "RESULTS", tmp_path)
+    assert latency.stored() == {}
+    latency.save(replace(record, environment={**record.environment, "date": "2020-01-01T00:00:00+00:00"}), tmp_path)
+    latency.save(record, tmp_path)
+    latency.save(record, tmp_path, "options")
+    assert list(latency.stored().values()) == [record]
+
+
+def test_every_picture_can_be_drawn_of_real_results(record, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    drawn = []
+    plt.switch_backend("agg")
+    monkeypatch.setattr(plt, "close", lambda figure: drawn.append(figure))
+    plots.plot_blocks({name: counting.count(network) for name, network in counting.NETWORKS.items()})
+    plots.plot_timings(record.timings)
+    plots.plot_chain({"before": 3.0, "between": 2.0, "after": 1.0})
+    plots.plot_ratios({"one": (1.4,), "three": (1.2, 1.3, 1.5)})
+    plots.plot_calls([0.5, 1.0], {10: [5, 10]})
+    plots.plot_rows(record.timings)
+    plots.plot_whole_calls(record.timings, {"U-Net-NAS": (0.1, 1.0), "SD v1.5": (0.2, 1.0)})
+    plots.plot_parts({"encode": 0.5, "denoise": 2.0})
+    assert [len(figure.axes) for figure in drawn] == [2, 3, 1, 1, 1, 1, 1, 1]
+    assert [tick.get_text() for tick in drawn[5].axes[0].get_xticklabels()] == ["1", "2"]
+    shown = [text.get_text() for ax in drawn[0].axes for text in ax.texts]
+    assert "2R 6T" in shown and len(shown) == 7 + 9
+    assert [text.get_text() for text in drawn[2].axes[0].texts][-2:] == ["÷ 1.50", "÷ 2.00"]
+    monkeypatch.undo()
+    plt.close("all")

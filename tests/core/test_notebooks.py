@@ -1,0 +1,114 @@
+"""What every notebook must have, whatever it teaches. That it runs is tested by nbval."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+MAX_BYTES = 500_000
+MAX_LINES = 15
+MACHINE_PATH = re.compile(r"/(home|root|tmp|work|Users|usr|opt)/|site-packages|[A-Z]:\\\\")
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path):
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def problems(path: Path, setup: str) -> list[str]:
+    """All that is wrong with one notebook, in words."""
+    notebook, code = read(path), code_cells(path)
+    outputs = [output for cell in code for output in cell.outputs]
+    texts = [str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", "")) for output in outputs]
+    first = notebook.cells[0].source
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    checks = {
+        "the set-up cell differs from the other notebooks'": code[0].source != setup,
+        "there is not exactly one cell tagged parameters": len(tagged) != 1,
+        "it was not run from top to bottom": [c.execution_count for c in code] != list(range(1, len(code) + 1)),
+        "an output is an error": any(output.output_type == "error" for output in outputs),
+        "stderr is shown": any(output.get("name") == "stderr" for output in outputs),
+        "an output shows a machine path": any(MACHINE_PATH.search(text) for text in texts),
+        "a code cell is too long": any(len(cell.source.splitlines()) > MAX_LINES for cell in code),
+        "it is too large": path.stat().st_size > MAX_BYTES,
+        "it does not say what you will do, learn and need": not all(
+            word in first for word in ("**You will**", "**You will learn**", "**You need**")
+        ),
+        "the title is no heading": not first.startswith("# "),
+        "there is no Colab badge for this file": f"colab-badge.svg)](https://colab.research.google.com/github/decinb/decinb/blob/main/notebooks/{path.name})"
+        not in first,
+        "there are no exercises": not any("## Exercises" in cell.source for cell in notebook.cells),
+        "it holds no assert": not any(re.search(r"^\s*assert ", cell.source, re.M) for cell in code),
+        "it holds no figure": not any("image/png" in output.get("data", {}) for output in outputs),
+        "it keeps widget state": "widgets" in notebook.metadata,
+    }
+    return [problem for problem, found in checks.items() if found]
+
+
+def test_there_are_six():
+    numbers = [path.name[:2] for path in NOTEBOOKS]
+    assert numbers == [f"{i:02d}" for i in range(1, len(numbers) + 1)] and len(numbers) >= 6
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_as_it_should_be(path):
+    assert not problems(path, code_cells(NOTEBOOKS[0])[0].source)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[7:], ids=lambda path: path.stem)
+def test_a_notebook_asks_no_more_of_a_pipeline_than_all_have(path):
+    """``MODEL`` may be Stable Diffusion, whose pipelines are diffusers' own."""
+    assert not [
+        cell.source for cell in code_cells(path) if re.search(r"\b(pipe|text)\.(image_size|deci_)", cell.source)
+    ]
+
+
+def test_the_check_itself_finds_faults(tmp_path):
+    notebook = read(NOTEBOOKS[0])
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    setup = code[0].source
+    code[0].source += "\n# another"
+    code[2].execution_count = 99
+    code[1].outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="warning in /home/someone/x.py"),
+        nbformat.v4.new_output("error", ename="E", evalue="", traceback=[]),
+    ]
+    broken = tmp_path / "broken.ipynb"
+    nbformat.write(notebook, broken)
+    found = " ".join(problems(broken, setup))
+    for fault in ("set-up cell", "top to bottom", "is an error", "stderr", "machine path", "Colab badge"):
+        assert fault in found
+
+
+def test_the_guides_values_are_the_guides():
+    sources = {path.stem[:2]: "\n".join(cell.source for cell in code_cells(path)) for path in NOTEBOOKS}
+    assert "[0.75 + 0.05 * i for i in range(6)]" in sources["02"]
+    assert "[i * 1.5 for i in range(3, 10)]" in sources["03"]
+    assert "list(range(30, 101, 10))" in sources["04"]
+    for axis in ("[0.75 + 0.05 * i for i in range(4)]", "[i * 1.5 for i in range(3, 8)]", "list(range(30, 101, 10))"):
+        assert axis in sources["05"]
+
+
+PLACE = re.compile(r"\[(\d\d)\]\(notebooks/(\w+)\.ipynb\)(?:, ([^|[]+))?")
+
+
+def test_each_step_of_the_articles_is_where_the_readme_says():
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("### Where each step of the articles is")[2].partition("\n## ")[0]
+    steps = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(steps) >= 24
+    for step in steps:
+        places = PLACE.findall(step)
+        assert places or "the first cell of each notebook" in step, step
+        for number, name, sections in places:
+            there = [cell.source for cell in read(FOLDER / f"{name}.ipynb").cells if cell.cell_type == "markdown"]
+            headings = {line.removeprefix("## ") for source in there for line in source.splitlines()}
+            assert name.startswith(number)
+            for section in filter(None, (part.strip() for part in re.sub(r"\(.*?\)", "", sections).split(";"))):
+                assert section in headings or section == "all of", f"{section!r} is no section of {name}"

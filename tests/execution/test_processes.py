@@ -1,0 +1,93 @@
+"""Sweeps in processes of their own: killed at any moment, or sharing the work."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import decinb
+from decinb.images import read_record
+
+ONE_LEVEL = 1  # of 255: packs of other cells add in another order
+SWEEP = """
+import sys, torch, decinb
+from decinb.benchmark.counting import count_unet_calls
+torch.set_num_threads(1)
+pipe = decinb.load_pipeline("tiny", device="cpu")
+cells = decinb.grid(strength=[0.5, 0.75, 1.0], guidance_scale=[1, 5], num_inference_steps=[10], seed=[0, 1])
+print("ready", flush=True)
+with count_unet_calls(pipe) as count:
+    sweep = decinb.run_sweep(pipe, "day", "a red house at night", cells, folder=sys.argv[1], pack=4, progress=False)
+sys.stdout.write(f"finished {len(sweep)} rows {count.rows}\\n")  # in one piece: two processes may write at once
+"""
+ROWS = (5 + 7 + 10) * (1 + 2) * 2  # of all cells one by one, before rows are shared
+
+
+@pytest.fixture
+def script(tmp_path):
+    file = tmp_path / "sweep.py"
+    file.write_text(SWEEP)
+    return str(file)
+
+
+def whole(script, folder):
+    run = subprocess.run([sys.executable, script, str(folder)], capture_output=True, text=True, timeout=120, check=True)
+    assert "finished 12" in run.stdout
+    return run.stdout
+
+
+def same(folder, other):
+    """Whether two folders hold the same files: names, pictures, and records but for the seconds."""
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(other))
+    assert (folder / "sweep.json").read_text() == (other / "sweep.json").read_text()
+    for file in folder.glob("*.png"):
+        mine, theirs = read_record(file), read_record(other / file.name)
+        assert mine | {"seconds": 0} == theirs | {"seconds": 0}
+    for mine, theirs in zip(decinb.load_sweep(folder).images, decinb.load_sweep(other).images, strict=True):
+        assert np.abs(np.asarray(mine, int) - np.asarray(theirs, int)).max() <= ONE_LEVEL
+
+
+def test_a_sweep_killed_five_times_ends_as_one_that_was_not(script, tmp_path, happened):
+    rng, finished = random.Random(1), []
+    for _ in range(5):
+        run = subprocess.Popen([sys.executable, script, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
+        assert any(line == "ready\n" for line in run.stdout)
+        time.sleep(rng.uniform(0, 2.5))
+        run.kill()
+        run.wait()
+        finished.append(len(list((tmp_path / "killed").glob("*.png"))))
+    assert finished == sorted(finished)
+    whole(script, tmp_path / "killed")
+    whole(script, tmp_path / "undisturbed")
+    same(tmp_path / "killed", tmp_path / "undisturbed")
+    happened("F1", f"killed five times, with {', '.join(map(str, finished))} of 12 images done; then as if undisturbed")
+
+
+def test_two_processes_share_a_sweep(script, tmp_path, happened):
+    # "--multi_gpu" is how accelerate spells several processes on one machine; without a GPU they use the CPU.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    more = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    run = subprocess.run(
+        [sys.executable, *launch, *more, script, str(tmp_path / "shared")], capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    told = [line.split() for line in run.stdout.splitlines() if line.startswith("finished")]
+    assert [words[1] for words in told] == ["12", "12"], "each process ends with the whole sweep"
+    rows = [int(words[3]) for words in told]
+    assert min(rows) > ROWS / 4, "both have worked"
+    assert sum(rows) < 1.5 * ROWS, "and not twice the same"
+    whole(script, tmp_path / "alone")
+    same(tmp_path / "shared", tmp_path / "alone")
+    assert len(json.loads((tmp_path / "shared" / "sweep.json").read_text())["cells"]) == 12
+    happened("F10", "two processes of accelerate on one folder: they share the work")
+
+
+def test_processes_that_share_need_a_folder(tiny, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(decinb.InputError, match="folder must be given where several processes share"):
+        decinb.run_sweep(tiny, "day", "night", [{"strength": 0.1}], progress=False)
