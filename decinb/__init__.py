@@ -1,11 +1,15 @@
 """Learn, run and measure image-to-image diffusion with DeciDiffusion's U-Net-NAS."""
 
+import logging
 import os
 import warnings
 
 import lazy_loader
 
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")  # diffusers reads it once, when it is first imported
+
+# transformers mentions torchvision, which nothing here needs, whenever diffusers imports an image processor.
+logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 
 # A name is looked for where it is first used, so that `import decinb` costs next to nothing: torch, diffusers and
 # matplotlib come when there is work for them.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from decinb import models
 from decinb.checkpoints import hub
@@ -30,10 +31,6 @@ from decinb.models import IMAGE_TO_IMAGE, MODELS, PUBLISHED, TASKS, Model
 from decinb.utils import acceleration, validation
 from decinb.utils.environment import _device, _dtype, total_memory
 from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline
-
 
 AUTO_TIMEOUT = 3.0  # seconds of silence from the hub before the bundled model is taken instead
 BESIDE_WEIGHTS = 1.15  # memory in all, for each byte of weights: what runs needs room too

@@ -7,10 +7,7 @@ its ``source`` here, or for one session: ``MODELS["sd-v1-5"] = replace(MODELS["s
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 IMAGE_TO_IMAGE = "image-to-image"
 TEXT_TO_IMAGE = "text-to-image"

@@ -10,28 +10,25 @@ import warnings
 from typing import Any
 
 import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionDepth2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+from diffusers.pipelines import auto_pipeline
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from decinb.errors import InputError, ModelError
 from decinb.images import load_images
 from decinb.models import image_size
+from decinb.unet_nas import UNetNAS
 from decinb.utils import validation
 from decinb.utils.locks import pipeline_lock
 from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import (
-        AutoencoderKL,
-        DiffusionPipeline,
-        SchedulerMixin,
-        StableDiffusionDepth2ImgPipeline,
-        StableDiffusionImg2ImgPipeline,
-        StableDiffusionPipeline,
-    )
-    from diffusers.pipelines import auto_pipeline
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    from decinb.unet_nas import UNetNAS
 
 
 class _DeciDiffusion:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.designs import Cell
@@ -23,10 +24,6 @@ from decinb.sampling.adapters import check_pipe
 from decinb.utils import validation
 from decinb.utils.labels import ARGUMENTS, label
 from decinb.utils.locks import pipeline_lock
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline
 
 if TYPE_CHECKING:
     import pandas

@@ -11,19 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.models.resnet import ResnetBlock2D
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from decinb.unet_nas import UNetNAS
+from decinb.unet_nas import UNetNAS
 
 # --- the networks -----------------------------------------------------------------------------------------------------
 

@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionImg2ImgPipeline
 from torch import Tensor, nn
 
 from decinb.benchmark.counting import NETWORKS, random_model, sd15_vae, text_width, unet_inputs
 from decinb.errors import InputError
 from decinb.utils.acceleration import keep_freed_memory
 from decinb.utils.environment import choose, environment
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionImg2ImgPipeline
 
 PUBLISHED: dict[tuple[str, str, int], float] = {
     ("U-Net-NAS", "PyTorch", 50): 2.11,

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
 
 from decinb.benchmark.latency import Record, measure
@@ -16,11 +18,6 @@ from decinb.errors import InputError
 from decinb.metrics import psnr
 from decinb.utils.acceleration import GIVEN_BACK, KEPT, _compile, _lay_out, _uncompile, has_compiler, set_malloc
 from decinb.utils.environment import environment
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import StableDiffusionImg2ImgPipeline
-    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 AS_LOADED = "as loaded"
 EQUAL = 150.0  # dB: of two equal pictures the ratio is infinite, which JSON cannot say

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from decinb.benchmark import counting, latency
 from decinb.benchmark.counting import sd15_text_encoder, sd15_vae
@@ -25,11 +27,6 @@ from decinb.sampling.adapters import Job
 from decinb.sampling.batched import denoise, fitting_pack
 from decinb.unet_nas import UNetNAS
 from decinb.utils.environment import environment
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionImg2ImgPipeline
-    from transformers import CLIPTextModel, CLIPTokenizer
 
 DESIGNS: dict[str, list[Cell]] = {
     "guidance": grid(guidance_scale=[i * 1.5 for i in range(3, 10)]),

@@ -12,30 +12,27 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import diffusers
 import torch
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, SchedulerMixin
 from torch import nn
+from transformers import (
+    CLIPTextModel,
+    CLIPTokenizer,
+    FeatureExtractionMixin,
+    ImageProcessingMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from decinb.checkpoints import hub
 from decinb.checkpoints.integrity import check_numbers
 from decinb.errors import ModelError
+from decinb.unet_nas import UNetNAS, refuse_partial
 from decinb.utils import validation
 from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    import diffusers
-    import transformers
-    from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, SchedulerMixin
-    from transformers import (
-        CLIPTextModel,
-        CLIPTokenizer,
-        FeatureExtractionMixin,
-        ImageProcessingMixin,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-        ProcessorMixin,
-    )
-
-    from decinb.unet_nas import UNetNAS, refuse_partial
 
 INDEX = "model_index.json"
 INCOMPLETE = "the model is incomplete; fetch it anew, or take another copy of it"

@@ -9,41 +9,39 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    KandinskyV22Img2ImgCombinedPipeline,
+    PNDMScheduler,
+    PriorTransformer,
+    StableDiffusionDepth2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    VQModel,
+)
 from torch import nn
+from transformers import (
+    BitConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTImageProcessor,
+    PreTrainedModel,
+)
 
 from decinb.errors import InputError
 from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import (
-        AutoencoderKL,
-        DDPMScheduler,
-        DiffusionPipeline,
-        EulerDiscreteScheduler,
-        KandinskyV22Img2ImgCombinedPipeline,
-        PNDMScheduler,
-        PriorTransformer,
-        StableDiffusionDepth2ImgPipeline,
-        StableDiffusionImg2ImgPipeline,
-        StableDiffusionXLImg2ImgPipeline,
-        UnCLIPScheduler,
-        UNet2DConditionModel,
-        VQModel,
-    )
-    from transformers import (
-        BitConfig,
-        CLIPImageProcessor,
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        CLIPTokenizer,
-        CLIPVisionConfig,
-        CLIPVisionModelWithProjection,
-        DPTConfig,
-        DPTForDepthEstimation,
-        DPTImageProcessor,
-        PreTrainedModel,
-    )
 
 SIZE = 64
 """Height and width in pixels that a stand-in draws: the smallest whose latents, an eighth of it, halve three times."""

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
+from diffusers import DiffusionPipeline
+from diffusers.pipelines import auto_pipeline
 
 from decinb import pipeline
 from decinb.checkpoints.components import INCOMPLETE, Contents, Part, blaming
@@ -14,10 +16,6 @@ from decinb.sampling.adapters import kind_of
 from decinb.unet_nas import UNetNAS
 from decinb.utils import validation
 from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline
-    from diffusers.pipelines import auto_pipeline
 
 
 def _class_of_known(name: str, task: str) -> type[DiffusionPipeline]:

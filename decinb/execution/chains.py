@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 from torch import Tensor, nn
 
@@ -37,9 +38,6 @@ from decinb.utils import validation
 from decinb.utils.environment import versions
 from decinb.utils.locks import pipeline_lock
 from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 
 CHAIN = "chain"
 """What the record of a chain's picture has, and no other: its links, each with what made it."""

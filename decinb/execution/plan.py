@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.designs import Cell
@@ -29,10 +30,6 @@ from decinb.sampling.sequential import not_packed
 from decinb.utils import validation
 from decinb.utils.environment import versions
 from decinb.utils.labels import label
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline
 
 MANY = 1000  # images in one sweep, beyond which one may not have meant it
 LISTED = 5  # cells that a note names

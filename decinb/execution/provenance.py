@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.designs import Cell
@@ -19,11 +20,6 @@ from decinb.models import MODELS, image_size
 from decinb.sampling.adapters import ImageToImage, Job, kind_of
 from decinb.utils import validation
 from decinb.utils.labels import ARGUMENTS
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline
-
 
 Record = dict[str, Any]
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.errors import InputError
@@ -18,10 +19,6 @@ from decinb.sampling.adapters import check_image
 from decinb.utils import validation
 from decinb.utils.labels import ARGUMENTS
 from decinb.utils.locks import pipeline_lock
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline
 
 
 def replay_chain(path: str | Path, pipe: DiffusionPipeline | Sequence[DiffusionPipeline] | None = None) -> Image.Image:

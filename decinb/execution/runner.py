@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.execution.plan import Plan
@@ -18,10 +19,6 @@ from decinb.sampling.adapters import Job, count_calls, kind_of
 from decinb.sampling.batched import Done, Tick, denoise, fitting_pack
 from decinb.sampling.sequential import call_each, not_packed
 from decinb.utils.labels import label
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline
 
 
 def _ticks(pipe: DiffusionPipeline, jobs: Sequence[Job], pack: int | None, guidance_rescale: float) -> Iterator[Tick]:

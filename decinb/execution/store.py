@@ -18,10 +18,8 @@ from decinb.execution.provenance import Record
 from decinb.images import part_of, read_input, read_record, save_image
 from decinb.utils.labels import SHORT, plain
 from decinb.utils.locks import file_lock
-from decinb.utils.quiet import quiet
 
-with quiet():  # importing these tells of optional libraries that are not needed here
-    pass
+pass
 
 
 MANIFEST = "sweep.json"

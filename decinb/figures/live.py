@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -20,11 +22,6 @@ from decinb.figures.layout import Record, lay_out, titles
 from decinb.sampling.adapters import kind_of
 from decinb.utils.environment import in_notebook
 from decinb.utils.labels import wrap
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 
 PAUSE = 0.5  # seconds at least between two states of the grid
 SHARE = 0.05  # of the time at most goes into showing it

@@ -12,8 +12,21 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionDepth2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from decinb.designs import Cell
 from decinb.errors import InputError
@@ -22,21 +35,6 @@ from decinb.models import image_size
 from decinb.pipeline import is_decidiffusion
 from decinb.utils import validation
 from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import (
-        AutoencoderKL,
-        DiffusionPipeline,
-        SchedulerMixin,
-        StableDiffusionDepth2ImgPipeline,
-        StableDiffusionImg2ImgPipeline,
-        StableDiffusionPipeline,
-        StableDiffusionXLImg2ImgPipeline,
-        StableDiffusionXLPipeline,
-    )
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
-    from diffusers.utils.torch_utils import randn_tensor
-    from transformers import CLIPTokenizer
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,14 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
 from torch import Tensor
 
 from decinb.errors import InputError
 from decinb.sampling.adapters import Job, Words, kind_of
 from decinb.unet_nas import UNetNAS
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline, SchedulerMixin
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 DECODED = 4  # latents a call of the VAE's decoder, which gains little from more and needs much memory for each
 REMEMBERED = 64  # prompts whose encodings are kept

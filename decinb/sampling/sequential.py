@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 
 from decinb.sampling.adapters import Job, call_arguments
 from decinb.sampling.batched import Done, Tick
 from decinb.utils.quiet import quiet
 from decinb.utils.validation import steps_run
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline
-    from diffusers.image_processor import VaeImageProcessor
 
 
 def call_each(pipe: DiffusionPipeline, jobs: Sequence[Job], guidance_rescale: float = 0.0) -> Iterator[Tick]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline, StableDiffusionDepth2ImgPipeline
 
 from decinb.checkpoints.components import Files, contents, read_part
 from decinb.loading import load_pipeline
@@ -23,10 +24,6 @@ from decinb.scenes.judge import Judge
 from decinb.scenes.scenes import ATTRIBUTES, Scene, caption, depth_map, random_scene, render
 from decinb.tiny.evaluate import CHANGES, GUIDANCE, STEPS, draw_pairs, fill_card, measure_changes, run_in_batches
 from decinb.utils.environment import describe
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline, StableDiffusionDepth2ImgPipeline
 
 STRENGTHS = (0.6, 1.0)
 FULL = {"estimator": 200, "changes": 100}  # scenes, pairs

@@ -5,16 +5,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+from diffusers import AutoencoderKL, DDIMScheduler
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from decinb.scenes.scenes import IMAGE_SIZE, caption, random_scene
 from decinb.unet_nas import UNetNAS
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import AutoencoderKL, DDIMScheduler
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
 
 CONFIGURATIONS = {
     "down_blocks_in_channels": [96, 96, 96],

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 from decinb.loading import load_pipeline
 from decinb.scenes.scenes import ATTRIBUTES, IMAGE_SIZE, Scene, caption, depth_map, random_scene, twin
@@ -43,9 +44,6 @@ from decinb.tiny.train import (
 )
 from decinb.unet_nas import UNetNAS
 from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from transformers import CLIPTextModel, CLIPTokenizer, DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 INDEX = {
     "_class_name": "StableDiffusionDepth2ImgPipeline",

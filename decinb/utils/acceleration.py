@@ -12,12 +12,8 @@ import warnings
 from functools import cache
 
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 from torch import nn
-
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import StableDiffusionImg2ImgPipeline
 
 # glibc's names for what mallopt sets, and the values: above the first number of bytes a block is taken from the system
 # and given back at once, above the second so is free memory at the end of the heap, which grows by the third.

@@ -13,14 +13,11 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from decinb.errors import InputError
 from decinb.utils import validation
-from decinb.utils.quiet import quiet
-
-with quiet():  # importing these tells of optional libraries that are not needed here
-    from diffusers import DiffusionPipeline
 
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
 
