@@ -205,7 +205,7 @@ def _find(
 def _sources(model: Model) -> list[tuple[str, list[Model]]]:
     """The places of a model's parts: what their names begin with, and the source there with copies of it."""
     copies = [replace(model, source=mirror) for mirror in model.mirrors]
-    return [("", [model, *copies]), *((start, [replace(model, source=at)]) for start, at in model.further)]
+    return [("", [model, *copies]), *((start, [replace(model, source=at)]) for start, at in model.extra_sources)]
 
 
 def _places(

@@ -34,7 +34,7 @@ class Model:
         variant: of the weights, where there are several; ``"fp16"`` is half the download.
         memory: GB (10^9 bytes) that its weights fill as float16; as float32 it is twice as much.
         mirrors: other ids of the same weights, tried in this order where the first is gone.
-        further: where the parts lie that the source lacks, each with what their names begin with in the pipeline.
+        extra_sources: where the parts lie that the source lacks, each with what their names begin with in the pipeline.
         allow_pickle: the permission of ``load_pipeline``, given once for a model that is known to need it.
     """
 
@@ -56,7 +56,7 @@ class Model:
     variant: str | None = None
     memory: float = 0.0
     mirrors: tuple[str, ...] = ()
-    further: tuple[tuple[str, Path | str], ...] = ()
+    extra_sources: tuple[tuple[str, Path | str], ...] = ()
     allow_pickle: bool = False
 
     @property
@@ -87,7 +87,7 @@ MODELS: dict[str, Model] = {
         pipelines={IMAGE_TO_IMAGE: "DeciDiffusionDepth2ImgPipeline"},
         depth=True,
         memory=0.03,
-        further=(("", TINY / "model"),),  # VAE, text encoder, tokenizer, scheduler
+        extra_sources=(("", TINY / "model"),),  # VAE, text encoder, tokenizer, scheduler
     ),
     "decidiffusion-v1-0": Model(
         "Deci/DeciDiffusion-v1-0",
@@ -137,7 +137,7 @@ MODELS: dict[str, Model] = {
             TEXT_TO_IMAGE: "KandinskyV22CombinedPipeline",
         },
         memory=9.8,
-        further=(("prior_", "kandinsky-community/kandinsky-2-2-prior"),),
+        extra_sources=(("prior_", "kandinsky-community/kandinsky-2-2-prior"),),
     ),
     "sd-2-depth": Model(
         "sd2-community/stable-diffusion-2-depth",  # stabilityai's own was removed in November 2025

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from decinb.benchmark import counting, latency
-from decinb.benchmark.latency import Record, Timing
+from decinb.benchmark.latency import Measurement, Timing
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.unet_nas import UNetNAS
@@ -115,7 +115,7 @@ def main() -> None:
         for way, all_of in seen.items()
     }
     imported = {name: Timing(tuple(all_of[1:])) for name, all_of in imports.items()}
-    record = Record({"load": loads, "import": imported}, {"weights_bytes": size, "rounds": given.rounds}, where)
+    record = Measurement({"load": loads, "import": imported}, {"weights_bytes": size, "rounds": given.rounds}, where)
     for way, timing in loads.items():
         print(f"{way:16} {timing.median:6.2f} s, peak memory {timing.peak_bytes / size:.2f} x the weights")
     least, middle, most = latency.ratio(loads["the guide's way"], loads["load_pipeline"])

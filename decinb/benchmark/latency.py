@@ -209,7 +209,7 @@ def image_call(unet: nn.Module, vae: AutoencoderKL, steps: int, size: int = 64, 
 
 
 @dataclass(frozen=True)
-class Record:
+class Measurement:
     """Times with all that is needed to read them: ``timings[work][network]``, settings, and where they were taken."""
 
     timings: dict[str, dict[str, Timing]]
@@ -227,7 +227,7 @@ def compare(
     steps: Sequence[int] | None = None,
     networks: Mapping[str, Callable[[], nn.Module]] = NETWORKS,
     vae: Callable[[], AutoencoderKL] = sd15_vae,
-) -> Record:
+) -> Measurement:
     """Measure U-Nets of full size with random weights: calls of a number of rows, and on a GPU whole images.
 
     Args:
@@ -259,10 +259,10 @@ def compare(
     for number in steps:
         calls = {name: image_call(unet, coder, number, size) for name, unet in unets.items()}
         timings["image, 1 step" if number == 1 else f"image, {number} steps"] = measure(calls, repeats, warmup)
-    return Record(timings, {"size": size, "tokens": 77, "repeats": repeats, "warmup": warmup}, where)
+    return Measurement(timings, {"size": size, "tokens": 77, "repeats": repeats, "warmup": warmup}, where)
 
 
-def save(record: Record, folder: str | Path = "results", name: str = "latency") -> Path:
+def save(record: Measurement, folder: str | Path = "results", name: str = "latency") -> Path:
     """Write a record as JSON under ``folder``, in a folder of its machine, and return the file's path."""
     where = record.environment
     device = re.sub(r"\((r|tm)\)", "", where["device"].lower())
@@ -276,7 +276,7 @@ def save(record: Record, folder: str | Path = "results", name: str = "latency") 
     return path
 
 
-def load(path: str | Path) -> Record:
+def load(path: str | Path) -> Measurement:
     """Read a record that ``save`` wrote.
 
     Raises:
@@ -288,12 +288,12 @@ def load(path: str | Path) -> Record:
             work: {name: Timing(tuple(timing["seconds"]), timing.get("peak_bytes")) for name, timing in by_name.items()}
             for work, by_name in found["timings"].items()
         }
-        return Record(timings, found["settings"], found["environment"])
+        return Measurement(timings, found["settings"], found["environment"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"path: {str(path)!r} is not a latency record: {error}") from error
 
 
-def stored(name: str = "latency") -> dict[str, Record]:
+def stored(name: str = "latency") -> dict[str, Measurement]:
     """The newest record of that name of every machine, by device and dtype, that lies in the repository's ``results``.
 
     Empty where decinb was installed without its repository.
@@ -302,7 +302,7 @@ def stored(name: str = "latency") -> dict[str, Record]:
     return {f"{one.environment['device']}, {one.environment['dtype']}": one for one in records}
 
 
-def table(record: Record) -> str:
+def table(record: Measurement) -> str:
     """Say a record in plain text: where it was taken, then a line for every time."""
     where = record.environment
     told = {"latent": record.settings["size"], "threads": where["threads"], "load": where["load"]}

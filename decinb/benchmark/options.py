@@ -13,7 +13,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from decinb.benchmark.latency import Record, measure
+from decinb.benchmark.latency import Measurement, measure
 from decinb.errors import InputError
 from decinb.metrics import psnr
 from decinb.utils.acceleration import GIVEN_BACK, KEPT, _compile, _lay_out, _uncompile, has_compiler, set_malloc
@@ -84,7 +84,7 @@ def compare_options(
     names: Iterable[str] | None = None,
     repeats: int = 4,
     model: str = "unnamed",
-) -> Record:
+) -> Measurement:
     """Time every option beside the pipeline as it was loaded, in turns, and compare the pictures.
 
     Args:
@@ -119,7 +119,7 @@ def compare_options(
             timings[name] = measure({AS_LOADED: call, name: call}, repeats, prepare=prepare)
         finally:
             prepare(AS_LOADED)
-    return Record(timings, {"model": model, "repeats": repeats, "options": settings}, where)
+    return Measurement(timings, {"model": model, "repeats": repeats, "options": settings}, where)
 
 
 def _switch(option: Option) -> Callable[[str], None]:

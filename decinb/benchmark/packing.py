@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from decinb.benchmark import counting, latency
 from decinb.benchmark.counting import sd15_text_encoder, sd15_vae
-from decinb.benchmark.latency import Record
+from decinb.benchmark.latency import Measurement
 from decinb.designs import Cell, grid
 from decinb.errors import InputError
 from decinb.images import load_image
@@ -54,7 +54,7 @@ def compare(
     rounds: int = 4,
     pack: int | None = None,
     model: str = "unnamed",
-) -> Record:
+) -> Measurement:
     """Time both ways on each design, in turns, after one run of each that warms up, counts and compares.
 
     Args:
@@ -100,7 +100,7 @@ def compare(
         settings["designs"][name] = {"cells": len(jobs), "pack": most, "difference": difference, **counts}
         whole = {way: lambda make=make: deque(make(), maxlen=0) for way, make in ways.items()}
         timings[name] = latency.measure(whole, rounds, warmup=0)
-    return Record(timings, settings, where)
+    return Measurement(timings, settings, where)
 
 
 def ways_of(pipe: StableDiffusionImg2ImgPipeline, jobs: Sequence[Job], pack: int) -> dict[str, Way]:
@@ -181,7 +181,7 @@ def random_pipeline(
     )
 
 
-def table(record: Record) -> str:
+def table(record: Measurement) -> str:
     """Say a record in plain text: where it was taken, then for every design a line a way, and how they compare."""
     where, settings = record.environment, record.settings
     best = settings["flops_a_second_of_a_matrix_product"]
@@ -211,7 +211,7 @@ def table(record: Record) -> str:
     return "\n".join(lines)
 
 
-def options_table(record: Record) -> str:
+def options_table(record: Measurement) -> str:
     """Say what ``decinb.benchmark.options.compare_options`` measured in plain text: a line an option."""
     where, settings = record.environment, record.settings
     lines = [

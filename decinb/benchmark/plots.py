@@ -10,7 +10,7 @@ from decinb.figures.page import finish
 
 if TYPE_CHECKING:
     from decinb.benchmark.counting import Block, Cost
-    from decinb.benchmark.latency import Record, Timing
+    from decinb.benchmark.latency import Measurement, Timing
 
 COLOURS = {"U-Net-NAS": "#2a6fbb", "SD v1.5": "#c9772b"}
 KINDS = {"ResNets": "#7a9cc6", "Transformers": "#d9843b", "samplers": "#b5b5b5"}
@@ -177,7 +177,7 @@ def plot_parts(seconds: Mapping[str, float]) -> None:
     finish(figure)
 
 
-def plot_options(records: Mapping[str, Record]) -> None:
+def plot_options(records: Mapping[str, Measurement]) -> None:
     """Show how many times faster each option is than the pipeline as it was loaded: a group of bars a record."""
     import matplotlib.pyplot as plt
 

@@ -48,7 +48,7 @@ def test_an_entry_is_whole(name):
     model = MODELS[name]
     assert model.about and model.licence != "unknown" and model.memory > 0
     assert model.image_size % 8 == 0 and model.example_image in decinb.SAMPLES and model.example_prompt
-    places = [model.source, *model.mirrors, *(at for _, at in model.further)]
+    places = [model.source, *model.mirrors, *(at for _, at in model.extra_sources)]
     if model.is_bundled:
         assert all(Path(at).is_dir() for at in places)
     else:
