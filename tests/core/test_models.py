@@ -37,7 +37,7 @@ DECOYS = (
     "text_encoder/model.onnx",
     "text_encoder/flax_model.msgpack",
 )
-PRIOR = MODELS["kandinsky-2-2"].further[0][1]
+PRIOR = MODELS["kandinsky-2-2"].extra_sources[0][1]
 
 
 # The registry
