@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tools.architecture import find_circle, find_imports, find_violations, reduce
+from tools.draw_architecture import PAGE, PICTURES, data, list_parts, stored, update_page
 
 RULES = {
     "layers": (("errors",), ("low", "other"), ("high",), ("bench",)),
@@ -108,3 +109,13 @@ def test_circles_and_reduction_of_graphs():
     assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) in (["b", "c", "b"], ["c", "b", "c"])
     assert find_circle({"a": {"b", "c"}, "b": {"c"}}) == []
     assert reduce({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": {"b"}, "b": {"c"}, "c": set()}
+
+
+@pytest.mark.parametrize("picture", PICTURES.values(), ids=PICTURES)
+def test_the_picture_shows_the_imports_of_today(picture):
+    assert stored(picture) == data(), "run `make architecture`"
+
+
+def test_the_page_lists_the_parts_of_today():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == update_page(page, list_parts(data())), "run `make architecture`"

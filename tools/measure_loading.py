@@ -1,4 +1,4 @@
-"""How fast a model is loaded: ``python docs/measure_loading.py``.
+"""How fast a model is loaded: ``python tools/measure_loading.py``.
 
 A model of full size with random weights is written in the layout of the hub, then loaded again and again in fresh
 processes and every weight read once, in turns: by ``load_pipeline``, and as the guide does it, rebuilt on today's
@@ -93,7 +93,7 @@ def run(code: str, *arguments: str) -> dict | float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python docs/measure_loading.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python tools/measure_loading.py", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4, help="how often each way is timed (default %(default)s)")
     parser.add_argument("--folder", default="results", help="where to write the JSON (default %(default)s)")
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Draw what ``python -m decinb.tiny.evaluate`` measured of image to image: ``python docs/make_trade_off.py``.
+"""Draw what ``python -m decinb.tiny.evaluate`` measured of image to image: ``python tools/make_trade_off.py``.
 
 The change made against the layout kept, over strength: the picture of SDEdit (Meng et al., 2021, arXiv:2108.01073).
 """
