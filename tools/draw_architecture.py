@@ -6,6 +6,7 @@ the imports that it shows in its metadata, so that a test can tell whether it is
 
 import ast
 import json
+import re
 from pathlib import Path
 from textwrap import fill
 
@@ -38,8 +39,8 @@ PLACES = {
     "scenes": (5.1, 1.8),
     "metrics": (6.95, 1.2),
     "images": (5.1, 1.2),
-    "pipeline": (3.45, 1.2),
-    "sampling": (2.6, 1.9),
+    "pipeline": (4.7, 1.2),
+    "sampling": (1.9, 2.0),
     "checkpoints": (4.7, 2.0),
     "figures": (1.2, 1.9),
     "loading": (4.7, 1.2),
@@ -76,7 +77,7 @@ def data() -> dict[str, dict[str, list[str]]]:
 
 def draw(shown: dict[str, dict[str, list[str]]], file: Path, colours: dict[str, str]) -> None:
     """Draw each part as a box on its layer, and an arrow for each import that no chain of other imports implies."""
-    figure = plt.figure(figsize=(8.3, 8.0), facecolor=colours["page"])
+    figure = plt.figure(figsize=(8.3, 7.4), facecolor=colours["page"])
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, 7.8), ylim=(-0.5, len(LAYERS) - 0.5))
     ax.axis("off")
@@ -121,17 +122,17 @@ def write(ax: Axes, x: float, y: float, text: str, colours: dict[str, str], **st
     )
 
 
-def list_parts(shown: dict[str, dict[str, list[str]]]) -> str:
-    """Return the parts as a table in Markdown: what each is for, in the words of its docstring, and its imports."""
-    lines = ["| layer | part | purpose | imports |", "|---|---|---|---|"]
+def list_parts() -> str:
+    """Return the parts as a table in Markdown, each with the first sentence of its docstring."""
+    lines = ["| layer | part | purpose |", "|---|---|---|"]
     for number, layer in reversed(list(enumerate(LAYERS))):
         for part in layer:
             folder = part in SUBPACKAGES
             file = PACKAGE / part / "__init__.py" if folder else PACKAGE / f"{part}.py"
             path = f"decinb/{part}/" if folder else f"decinb/{part}.py"
-            purpose = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).partition("\n\n")[0]
-            imports = ", ".join(shown[part]["imports"])
-            lines.append(f"| {number} | [`{path}`](../{path}) | {' '.join(purpose.split())} | {imports} |")
+            paragraph = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).partition("\n\n")[0]
+            purpose = re.split(r"(?<=[.?!])\s", paragraph)[0].replace("``", "`").replace("\n", " ")
+            lines.append(f"| {number} | [`{path}`](../{path}) | {purpose} |")
     return "\n".join(lines) + "\n"
 
 
@@ -150,7 +151,7 @@ def main() -> None:
     shown = data()
     for theme, picture in PICTURES.items():
         draw(shown, picture, COLOURS[theme])
-    PAGE.write_text(update_page(PAGE.read_text(encoding="utf-8"), list_parts(shown)), encoding="utf-8")
+    PAGE.write_text(update_page(PAGE.read_text(encoding="utf-8"), list_parts()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -118,4 +118,4 @@ def test_the_picture_shows_the_imports_of_today(picture):
 
 def test_the_page_lists_the_parts_of_today():
     page = PAGE.read_text(encoding="utf-8")
-    assert page == update_page(page, list_parts(data())), "run `make architecture`"
+    assert page == update_page(page, list_parts()), "run `make architecture`"
