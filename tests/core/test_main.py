@@ -21,6 +21,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.slow
 def test_the_report_tells_what_matters_and_keeps_the_rest():
     hub = FakeHub({})
     package = Path(decinb.__file__).parents[1]

@@ -288,6 +288,7 @@ def test_the_report_tells_of_every_model(hub, child):
         assert re.search(rf"^model {name}: {state}$", report, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_safety_checker_works(folders):
     pipe = decinb.load_pipeline(folders[MODELS["sd-v1-5"].source], device="cpu")
     pipe.set_progress_bar_config(disable=True)

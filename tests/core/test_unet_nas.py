@@ -213,6 +213,7 @@ def test_other_conditions_are_refused(small):
         small(*inputs(), added_cond_kwargs={"image_embeds": torch.zeros(1)})
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(small):
     torch._dynamo.reset()
     compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
@@ -279,6 +280,7 @@ def test_sliced_attention_agrees(small):
     torch.testing.assert_close(run(small), plain, atol=ROUNDING, rtol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_lora_trains_saves_loads_and_scales(tmp_path):
     pipe = decinb.load_pipeline("tiny", device="cpu")
     image = Image.new("RGB", (64, 64), "teal")
