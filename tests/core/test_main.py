@@ -7,6 +7,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 import decinb
 from tests.helpers.fake_hub import FakeHub
 
