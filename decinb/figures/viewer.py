@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from PIL import Image
 
-from decinb.utils.labels import ARGUMENTS, SHORT, describe, label, plain
+from decinb.utils.labels import ARGUMENTS, SHORT, label, plain
 
 FACTS = ("image", "prompt", "negative_prompt", *SHORT, "steps_run", "seconds")
 """What the panel shows of the current cell, in this order."""
@@ -80,7 +80,8 @@ def page(title: str, body: str) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
         f"<title>{html.escape(title)}</title>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
