@@ -39,11 +39,12 @@ def viewer(
         scores: more numbers to show of each cell, by name: one value for each record.
         lossless: embed the pixels exactly; by default as WebP of quality 90.
     """
-    name = f"decinb-{uuid4().hex[:8]}"
+    root = f"decinb-{uuid4().hex[:8]}"
     axes = _axes(records)
+    names = [label({axis: record[axis] for axis in axes}) for record in records]
     shown = [
         *([("input", input_image)] if input_image else []),
-        *((label(r), i) for r, i in zip(records, images, strict=True)),
+        *((name, image) for name, image in zip(names, images, strict=True)),
     ]
     data = {
         "has_input": input_image is not None,
@@ -55,7 +56,7 @@ def viewer(
             {
                 "at": {axis: values.index(record[axis]) for axis, values in axes.items()},
                 "facts": _facts(record) + [[score, plain(values[i])] for score, values in (scores or {}).items()],
-                "file": re.sub(r"[^\w.=-]+", "_", f"{i:03d}_{label(record)}") + ".webp",
+                "file": re.sub(r"[^\w.=-]+", "_", f"{i:03d}_{names[i]}") + ".webp",
                 "code": _code(record),
             }
             for i, record in enumerate(records)
@@ -63,11 +64,11 @@ def viewer(
     }
     figures = "\n".join(_figure(text, image, lossless) for text, image in shown)
     sources = files("decinb.figures")
-    script = sources.joinpath("viewer.js").read_text(encoding="utf-8").replace("__ID__", name)
+    script = sources.joinpath("viewer.js").read_text(encoding="utf-8").replace("__ID__", root)
     # "<" is escaped so that a prompt with "</script>" in it cannot end the script.
     embedded = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     return (
-        f'<div class="decinb-viewer" id="{name}">\n{sources.joinpath("viewer.html").read_text(encoding="utf-8")}'
+        f'<div class="decinb-viewer" id="{root}">\n{sources.joinpath("viewer.html").read_text(encoding="utf-8")}'
         f"<details open><summary>all {len(images)} images</summary>\n"
         f'<div class="all">\n{figures}\n</div></details>\n'
         f'<script type="application/json">{embedded}</script>\n</div>\n<script>\n{script}</script>'
