@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from PIL import Image
 
-from decinb.utils.labels import ARGUMENTS, SHORT, label, plain
+from decinb.utils.labels import ARGUMENTS, SHORT, describe, label, plain
 
 FACTS = ("image", "prompt", "negative_prompt", *SHORT, "steps_run", "seconds")
 """What the panel shows of the current cell, in this order."""
@@ -41,7 +41,7 @@ def viewer(
     """
     root = f"decinb-{uuid4().hex[:8]}"
     axes = _axes(records)
-    names = [label({axis: record[axis] for axis in axes}) for record in records]
+    names = [", ".join(describe(axis, record[axis]) for axis in axes) or label(record) for record in records]
     shown = [
         *([("input", input_image)] if input_image else []),
         *((name, image) for name, image in zip(names, images, strict=True)),
