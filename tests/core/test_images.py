@@ -66,7 +66,7 @@ def test_a_png_brings_its_record_back(tmp_path):
     assert read_record(tmp_path / "made.png") == record
     assert [file.name for file in tmp_path.iterdir()] == ["made.png"]
     photo().save(tmp_path / "other.png")
-    with pytest.raises(InputError, match="not a whole PNG with a record"):
+    with pytest.raises(InputError, match="not a PNG that decinb saved"):
         decinb.read_record(tmp_path / "other.png")
 
 
@@ -75,7 +75,7 @@ def test_a_png_holds_the_picture_it_was_made_from_to_the_last_bit(tmp_path):
     save_image(photo(), tmp_path / "made.png", {}, noisy)
     assert read_input(tmp_path / "made.png").tobytes() == noisy.tobytes()
     save_image(photo(), tmp_path / "alone.png", {})
-    with pytest.raises(InputError, match="does not hold the picture"):
+    with pytest.raises(InputError, match="does not contain the image"):
         read_input(tmp_path / "alone.png")
 
 
@@ -84,5 +84,5 @@ def test_a_png_that_was_cut_short_is_not_taken_for_a_good_one(tmp_path):
     whole = (tmp_path / "made.png").read_bytes()
     for length in (0, 20, len(whole) // 3, len(whole) // 2, len(whole) - 30):
         (tmp_path / "cut.png").write_bytes(whole[:length])
-        with pytest.raises(InputError, match="not a whole PNG"):
+        with pytest.raises(InputError, match="not a PNG that decinb saved, or is damaged"):
             read_record(tmp_path / "cut.png")

@@ -191,7 +191,7 @@ def test_thirty_steps_and_a_rescale_of_guidance(text_to_image):
         ({"hieght": 64}, "unknown argument 'hieght'; did you mean 'height'?"),
         ({"image": IMAGE}, "unknown argument 'image'"),
         ({"strength": 0.5}, "unknown argument 'strength'"),
-        ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "negative_prompt must be one, or as many"),
+        ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "negative_prompt must have 1 or 3 items, got 2"),
         ({"prompt": None}, "prompt must be a string, got None"),
         ({"prompt": None, "prompt_embeds": [1, 2]}, "prompt_embeds must be a float tensor .*, got "),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 7)}, r"prompt_embeds must be .*, got \(1, 4, 7\)"),
@@ -202,7 +202,7 @@ def test_thirty_steps_and_a_rescale_of_guidance(text_to_image):
                 "prompt_embeds": torch.zeros(1, 4, 128),
                 "negative_prompt_embeds": torch.zeros(1, 5, 128),
             },
-            r"must have as many tokens of one width, got prompt_embeds \(1, 4, 128\) and negative_prompt_embeds \(1, 5",
+            r"must have the same number of tokens, got prompt_embeds \(1, 4, 128\) and negative_prompt_embeds \(1, 5",
         ),
     ],
 )
@@ -296,12 +296,15 @@ def test_depth_to_image_is_saved_and_loaded(depth, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image": torch.zeros(1, 4, 8, 8)}, "image must be a picture here, not latents"),
+        ({"image": torch.zeros(1, 4, 8, 8)}, "image must not be latents here"),
         ({"depth_map": torch.zeros(64, 64)}, r"depth_map must be a float tensor .*, got \(64, 64\)"),
         ({"depth_map": IMAGE}, "depth_map must be a float tensor"),
-        ({"depth_map": torch.zeros(1, 64, 64)}, "depth_map is the same everywhere"),
+        ({"depth_map": torch.zeros(1, 64, 64)}, "depth_map is constant"),
         ({"depth_map": torch.full((1, 64, 64), torch.inf)}, "depth_map holds NaN or infinity"),
-        ({"depth_map": torch.rand(3, 64, 64), "prompt": ["a", "b"]}, "depth_map has 3"),
+        (
+            {"depth_map": torch.rand(3, 64, 64), "prompt": ["a", "b"]},
+            "prompt must have 1 or 3 items, got 2 .image has 1, prompt has 2, depth_map has 3",
+        ),
     ],
 )
 def test_what_depth_to_image_cannot_use(depth, options, message):
