@@ -1,7 +1,7 @@
 """Bad inputs: each gives one clear line, or the right image.
 
-A pipeline's call, ``run_sweep`` and ``load_image`` each validate their arguments, so each is tested with every argument;
-all bad values of an argument are tested only once, with the pipeline's call.
+A pipeline's call, ``run_sweep`` and ``load_image`` each validate their arguments, so each is tested with every
+argument. The many bad values of an argument are tested only once, with the pipeline's call.
 """
 
 import http.server
@@ -374,7 +374,7 @@ def test_pipeline_call_takes_what_load_image_takes(tiny, tmp_path):
     day.save(tmp_path / "day.png")
     plain = call(tiny, image=day).images[0]
     tensor = torch.tensor(np.asarray(day)).permute(2, 0, 1) / 255
-    for source in (tmp_path / "day.png", np.asarray(day), tensor[None]):
+    for source in (tmp_path / "day.png", np.asarray(day), np.asarray(day, np.float32)[None] / 255, tensor[None]):
         assert close(call(tiny, image=source).images[0], plain)
 
 
