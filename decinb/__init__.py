@@ -41,7 +41,7 @@ _RENAMED = {"change": "mean_abs_difference", "saturated": "clipped_fraction"}
 
 
 def __getattr__(name: str) -> object:
-    # Import first: importing torch changes the warning filters, after which Python would show the warning a second time.
+    # Import before the warning: torch changes the warning filters, and Python would then show the warning twice.
     value = _lazy_getattr(_RENAMED.get(name, name))
     if name in _RENAMED:
         warnings.warn(f"decinb.{name} is deprecated: use decinb.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
