@@ -4,14 +4,15 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from decinb.loading import is_here
 from decinb.models import MODELS
-from decinb.utils.environment import _dtype, total_memory
+from decinb.utils.device import choose_device, choose_dtype
+from decinb.utils.environment import versions
+from decinb.utils.memory import total_memory
 
 PACKAGES = ("decinb", "torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "safetensors", "Pillow")
 SWITCHES = re.compile("(HF|DIFFUSERS|TRANSFORMERS|DECINB|PYTORCH|CUDA|OMP|MKL)_")
@@ -26,13 +27,12 @@ def report() -> str:
 
 def _facts() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    for package in PACKAGES:
-        yield package, _version(package)
-    device = _device(None)
-    yield "device", _device(device)
+    yield from versions(PACKAGES).items()
+    device = choose_device()
+    yield "device", _describe_device(device)
     yield "memory", _memory()
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    yield "dtype", f"{str(_dtype(None, device)).removeprefix('torch.')}, unless another is asked for"
+    yield "dtype", f"{str(choose_dtype(None, device)).removeprefix('torch.')}, unless another is asked for"
     for name, model in MODELS.items():
         where = "bundled" if model.is_bundled else "in a folder" if isinstance(model.source, Path) else ""
         yield f"model {name}", where or ("cached" if is_here(model) else "not cached")
@@ -42,14 +42,7 @@ def _facts() -> Iterator[tuple[str, str]]:
         yield name, value if plain else "set" if value else "empty"
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _device(device: torch.device) -> str:
+def _describe_device(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)

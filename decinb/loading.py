@@ -29,7 +29,8 @@ from decinb.checkpoints.tasks import _check_complete, _class_for, _class_of_know
 from decinb.errors import InputError, ModelError
 from decinb.models import IMAGE_TO_IMAGE, MODELS, PUBLISHED, TASKS, Model
 from decinb.utils import acceleration, validation
-from decinb.utils.environment import _device, _dtype, total_memory
+from decinb.utils.device import choose_device, choose_dtype
+from decinb.utils.memory import total_memory
 from decinb.utils.quiet import quiet
 
 AUTO_TIMEOUT = 3.0  # seconds of silence from the hub before the bundled model is taken instead
@@ -82,8 +83,8 @@ def load_pipeline(
                 "are; move them with pipe.to(...), or load the model by its name"
             )
         return _for_task(model, task)
-    device = _device(device)
-    dtype = _dtype(dtype, device)
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
     name, places, why = _find(model, device, allow_pickle, task, dtype)
     pipe = _load(name, places, task, device, dtype, allow_pickle).to(device)
     if device.type == "cpu":
@@ -133,9 +134,9 @@ def takes_published() -> bool:
 
 def fits(model: Model, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> bool:
     """Whether a known model fits into the memory of a device; device and dtype as for ``load_pipeline``."""
-    device = _device(device)
+    device = choose_device(device)
     there = total_memory(device)
-    return there is None or _needed(model, _dtype(dtype, device)) <= there
+    return there is None or _needed(model, choose_dtype(dtype, device)) <= there
 
 
 def _model_on_hub(name: str) -> Model:

@@ -8,7 +8,7 @@ from decinb.benchmark import latency, options
 from decinb.benchmark.packing import DESIGNS, compare, options_table, picture_call, random_pipeline, table
 from decinb.loading import load_pipeline
 from decinb.utils import acceleration
-from decinb.utils.environment import choose
+from decinb.utils.device import choose_workload
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--folder", default="results", help="where to write the JSON (default %(default)s)")
     given = parser.parse_args()
     if given.model == "random":
-        device, dtype, _ = choose(given.device, given.dtype)
+        device, dtype, _ = choose_workload(given.device, given.dtype)
         pipe = random_pipeline(device, dtype)
         acceleration.keep_freed_memory()
     else:

@@ -16,7 +16,15 @@ from torch import nn
 from decinb.benchmark.latency import Measurement, measure
 from decinb.errors import InputError
 from decinb.metrics import psnr
-from decinb.utils.acceleration import GIVEN_BACK, KEPT, _compile, _lay_out, _uncompile, has_compiler, set_malloc
+from decinb.utils.acceleration import (
+    GIVEN_BACK,
+    KEPT,
+    compile_network,
+    has_compiler,
+    set_malloc,
+    set_memory_format,
+    uncompile_network,
+)
 from decinb.utils.environment import environment
 
 AS_LOADED = "as loaded"
@@ -44,8 +52,8 @@ def options(pipe: StableDiffusionImg2ImgPipeline) -> dict[str, Option]:
         ),
         "channels last": Option(
             "the colours of a pixel lie side by side in memory",
-            lambda: _lay_out(pipe, torch.channels_last),
-            lambda: _lay_out(pipe, torch.contiguous_format),
+            lambda: set_memory_format(pipe, torch.channels_last),
+            lambda: set_memory_format(pipe, torch.contiguous_format),
         ),
         "fused QKV": Option(
             "queries, keys and values in one matrix product",
@@ -66,13 +74,16 @@ def options(pipe: StableDiffusionImg2ImgPipeline) -> dict[str, Option]:
             )
     if kind == "cuda" or (kind == "cpu" and has_compiler()):
         found["torch.compile"] = Option(
-            "kernels written for this network", lambda: _compile(unet), lambda: _uncompile(unet), compiles=True
+            "kernels written for this network",
+            lambda: compile_network(unet),
+            lambda: uncompile_network(unet),
+            compiles=True,
         )
     if kind == "cuda":
         found["CUDA graphs"] = Option(
             "compiled, and all kernels of a call started at once",
-            lambda: _compile(unet, "reduce-overhead"),
-            lambda: _uncompile(unet),
+            lambda: compile_network(unet, "reduce-overhead"),
+            lambda: uncompile_network(unet),
             compiles=True,
         )
     return found

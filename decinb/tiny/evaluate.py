@@ -28,7 +28,7 @@ from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.scenes.adherence import named_attributes
 from decinb.scenes.judge import Judge, accuracy, through_vae
 from decinb.scenes.scenes import ATTRIBUTES, HOUSE, IMAGE_SIZE, Scene, caption, house_mask, random_scene, render
-from decinb.utils.environment import describe
+from decinb.utils.environment import describe_pipeline
 
 STEPS = 30
 GUIDANCE = 5.0
@@ -266,7 +266,7 @@ def evaluate(pipe: DeciDiffusionImg2ImgPipeline, quick: bool = False) -> dict[st
     pipe.set_progress_bar_config(disable=True)
     report: dict[str, Any] = {
         "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "quick": quick},
-        "environment": describe(pipe),
+        "environment": describe_pipeline(pipe),
     }
     report["call"] = evaluate_call(pipe)
     sizes = QUICK if quick else FULL

@@ -23,7 +23,7 @@ from decinb.pipeline import DeciDiffusionDepth2ImgPipeline
 from decinb.scenes.judge import Judge
 from decinb.scenes.scenes import ATTRIBUTES, Scene, caption, depth_map, random_scene, render
 from decinb.tiny.evaluate import CHANGES, GUIDANCE, STEPS, draw_pairs, fill_card, measure_changes, run_in_batches
-from decinb.utils.environment import describe
+from decinb.utils.environment import describe_pipeline
 
 STRENGTHS = (0.6, 1.0)
 FULL = {"estimator": 200, "changes": 100}  # scenes, pairs
@@ -103,7 +103,7 @@ def evaluate(depth: StableDiffusionDepth2ImgPipeline, plain: DiffusionPipeline, 
         pipe.set_progress_bar_config(disable=True)
     return {
         "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "pairs": len(pairs)},
-        "environment": describe(depth),
+        "environment": describe_pipeline(depth),
         "estimator": evaluate_estimator(depth, sizes["estimator"]),
         "changes": {
             name: {f"{strength:g}": measure_changes(pipe, pairs, strength) for strength in STRENGTHS}

@@ -12,7 +12,7 @@ import torch
 import decinb
 from decinb.benchmark import counting, latency, plots
 from decinb.errors import InputError
-from decinb.utils.environment import choose
+from decinb.utils.device import choose_workload
 from tests.helpers.small import small_nas, small_sd, small_vae
 
 WAIT = 0.01  # seconds a pretended device works
@@ -172,13 +172,13 @@ def test_load_refuses_other_files(tmp_path):
 )
 def test_choose_refuses_what_this_machine_cannot_do(given, word):
     with pytest.raises(InputError, match=f"^{word} must be"):
-        choose(**given)
+        choose_workload(**given)
 
 
 def test_choose_fills_in_what_is_left_open():
-    assert choose("cpu", torch.float32) == (torch.device("cpu"), torch.float32, 32)
-    assert choose("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16, 64)
-    assert choose("cpu", "float32", 16)[2] == 16
+    assert choose_workload("cpu", torch.float32) == (torch.device("cpu"), torch.float32, 32)
+    assert choose_workload("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16, 64)
+    assert choose_workload("cpu", "float32", 16)[2] == 16
 
 
 def test_the_published_table_gives_its_three_factors():

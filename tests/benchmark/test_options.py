@@ -59,8 +59,8 @@ def test_compiled_a_network_says_the_same_and_hooks_stay_outside():
     block.register_forward_hook(lambda module, args, output: seen.append(len(output)))
     with torch.no_grad():
         plain = block(*given)
-        acceleration._compile(block)
+        acceleration.compile_network(block)
         compiled = block(*given)
-        acceleration._uncompile(block)
+        acceleration.uncompile_network(block)
     torch.testing.assert_close(compiled, plain, atol=ROUNDING, rtol=0)
     assert seen == [2, 2] and "forward" not in vars(block)

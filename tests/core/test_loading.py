@@ -25,7 +25,8 @@ from decinb.checkpoints.dummies import DUMMIES, SIZE, dummy
 from decinb.loading import _find, fits, load_pipeline
 from decinb.models import MODELS, Model
 from decinb.models import TEXT_TO_IMAGE as TEXT
-from decinb.utils.environment import _dtype, total_memory
+from decinb.utils.device import choose_dtype
+from decinb.utils.memory import total_memory
 from decinb.utils.quiet import quiet
 from tests.helpers.fake_hub import FORMAT, as_pickle, digest, forbid, publish, small_model, weights, write_json
 
@@ -82,7 +83,7 @@ def test_without_a_name(capsys, monkeypatch):
     ("device", "dtype"), [("cuda", torch.float16), ("cuda:1", torch.float16), ("mps", torch.float32)]
 )
 def test_dtype_left_to_the_device(device, dtype):
-    assert _dtype(None, torch.device(device)) == dtype
+    assert choose_dtype(None, torch.device(device)) == dtype
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "bf16", torch.bfloat16])
@@ -103,10 +104,10 @@ def test_float16_on_the_cpu_becomes_float32_and_says_so(small, dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float12"}, "dtype: 'float12'.*bfloat16"),
-        ({"dtype": torch.int8}, "dtype: torch.int8"),
-        ({"device": "abacus"}, "device: 'abacus'.*cpu"),
-        ({"device": "cuda:99"}, "device: 'cuda:99'.*none"),
+        ({"dtype": "float12"}, "dtype must be .*bfloat16.* got 'float12'"),
+        ({"dtype": torch.int8}, "dtype must be .*got torch.int8"),
+        ({"device": "abacus"}, "device must be .*cpu.* got 'abacus'"),
+        ({"device": "cuda:99"}, "device must be .*got 'cuda:99'"),
         ({"model": "tinny"}, "'tinny' is not known; did you mean 'tiny'"),
         ({"model": "DeciDiffusion"}, "did you mean 'decidiffusion-v1-0'.*'tiny'"),
         ({"model": "xyzzy"}, "'xyzzy' is not known; give one of 'tiny', .*'decidiffusion-v1-0'.*folder.*hub"),
