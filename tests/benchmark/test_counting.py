@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and calls counted: what notebook 06 stands on."""
+"""Counted parameters, FLOPs and U-Net calls, for notebook 06."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from decinb.benchmark import counting
 from tests.helpers.small import small_nas, small_vae
 
 FLOPS_TOLERANCE = 0.005  # the known counts are given to three digits
-GROWTH = 3.5  # of four times the positions: what works on the prompt and the timestep stays as it is
+GROWTH = 3.5  # for four times the pixels: the layers for the prompt and the timestep cost the same
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Small networks wait longer for a second thread than it saves, on a busy machine a hundred times longer."""
+    """Run on one thread: for small networks a second one costs more than it saves, much more on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,7 +32,7 @@ def test_the_two_unets_have_their_known_cost(name, parameters, tflop):
     assert cost.blocks[-1].name == "rest"
 
 
-def test_blocks_come_in_the_order_of_the_way_and_say_what_stands_in_them():
+def test_blocks_are_in_the_order_they_run_with_their_contents():
     nas, sd = (counting.count(counting.NETWORKS[name]).blocks[:-1] for name in ("U-Net-NAS", "SD v1.5"))
     assert [(b.name, b.side, b.transformers) for b in nas] == [
         ("down_blocks.0", 64, 0),
@@ -51,7 +51,7 @@ def test_blocks_come_in_the_order_of_the_way_and_say_what_stands_in_them():
         assert block.resnet_flops + block.transformer_flops <= block.flops
 
 
-def test_a_built_model_counts_as_its_factory_and_is_left_as_it_was():
+def test_a_built_model_counts_like_its_factory_and_is_not_changed():
     model = small_nas()
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     assert counting.count(model, size=8) == counting.count(small_nas, size=8)
@@ -59,7 +59,7 @@ def test_a_built_model_counts_as_its_factory_and_is_left_as_it_was():
     assert model(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 7, 16)).sample.device.type == "cpu"
 
 
-def test_flops_follow_the_size_of_the_latent():
+def test_flops_grow_with_the_size_of_the_latent():
     assert counting.count(small_nas, size=16).flops > GROWTH * counting.count(small_nas, size=8).flops
 
 
@@ -97,7 +97,7 @@ def test_real_calls_and_rows_are_counted(pipe, guidance_scale, rows):
     assert (counted.calls, counted.rows) == (5, rows)
 
 
-def test_calls_are_counted_where_the_formula_is_one_short(pipe):
+def test_calls_are_counted_where_the_formula_is_off_by_one(pipe):
     ddim = pipe.scheduler
     pipe.scheduler = PNDMScheduler(steps_offset=1, skip_prk_steps=True)
     try:
