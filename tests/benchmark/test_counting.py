@@ -20,11 +20,21 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def costs():
+    return {name: counting.count(network) for name, network in counting.NETWORKS.items()}
+
+
+@pytest.fixture(scope="module")
+def small_cost():
+    return counting.count(small_nas, size=8)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "tflop"), [("U-Net-NAS", 814746884, 0.614), ("SD v1.5", 859520964, 0.803)]
 )
-def test_the_two_unets_have_their_known_cost(name, parameters, tflop):
-    cost = counting.count(counting.NETWORKS[name])
+def test_the_two_unets_have_their_known_cost(costs, name, parameters, tflop):
+    cost = costs[name]
     assert cost.parameters == parameters
     assert cost.flops / 1e12 == pytest.approx(tflop, rel=FLOPS_TOLERANCE)
     assert sum(block.flops for block in cost.blocks) == cost.flops
@@ -32,8 +42,8 @@ def test_the_two_unets_have_their_known_cost(name, parameters, tflop):
     assert cost.blocks[-1].name == "rest"
 
 
-def test_blocks_are_in_the_order_they_run_with_their_contents():
-    nas, sd = (counting.count(counting.NETWORKS[name]).blocks[:-1] for name in ("U-Net-NAS", "SD v1.5"))
+def test_blocks_are_in_the_order_they_run_with_their_contents(costs):
+    nas, sd = (costs[name].blocks[:-1] for name in ("U-Net-NAS", "SD v1.5"))
     assert [(b.name, b.side, b.transformers) for b in nas] == [
         ("down_blocks.0", 64, 0),
         ("down_blocks.1", 32, 1),
@@ -51,16 +61,16 @@ def test_blocks_are_in_the_order_they_run_with_their_contents():
         assert block.resnet_flops + block.transformer_flops <= block.flops
 
 
-def test_a_built_model_counts_like_its_factory_and_is_not_changed():
+def test_a_built_model_counts_like_its_factory_and_is_not_changed(small_cost):
     model = small_nas()
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    assert counting.count(model, size=8) == counting.count(small_nas, size=8)
+    assert counting.count(model, size=8) == small_cost
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     assert model(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 7, 16)).sample.device.type == "cpu"
 
 
-def test_flops_grow_with_the_size_of_the_latent():
-    assert counting.count(small_nas, size=16).flops > GROWTH * counting.count(small_nas, size=8).flops
+def test_flops_grow_with_the_size_of_the_latent(small_cost):
+    assert counting.count(small_nas, size=16).flops > GROWTH * small_cost.flops
 
 
 def test_the_other_networks_can_be_counted():

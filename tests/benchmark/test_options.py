@@ -2,23 +2,29 @@
 
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
 
 import decinb
-from decinb.benchmark import latency, options, plots
+from decinb.benchmark import latency, options, packing, plots
 from decinb.utils import acceleration
+from tests.helpers.small import small_nas, small_text_encoder, small_vae
 
 SAME = 40  # dB; rounding alone gives more than 80
 ROUNDING = 1e-4  # compiled kernels add in another order
 
 
 @pytest.fixture(scope="module")
-def measurement(tiny):
-    before = list(tiny.unet.state_dict())
-    names = [name for name, option in options.options(tiny).items() if not option.compiles]
-    found = options.compare_options(tiny, options.example_call(tiny, 2), names, repeats=2, model="tiny")
-    assert list(tiny.unet.state_dict()) == before, "the fused weights are still in the network"
+def pipe():
+    return packing.random_pipeline("cpu", torch.float32, lambda: small_nas(16), small_vae, small_text_encoder)
+
+
+@pytest.fixture(scope="module")
+def measurement(pipe):
+    before = list(pipe.unet.state_dict())
+    names = [name for name, option in options.options(pipe).items() if not option.compiles]
+    found = options.compare_options(pipe, options.example_call(pipe, 2), names, repeats=2, model="random")
+    assert list(pipe.unet.state_dict()) == before, "the fused weights are still in the network"
     return found
 
 
@@ -44,15 +50,15 @@ def test_options_are_plotted(measurement, monkeypatch):
     plots.plt.close("all")
 
 
-def test_every_option_is_turned_off_again(tiny, measurement):
-    assert {type(processor) for processor in tiny.unet.attn_processors.values()} == {AttnProcessor2_0}
-    assert tiny.unet.conv_in.weight.is_contiguous() and tiny.vae.decoder.conv_in.weight.is_contiguous()
-    assert torch.get_num_threads() > 0 and "forward" not in vars(tiny.unet)
+def test_every_option_is_turned_off_again(pipe, measurement):
+    assert {type(processor) for processor in pipe.unet.attn_processors.values()} == {AttnProcessor2_0}
+    assert pipe.unet.conv_in.weight.is_contiguous() and pipe.vae.decoder.conv_in.weight.is_contiguous()
+    assert torch.get_num_threads() > 0 and "forward" not in vars(pipe.unet)
 
 
-def test_an_unknown_option_is_rejected(tiny):
+def test_an_unknown_option_is_rejected(pipe):
     with pytest.raises(decinb.InputError, match="there is no option 'magic' on cpu; there are plain attention"):
-        options.compare_options(tiny, lambda: None, ["magic"])
+        options.compare_options(pipe, lambda: None, ["magic"])
 
 
 def test_without_a_compiler_there_is_a_warning_and_no_change(monkeypatch):
@@ -65,14 +71,14 @@ def test_without_a_compiler_there_is_a_warning_and_no_change(monkeypatch):
 
 @pytest.mark.skipif(not acceleration.has_compiler(), reason="torch needs a C++ compiler")
 def test_a_compiled_network_gives_the_same_and_its_hooks_run():
-    block = ResnetBlock2D(in_channels=8, out_channels=8, temb_channels=8, groups=2).eval()
-    given = torch.randn(2, 8, 8, 8), torch.randn(2, 8)
+    network = FeedForward(8).eval()
+    given = torch.randn(2, 4, 8)
     seen = []
-    block.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    network.register_forward_hook(lambda module, args, output: seen.append(len(output)))
     with torch.no_grad():
-        plain = block(*given)
-        acceleration._compile(block)
-        compiled = block(*given)
-        acceleration._uncompile(block)
+        plain = network(given)
+        acceleration._compile(network)
+        compiled = network(given)
+        acceleration._uncompile(network)
     torch.testing.assert_close(compiled, plain, atol=ROUNDING, rtol=0)
-    assert seen == [2, 2] and "forward" not in vars(block)
+    assert seen == [2, 2] and "forward" not in vars(network)
