@@ -188,7 +188,7 @@ def versions() -> dict[str, str]:
 def describe(pipe: DiffusionPipeline) -> dict[str, Any]:
     """What a report depends on besides its settings: versions, device, number format, threads, parameters a part."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         **{library: importlib.metadata.version(library) for library in ("torch", "diffusers", "transformers")},
         "device": pipe.device.type,
