@@ -1,11 +1,7 @@
 """Models from the hub, against a real server on the loopback: what is fetched, what is cached, and what went wrong."""
 
 import itertools
-import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,74 +9,10 @@ from pathlib import Path
 import pytest
 
 import decinb
-from tests.helpers.fake_hub import DECOYS, FakeHub, as_pickle, commit, digest, publish, small_model, write_json
-
-WAIT_S = 2  # silence that the child takes for an unreachable hub
-USED = {
-    "flexible_unet/config.json",
-    "flexible_unet/diffusion_pytorch_model.safetensors",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer/vocab.json",
-    "tokenizer/merges.txt",
-    "scheduler/scheduler_config.json",
-}
+from tests.helpers.fake_hub import DECOYS, USED, FakeHub, as_pickle, commit, digest, publish, small_model, write_json
+from tests.helpers.processes import WAIT_S, Child
 
 NUMBERS = itertools.count()
-
-CHILD = """
-import contextlib, io, json, sys, warnings
-import torch, decinb
-from decinb.loading import _find
-from decinb.models import MODELS, Model
-from tests.helpers.fake_hub import digest
-
-answers, sys.stdout = sys.stdout, io.StringIO()
-for line in sys.stdin:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            answer = {"value": eval(json.loads(line))}
-        except Exception as error:
-            answer = {"error": type(error).__name__, "message": str(error)}
-    answer["warnings"] = [str(warning.message) for warning in caught]
-    print(json.dumps(answer), file=answers, flush=True)
-"""
-
-
-class Child:
-    """A fresh Python with a hub and a cache of its own, which evaluates one line after the other."""
-
-    def __init__(self, hub: FakeHub, cache: Path, **env: str):
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DECINB_"))}
-        settings = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(cache),
-            "HF_HUB_ETAG_TIMEOUT": str(WAIT_S),
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "PYTHONPATH": str(Path(decinb.__file__).parents[1]),
-        }
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, "-c", CHILD], env={**ours, **settings, **env}, **pipes)
-
-    def ask(self, code: str) -> dict:
-        self.process.stdin.write(json.dumps(code) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, "the child process died"
-        return json.loads(line)
-
-    def load(self, model: str, **options: object) -> dict:
-        """Load a model; its digest is the value."""
-        return self.ask(f"digest(decinb.load_pipeline({model!r}, device='cpu', **{options!r}))")
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from decinb.checkpoints import hub as decinb_hub
 from decinb.checkpoints.dummies import DUMMIES, SIZE, dummy
 from decinb.models import IMAGE_TO_IMAGE, MODELS, TASKS, TEXT_TO_IMAGE
 from decinb.utils.quiet import quiet
-from tests.checkpoints.test_hub import Child
 from tests.helpers.fake_hub import FakeHub, as_pickle, commit, digest, publish, small_model, write_json
+from tests.helpers.processes import Child
 
 DECOYS = (
     "README.md",

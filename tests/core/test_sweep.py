@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
@@ -18,15 +17,10 @@ from decinb.execution.store import Store
 from decinb.images import read_input, read_record, save_image
 from decinb.sweep import SweepError
 from decinb.utils.labels import label, plain
+from tests.helpers.sweeps import Stop, same
 
 QUICK = {"num_inference_steps": 2, "strength": 1.0}
 PROMPT = "a red house on snow at night"
-ONE_LEVEL = 1  # of 255: packs add in another order, and a value on the edge of two levels may fall to either side
-
-
-def same(made, other):
-    """Whether two pictures are the same computation, but for rounding."""
-    return np.abs(np.asarray(made, int) - np.asarray(other, int)).max() <= ONE_LEVEL
 
 
 @pytest.fixture(scope="module")
@@ -291,25 +285,6 @@ def test_several_images_go_through_one_sweep(tiny, image):
     assert [record["image"] for record in sweep.records][:2] == ["night", "sketch"]
     assert sweep.records[2]["image"].startswith("image ")
     assert len({record["key"] for record in sweep.records}) == 3
-
-
-class Stop:
-    """Breaks the U-Net after some calls, as a person or a fault would."""
-
-    def __init__(self, pipe, calls, error):
-        self.left, self.error = calls, error
-        self.hook = pipe.unet.register_forward_pre_hook(self)
-
-    def __call__(self, *_):
-        self.left -= 1
-        if self.left < 0:
-            raise self.error
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.hook.remove()
 
 
 def test_stopping_keeps_and_returns_what_is_done(tiny, image, capsys, happened):

@@ -14,7 +14,7 @@ from decinb import InputError, Link, ModelError, run_chain
 from decinb.benchmark.counting import count_unet_calls
 from decinb.checkpoints.dummies import SIZE, dummy
 from decinb.images import read_input, read_record, save_image
-from tests.core.test_sweep import Stop, same
+from tests.helpers.sweeps import Stop, same
 
 DAY, NIGHT, SKETCH = "a house on grass by day", "a red house on snow at night", "a pencil sketch of mountains"
 QUICK = {"num_inference_steps": 4, "strength": 0.5}

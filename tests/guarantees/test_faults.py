@@ -3,6 +3,7 @@
 F1 and F10: also test_processes; F2: also test_sweep; F3: also test_denoise; F6: test_loading; F7: also test_hub.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -25,12 +26,13 @@ from torch import nn
 
 import decinb
 from decinb import ModelError, SweepError, load_sweep, run_sweep
-from tests.checkpoints.test_hub import NUMBERS, USED, WAIT_S, Child
-from tests.helpers.fake_hub import FakeHub, commit, publish, small_model
+from tests.helpers.fake_hub import USED, FakeHub, commit, publish, small_model
+from tests.helpers.processes import WAIT_S, Child
 
 PROMPT = "a red house on snow at night"
 QUICK = {"num_inference_steps": 2, "strength": 1.0, "guidance_scale": 1.0}
 IMAGE = decinb.load_image("day", size=64)
+NUMBERS = itertools.count()
 UNET = "flexible_unet/diffusion_pytorch_model.safetensors"
 
 

@@ -169,6 +169,19 @@ SMALL_UNET = {
     "sample_size": 16,
 }
 
+# The files of a published model that are read.
+USED = {
+    "flexible_unet/config.json",
+    "flexible_unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "scheduler/scheduler_config.json",
+}
 DECOYS = (
     "README.md",
     "v1-5-pruned.ckpt",

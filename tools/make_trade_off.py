@@ -1,4 +1,4 @@
-"""Plot the trade-off that ``python -m decinb.tiny.evaluate`` measured: ``python docs/make_trade_off.py``.
+"""Draw what ``python -m decinb.tiny.evaluate`` measured of image to image: ``python tools/make_trade_off.py``.
 
 The figure shows changes made against layout kept for all strengths, as in SDEdit (Meng et al., 2021, arXiv:2108.01073).
 """

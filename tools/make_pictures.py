@@ -1,4 +1,4 @@
-"""Make the figures of the README: ``python docs/make_pictures.py`` (two minutes on two cores)."""
+"""Make the pictures of the README: ``python tools/make_pictures.py`` (two minutes on two cores)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ def draw(rows: Sequence[tuple[str, Sequence[Image.Image]]], titles: Sequence[str
             ax.set_title(title, fontsize=9)
         line[0].text(0, 143, f"to: {prompt}", fontsize=10).set_in_layout(False)
     figure.get_layout_engine().set(hspace=0.14, rect=(0, edge, 1, 1 - 1.5 * edge))
-    figure.savefig(Path(__file__).with_name(file), dpi=110)
+    figure.savefig(Path(__file__).parents[1] / "docs" / file, dpi=110)
 
 
 def sweep_images(pipes: Sequence, name: str, prompt: str, **axes: Sequence) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""Measure how fast a model is loaded: ``python docs/measure_loading.py`` (Linux only).
+"""Measure how fast a model is loaded: ``python tools/measure_loading.py`` (Linux only).
 
 A full-size model with random weights is written in the layout of the published checkpoint. Fresh processes then load it
 and read every weight once, in turns: with ``load_pipeline``, and in the guide's way, reproduced here with today's
@@ -118,7 +118,7 @@ def in_turns(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure as the command line asks, print the results, and write them as JSON."""
-    parser = argparse.ArgumentParser(prog="python docs/measure_loading.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python tools/measure_loading.py", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4, help="how often each way is timed (default %(default)s)")
     parser.add_argument("--warmup", type=int, default=1, help="untimed rounds before that (default %(default)s)")
     parser.add_argument("--folder", default="results", help="where to write the JSON (default %(default)s)")
