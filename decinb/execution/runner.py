@@ -13,7 +13,7 @@ from PIL import Image
 from decinb.execution.plan import Plan
 from decinb.execution.provenance import Record
 from decinb.execution.store import Images, Store
-from decinb.figures.live import Bar, LiveGrid
+from decinb.figures.live import LiveGrid, progress_bar
 from decinb.images import read_record
 from decinb.sampling.adapters import Job, count_calls, kind_of
 from decinb.sampling.batched import Done, Tick, denoise, fitting_pack
@@ -111,7 +111,7 @@ class _Run:
         jobs = [self.plan.jobs[self.cells_of[made_by][0]] for made_by in keys]
         calls, packed = count_calls(self.pipe, jobs), kind_of(self.pipe) is not None
         rows = sum(n * (2 if packed and job.guided else 1) for n, job in zip(calls, jobs, strict=True))
-        with Bar(rows, self.progress) as bar:
+        with progress_bar(rows, self.progress) as bar:
             ticks = _ticks(self.pipe, jobs, self.pack, self.guidance_rescale)
             try:
                 for tick in ticks:

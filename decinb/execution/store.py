@@ -5,7 +5,6 @@ pixels is summed up in its key; an image is found again by its key, whatever des
 """
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -15,7 +14,8 @@ from PIL import Image
 
 from decinb.errors import InputError
 from decinb.execution.provenance import Record
-from decinb.images import part_of, read_input, read_record, save_image
+from decinb.images import read_input, read_record, save_image
+from decinb.utils.files import write_atomically
 from decinb.utils.labels import SHORT, plain
 from decinb.utils.locks import file_lock
 
@@ -96,9 +96,8 @@ class Store:
         listed = {entry["file"]: entry for entry in self._entries()}
         for record in records:
             listed.setdefault(self.path(record).name, {"file": self.path(record).name, "cell": record["cell"]})
-        part = part_of(self.folder / MANIFEST)
-        part.write_text(json.dumps({"cells": list(listed.values())}, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self.folder / MANIFEST)
+        manifest = json.dumps({"cells": list(listed.values())}, indent=1) + "\n"
+        write_atomically(self.folder / MANIFEST, manifest.encode())
 
     def alone(self) -> AbstractContextManager[None]:
         """Work in the folder while no other process does; it waits until then, and says so."""

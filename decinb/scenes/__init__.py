@@ -1,1 +1,1 @@
-"""The drawn world that the bundled model knows, and the truth about it."""
+"""Drawn scenes: the data of the bundled models, and measurements against the ground truth."""

@@ -1,8 +1,8 @@
-"""Scenes: small landscapes drawn from attributes, with a caption that says the same in words.
+"""Scenes: small landscapes drawn from attributes, with captions that describe them.
 
-A scene is the truth behind a picture, so that "does the image follow the prompt" is a number here. Attributes are what
-a caption can say; ``layout`` is a seed for everything it cannot (where things stand, how large they are). Two scenes
-with the same layout and different attributes are the same place: by day and by night, painted and sketched.
+A scene is the ground truth of its image, so that whether an image follows a prompt can be measured. Attributes are what
+a caption can name; ``layout`` is a seed for all else, such as the position and size of things. Scenes with the same
+layout and different attributes show the same place: by day and by night, painted and sketched.
 """
 
 import random
@@ -20,10 +20,10 @@ ATTRIBUTES: dict[str, tuple] = {
     "trees": (None, "pine", "round"),
     "mountains": (False, True),
 }
-"""Every attribute of a scene with its values. A sketch shows no time, no ground and no colour."""
+"""Every attribute of a scene with its values. The time, the ground and all colours are invisible in a sketch."""
 
 IMAGE_SIZE = 128
-"""Height and width in pixels that the bundled model was trained at."""
+"""Height and width in pixels at which the bundled model was trained."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Scene:
     layout: int = 0
 
     def visible(self) -> dict[str, str | bool | None]:
-        """The attributes that can be seen: all of a painting, and of a sketch what a pencil can show."""
-        seen = {name: getattr(self, name) for name in ATTRIBUTES}
+        """Return the visible attributes: all for a painting; no time, no ground and a "plain" house for a sketch."""
+        visible = {name: getattr(self, name) for name in ATTRIBUTES}
         if self.style == "sketch":
-            del seen["time"], seen["ground"]
-            seen["house"] = "plain" if self.house else None
-        return seen
+            del visible["time"], visible["ground"]
+            visible["house"] = "plain" if self.house else None
+        return visible
 
 
 def random_scene(rng: random.Random, sketches: float = 0.2) -> Scene:
-    """Draw a scene: each attribute evenly, but sketches with the probability given, and houses and trees more often."""
+    """Choose a scene at random: sketches with the given probability, mountains half of the time, all else uniformly."""
     return Scene(
         style="sketch" if rng.random() < sketches else "painting",
         time=rng.choice(ATTRIBUTES["time"]),
@@ -65,10 +65,12 @@ def twin(
     rng: random.Random,
     among: Sequence[str] = ("style", "time", "ground", "house", "house", "trees", "mountains"),
 ) -> Scene:
-    """The same place with one or two attributes changed to others that can be seen, so that words can ask for them.
+    """Change one or two attributes of a scene to others that are visible, so that a prompt can ask for them.
 
     Args:
-        among: the attributes that may change; one named twice does so more often.
+        scene: keeps its layout.
+        rng: chooses the changes.
+        among: the attributes that may change; one that is named twice changes more often.
     """
     other, changes = scene, 1 if rng.random() < 0.7 else 2
     while len(differing(scene, other)) < changes:
@@ -78,22 +80,22 @@ def twin(
 
 
 def differing(scene: Scene, other: Scene) -> set[str]:
-    """The attributes in which two scenes look different."""
+    """Return the visible attributes in which two scenes differ."""
     first, second = scene.visible(), other.visible()
     return {name for name in ATTRIBUTES if first.get(name) != second.get(name)}
 
 
-# --- the picture ------------------------------------------------------------------------------------------------------
+# --- drawing ----------------------------------------------------------------------------------------------------------
 
 Colour = tuple[float, float, float]
 Point = tuple[float, float]
 
-SKY: dict[str, tuple[Colour, Colour]] = {  # above and at the horizon
+SKY: dict[str, tuple[Colour, Colour]] = {  # at the top and at the horizon
     "day": ((84, 160, 235), (196, 226, 248)),
     "sunset": ((82, 50, 112), (250, 150, 76)),
     "night": ((10, 12, 40), (42, 52, 104)),
 }
-GROUND: dict[str, tuple[Colour, Colour]] = {  # at the horizon and near
+GROUND: dict[str, tuple[Colour, Colour]] = {  # at the horizon and at the lower edge
     "grass": ((112, 180, 78), (62, 130, 48)),
     "snow": ((250, 252, 255), (206, 218, 236)),
     "sand": ((232, 202, 138), (204, 164, 94)),
@@ -116,13 +118,13 @@ PAPER, PENCIL = (250, 248, 240), (64, 62, 66)
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where everything stands, in fractions of the picture, whether or not the scene shows it."""
+    """The position and size of everything, as fractions of the image, whether or not the scene shows it."""
 
     horizon: float
     light: Point
-    peaks: Sequence[tuple[float, float, float]]  # (x, height, half width), the farthest first
+    peaks: Sequence[tuple[float, float, float]]  # (x, height, half width), farthest first
     house: tuple[float, float, float]  # (x of the middle, y of the foot, width)
-    trees: Sequence[tuple[float, float, float]]  # (x, y of the foot, height), the farthest first
+    trees: Sequence[tuple[float, float, float]]  # (x, y of the foot, height), farthest first
     stars: Sequence[Point]
 
     @classmethod
@@ -138,7 +140,7 @@ class _Layout:
         rng.shuffle(peaks)
         foot = horizon + rng.uniform(0.10, 0.22)
         house = (rng.uniform(0.24, 0.76), foot, rng.uniform(0.26, 0.36))
-        # Trees stand to the left and right of the house, never wholly behind it.
+        # Trees are to the left and right of the house, never completely behind it.
         sides = [-1, 1, rng.choice([-1, 1])][: rng.choice([2, 2, 3])]
         trees = []
         for i, side in enumerate(sides):
@@ -151,7 +153,7 @@ class _Layout:
 
 
 class _Brush:
-    """Draws shapes in fractions of the picture: filled and lit for a painting, shaded and outlined for a sketch."""
+    """Draws shapes given in fractions of the image: filled and lit in a painting, shaded and outlined in a sketch."""
 
     def __init__(self, size: int, style: str, time: str):
         self.size = size
@@ -160,8 +162,8 @@ class _Brush:
         self.image = Image.new("RGB", (size, size), PAPER)
         self.pen = ImageDraw.Draw(self.image)
 
-    def stand(self, foot: float) -> None:
-        """What is drawn next stands where the ground is at ``foot``; its colour is the same everywhere."""
+    def move_to(self, foot: float) -> None:
+        """Draw what follows at the distance where the ground has the height ``foot``; only depth depends on it."""
 
     def gradient(self, top: float, bottom: float, upper: Colour, lower: Colour, lit: bool) -> None:
         first, last = round(top * self.size), round(bottom * self.size)
@@ -200,14 +202,14 @@ class _Brush:
         return point[0] * self.size, point[1] * self.size
 
     def _fill(self, colour: Colour, lit: bool) -> tuple[int, ...]:
-        if self.sketch:  # pencil shading: the darker the colour, the darker the grey, and never very dark
+        if self.sketch:  # pencil shading: darker for darker colours, but never very dark
             grey = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
             return tuple(round(p - (1 - grey / 255) * 96) for p in PAPER)
         return tuple(round(c * light) for c, light in zip(colour, self.light if lit else (1, 1, 1), strict=True))
 
 
 class _DepthBrush(_Brush):
-    """Draws the same shapes as they are in a painting, each in the nearness of the ground that it stands on."""
+    """Draws the shapes of a painting, each filled with its inverse depth: that of the ground at its foot."""
 
     def __init__(self, size: int, horizon: float):
         super().__init__(size, "painting", "day")
@@ -216,7 +218,7 @@ class _DepthBrush(_Brush):
         self.image = Image.new("F", (size, size))
         self.pen = ImageDraw.Draw(self.image)
 
-    def stand(self, foot: float) -> None:
+    def move_to(self, foot: float) -> None:
         self.nearness = float(self._ground(foot))
 
     def gradient(self, top: float, bottom: float, upper: Colour, lower: Colour, lit: bool) -> None:
@@ -225,7 +227,7 @@ class _DepthBrush(_Brush):
         self.image.paste(Image.fromarray(np.repeat(column[:, None], self.size, axis=1)), (0, first))
 
     def glow(self, centre: Point, radius: float, colour: Colour) -> None:
-        """Light has no depth."""
+        """Draw nothing: light has no depth."""
 
     def _ground(self, y: float | np.ndarray) -> np.ndarray:
         return np.clip((y - self.horizon) / (1 - self.horizon), 0, 1)
@@ -235,47 +237,31 @@ class _DepthBrush(_Brush):
 
 
 def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
-    """Draw a scene as an RGB image of ``size`` x ``size`` pixels, smoothed by drawing it several times as large."""
+    """Render a scene as an RGB image of ``size`` x ``size`` pixels, drawn larger and reduced for smooth edges."""
     brush = _Brush(_drawn_size(size), scene.style, scene.time)
     _draw(brush, scene, _Layout.draw(scene.layout))
     return brush.image.resize((size, size), Image.Resampling.BOX)
 
 
 def depth_map(scene: Scene, size: int = IMAGE_SIZE) -> np.ndarray:
-    """How near a scene is, as a depth estimator such as MiDaS gives it: an array (size, size), float32, near is large.
+    """Render the inverse depth of a scene, as a depth estimator such as MiDaS predicts it.
 
-    The sky is 0, mountains are a little above it, the ground rises from 0 at the horizon to 1 at the lower edge, and
-    what stands on the ground is as near as its foot. No time, style or colour changes it.
+    The sky is 0, mountains are slightly more, and the ground rises from 0 at the horizon to 1 at the lower edge; houses
+    and trees have the depth of the ground at their foot. Depth does not depend on time, style or colour.
+
+    Returns:
+        An array (size, size), float32; larger is nearer.
 
     Source: inverse depth up to scale and shift, Ranftl et al. (2020), arXiv:1907.01341.
     """
-    at = _Layout.draw(scene.layout)
-    brush = _DepthBrush(_drawn_size(size), at.horizon)
-    _draw(brush, scene, at)
+    layout = _Layout.draw(scene.layout)
+    brush = _DepthBrush(_drawn_size(size), layout.horizon)
+    _draw(brush, scene, layout)
     return np.asarray(brush.image.resize((size, size), Image.Resampling.BOX))
 
 
-def _drawn_size(size: int) -> int:
-    return 4 * size if size <= 256 else 2 * size
-
-
-def _draw(brush: _Brush, scene: Scene, at: _Layout) -> None:
-    _draw_sky(brush, scene, at)
-    if scene.mountains:
-        _draw_mountains(brush, at)
-    _draw_ground(brush, scene, at)
-    house_is_drawn = scene.house is None
-    for tree in at.trees if scene.trees else ():
-        if not house_is_drawn and tree[1] > at.house[1]:
-            _draw_house(brush, scene, at)
-            house_is_drawn = True
-        _draw_tree(brush, scene.trees, *tree)
-    if not house_is_drawn:
-        _draw_house(brush, scene, at)
-
-
 def house_mask(scene: Scene, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Where the house is: a boolean array (size, size) of its walls and roof, trees in front of it or not."""
+    """Return where the house is: a boolean array (size, size) of walls and roof, including what trees hide."""
     canvas = Image.new("1", (size, size))
     if scene.house:
         walls, roof = _house_outline(_Layout.draw(scene.layout))
@@ -284,32 +270,51 @@ def house_mask(scene: Scene, size: int = IMAGE_SIZE) -> np.ndarray:
     return np.array(canvas)
 
 
-def _draw_sky(brush: _Brush, scene: Scene, at: _Layout) -> None:
+def _drawn_size(size: int) -> int:
+    return 4 * size if size <= 256 else 2 * size
+
+
+def _draw(brush: _Brush, scene: Scene, layout: _Layout) -> None:
+    _draw_sky(brush, scene, layout)
+    if scene.mountains:
+        _draw_mountains(brush, layout)
+    _draw_ground(brush, scene, layout)
+    house_is_drawn = scene.house is None
+    for tree in layout.trees if scene.trees else ():
+        if not house_is_drawn and tree[1] > layout.house[1]:
+            _draw_house(brush, scene, layout)
+            house_is_drawn = True
+        _draw_tree(brush, scene.trees, *tree)
+    if not house_is_drawn:
+        _draw_house(brush, scene, layout)
+
+
+def _draw_sky(brush: _Brush, scene: Scene, layout: _Layout) -> None:
     if brush.sketch:
-        brush.circle(at.light, 0.07, PAPER)
+        brush.circle(layout.light, 0.07, PAPER)
         return
     upper, lower = SKY[scene.time]
-    brush.gradient(0, at.horizon, upper, lower, lit=False)
-    x, y = at.light
+    brush.gradient(0, layout.horizon, upper, lower, lit=False)
+    x, y = layout.light
     if scene.time == "day":
         brush.glow((x, y), 0.16, SUN)
         brush.circle((x, y), 0.075, SUN, lit=False)
     elif scene.time == "sunset":
-        low = (x, at.horizon - 0.09)
+        low = (x, layout.horizon - 0.09)
         brush.glow(low, 0.22, SUN_LOW)
         brush.circle(low, 0.085, SUN_LOW, lit=False)
     else:
-        for star in at.stars:
+        for star in layout.stars:
             brush.circle(star, 0.008, STAR, lit=False)
-        sky_there = tuple(u + (v - u) * y / at.horizon for u, v in zip(upper, lower, strict=True))
+        sky_behind = tuple(u + (v - u) * y / layout.horizon for u, v in zip(upper, lower, strict=True))
         brush.circle((x, y), 0.075, MOON, lit=False)
-        brush.circle((x + 0.035, y - 0.015), 0.062, sky_there, lit=False)
+        brush.circle((x + 0.035, y - 0.015), 0.062, sky_behind, lit=False)
 
 
-def _draw_mountains(brush: _Brush, at: _Layout) -> None:
-    base = at.horizon + 0.01
-    for rank, (x, height, half) in enumerate(at.peaks, start=1):
-        brush.stand(at.horizon + 0.02 + 0.01 * rank)  # beyond the horizon, yet each nearer than the one behind it
+def _draw_mountains(brush: _Brush, layout: _Layout) -> None:
+    base = layout.horizon + 0.01
+    for rank, (x, height, half) in enumerate(layout.peaks, start=1):
+        brush.move_to(layout.horizon + 0.02 + 0.01 * rank)  # behind the horizon, but each nearer than the last
         top = (x, base - height)
         cap_left = (x - 0.3 * half, base - 0.7 * height)
         cap_right = (x + 0.3 * half, base - 0.7 * height)
@@ -319,27 +324,27 @@ def _draw_mountains(brush: _Brush, at: _Layout) -> None:
         brush.polygon([top, cap_right, (x, base - 0.62 * height), cap_left], ROCK_SNOW)
 
 
-def _draw_ground(brush: _Brush, scene: Scene, at: _Layout) -> None:
+def _draw_ground(brush: _Brush, scene: Scene, layout: _Layout) -> None:
     if brush.sketch:
-        brush.pen.rectangle([0, at.horizon * brush.size, brush.size, brush.size], fill=PAPER)
-        brush.line((0, at.horizon), (1, at.horizon))
+        brush.pen.rectangle([0, layout.horizon * brush.size, brush.size, brush.size], fill=PAPER)
+        brush.line((0, layout.horizon), (1, layout.horizon))
     else:
-        brush.gradient(at.horizon, 1, *GROUND[scene.ground], lit=True)
+        brush.gradient(layout.horizon, 1, *GROUND[scene.ground], lit=True)
 
 
-def _house_outline(at: _Layout) -> tuple[list[Point], list[Point]]:
-    x, foot, width = at.house
+def _house_outline(layout: _Layout) -> tuple[list[Point], list[Point]]:
+    x, foot, width = layout.house
     left, right, eaves = x - width / 2, x + width / 2, foot - 0.56 * width
     walls = [(left, eaves), (right, eaves), (right, foot), (left, foot)]
     roof = [(left - 0.1 * width, eaves), (x, eaves - 0.46 * width), (right + 0.1 * width, eaves)]
     return walls, roof
 
 
-def _draw_house(brush: _Brush, scene: Scene, at: _Layout) -> None:
-    x, foot, width = at.house
-    walls, roof = _house_outline(at)
+def _draw_house(brush: _Brush, scene: Scene, layout: _Layout) -> None:
+    x, foot, width = layout.house
+    walls, roof = _house_outline(layout)
     eaves = walls[0][1]
-    brush.stand(foot)
+    brush.move_to(foot)
     brush.polygon(walls, PAPER if brush.sketch else HOUSE[scene.house])
     brush.polygon(roof, ROOF if brush.sketch or scene.ground != "snow" else ROOF_SNOW)
     brush.polygon(_box(x, foot - 0.16 * width, 0.18 * width, 0.32 * width), DOOR)
@@ -351,7 +356,7 @@ def _draw_house(brush: _Brush, scene: Scene, at: _Layout) -> None:
 
 
 def _draw_tree(brush: _Brush, kind: str, x: float, foot: float, height: float) -> None:
-    brush.stand(foot)
+    brush.move_to(foot)
     brush.polygon(_box(x, foot - 0.11 * height, 0.12 * height, 0.22 * height), TRUNK)
     if kind == "pine":
         for part in (0, 1, 2):
@@ -368,7 +373,7 @@ def _box(x: float, y: float, width: float, height: float) -> list[Point]:
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-# --- the words --------------------------------------------------------------------------------------------------------
+# --- captions ---------------------------------------------------------------------------------------------------------
 
 STYLE_WORDS = {
     "painting": ("a painting of", "a colourful painting of", "a picture of"),
@@ -391,40 +396,40 @@ TREE_WORDS = {"pine": ("pine trees", "fir trees"), "round": ("round trees", "lea
 def caption(
     scene: Scene, rng: random.Random | None = None, left_out: float = 0.12, always: Collection[str] = ()
 ) -> str:
-    """Say in words what a scene shows.
+    """Describe a scene in words.
 
     Args:
         scene: what to describe.
-        rng: varies words and order, and leaves each attribute unsaid with probability ``left_out``;
-            without it the caption is complete and always the same.
-        always: names of attributes that are never left out.
+        rng: varies words and order, and leaves out attributes; without it the caption is complete and always the same.
+        left_out: the probability with which each attribute is left out, 0 to 1.
+        always: attributes that are never left out.
     """
 
-    def one_of(words: str | Sequence[str]) -> str:
+    def choose(words: str | Sequence[str]) -> str:
         words = (words,) if isinstance(words, str) else words
         return rng.choice(words) if rng else words[0]
 
-    def said(name: str) -> bool:
+    def kept(name: str) -> bool:
         return rng is None or name in always or rng.random() >= left_out
 
     things, empty = [], not (scene.house or scene.trees or scene.mountains)
-    if scene.house and said("house"):
+    if scene.house and kept("house"):
         things.append("a house" if scene.style == "sketch" else HOUSE_WORDS[scene.house])
-    if scene.trees and said("trees"):
-        things.append(one_of(TREE_WORDS[scene.trees]))
-    if scene.mountains and said("mountains"):
+    if scene.trees and kept("trees"):
+        things.append(choose(TREE_WORDS[scene.trees]))
+    if scene.mountains and kept("mountains"):
         things.append("mountains")
     place = []
     if scene.style == "painting":
-        if said("ground"):
-            place.append(one_of(GROUND_WORDS[scene.ground]))
-        if said("time"):
-            place.append(one_of(TIME_WORDS[scene.time]))
+        if kept("ground"):
+            place.append(choose(GROUND_WORDS[scene.ground]))
+        if kept("time"):
+            place.append(choose(TIME_WORDS[scene.time]))
     if rng:
         rng.shuffle(things)
         rng.shuffle(place)
     listed = " and ".join(things) if len(things) < 3 else f"{things[0]}, {things[1]} and {things[2]}"
     sentence = " ".join([listed or ("an empty landscape" if empty else "a landscape"), *place])
     if scene.style == "sketch" or rng is None or "style" in always or rng.random() < 0.5:
-        sentence = f"{one_of(STYLE_WORDS[scene.style])} {sentence}"
+        sentence = f"{choose(STYLE_WORDS[scene.style])} {sentence}"
     return sentence

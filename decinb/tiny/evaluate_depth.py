@@ -1,13 +1,13 @@
-"""Measure the depth-to-image model beside the bundled one: ``python -m decinb.tiny.evaluate_depth``.
+"""Compare the depth-to-image model with the bundled one: ``python -m decinb.tiny.evaluate_depth``.
 
-How well its estimator sees depth, how well shapes stay and words are followed at a high strength and at the highest,
-and which of the two wins where they disagree. The scenes are those of ``decinb.tiny.evaluate``, which no training uses.
+The report says how accurate the depth estimator is, how well shapes are kept and prompts are followed at strengths 0.6
+and 1, and whether depth or prompt decides if they disagree. The scenes are those of ``decinb.tiny.evaluate``.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,43 +16,44 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionDepth2ImgPipeline
 
-from decinb.checkpoints.components import Files, contents, read_part
+from decinb.checkpoints.components import Files, find_components, load_component
 from decinb.loading import load_pipeline
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionDepth2ImgPipeline
 from decinb.scenes.judge import Judge
 from decinb.scenes.scenes import ATTRIBUTES, Scene, caption, depth_map, random_scene, render
 from decinb.tiny.evaluate import CHANGES, GUIDANCE, STEPS, draw_pairs, fill_card, measure_changes, run_in_batches
-from decinb.utils.environment import describe
+from decinb.utils.environment import describe_pipeline
 
 STRENGTHS = (0.6, 1.0)
-FULL = {"estimator": 200, "changes": 100}  # scenes, pairs
-RESULTS = Path("results/tiny/depth.json")
+FULL = {"estimator": 200, "changes": 100}
+QUICK = {"estimator": 40, "changes": 8}
+"""The numbers of scenes (for the estimator) and pairs (for changes)."""
 BUNDLED = Path(MODELS["tiny-depth"].source)
 SHARED = ("vae", "text_encoder", "tokenizer", "scheduler")
-"""What a depth model has of the model that it was begun with."""
+"""The parts that a depth model shares with the model from which its training started."""
 
 
 def load(folder: Path = BUNDLED, shared: str | Path = "tiny") -> DeciDiffusionDepth2ImgPipeline:
-    """A depth model that was just trained, float32 on the CPU; of the bundled one, what ``load_pipeline`` gives.
+    """Load a depth model in float32 on the CPU.
 
     Args:
         folder: with ``unet``, ``depth_estimator`` and ``feature_extractor``.
-        shared: the model that lends the other parts, as ``load_pipeline`` takes it.
+        shared: the model with the other parts, as for ``load_pipeline``.
 
     Raises:
-        ModelError: a part is missing, or not whole.
+        ModelError: a part is missing or incomplete.
     """
-    lent = load_pipeline(shared, device="cpu").components
-    own = contents(Files.of(folder)).parts
+    others = load_pipeline(shared, device="cpu").components
+    own = find_components(Files.in_folder(folder)).components
     return DeciDiffusionDepth2ImgPipeline(
-        **{name: lent[name] for name in SHARED},
-        **{name: read_part(name, part, folder, torch.float32) for name, part in own.items()},
+        **{name: others[name] for name in SHARED},
+        **{name: load_component(name, part, folder, torch.float32) for name, part in own.items()},
     )
 
 
 def evaluate_estimator(pipe: StableDiffusionDepth2ImgPipeline, count: int) -> dict[str, Any]:
-    """The mean absolute error of depth as the U-Net sees it, from -1 to 1 at the size of the latent."""
+    """Return the mean absolute error of depth as the U-Net gets it, from -1 to 1 at the size of the latent."""
     rng = random.Random("evaluate depth")
     scenes = [random_scene(rng, sketches=0.5) for _ in range(count)]
 
@@ -72,16 +73,16 @@ def evaluate_estimator(pipe: StableDiffusionDepth2ImgPipeline, count: int) -> di
 
 
 def evaluate_disagreement(pipe: DiffusionPipeline, pairs: Sequence[tuple[str, Scene, Scene]]) -> dict[str, float]:
-    """Name other shapes than the picture's, at strength 1: the share of pictures with its own, and with those named."""
+    """Name other shapes in the prompt than the input has, at strength 1, and return how often an image has which."""
     named = {None: "pine", "pine": "round", "round": "pine"}
     prompts = [caption(replace(target, trees=named[target.trees], mountains=True)) for *_, target in pairs]
-    seen = Judge.load().see(run_in_batches(pipe, [render(scene) for _, scene, _ in pairs], prompts, strength=1.0))
+    shown = Judge.load().classify(run_in_batches(pipe, [render(scene) for _, scene, _ in pairs], prompts, strength=1.0))
     targets = [target for *_, target in pairs]
     flat = [i for i, target in enumerate(targets) if not target.mountains]
     return {
-        "trees as in the picture": _share(seen[i]["trees"] == target.trees for i, target in enumerate(targets)),
-        "trees as in the words": _share(seen[i]["trees"] == named[target.trees] for i, target in enumerate(targets)),
-        "mountains only in the words": _share(seen[i]["mountains"] for i in flat),
+        "trees of the input": _fraction(shown[i]["trees"] == target.trees for i, target in enumerate(targets)),
+        "trees of the prompt": _fraction(shown[i]["trees"] == named[target.trees] for i, target in enumerate(targets)),
+        "mountains only in the prompt": _fraction(shown[i]["mountains"] for i in flat),
     }
 
 
@@ -90,12 +91,12 @@ def evaluate(depth: StableDiffusionDepth2ImgPipeline, plain: DiffusionPipeline, 
 
     Args:
         depth: the depth-to-image pipeline.
-        plain: the pipeline of the bundled model, on the same pictures and prompts.
-        sizes: how many scenes and pairs, as in ``FULL``.
+        plain: the pipeline of the bundled model, for the same images and prompts.
+        sizes: the numbers of scenes and pairs, as ``FULL``.
 
     Returns:
-        What is to be stored: the settings, the environment, and the reports; ``changes`` has by pipeline and strength
-        what ``decinb.tiny.evaluate.evaluate_changes`` has by strength.
+        The settings, the environment, and one report for each measurement; ``changes`` has for each pipeline what
+        ``decinb.tiny.evaluate.evaluate_changes`` reports for each strength.
     """
     pairs = list(draw_pairs(sizes["changes"]))
     both = {"depth": depth, "tiny": plain}
@@ -103,7 +104,7 @@ def evaluate(depth: StableDiffusionDepth2ImgPipeline, plain: DiffusionPipeline, 
         pipe.set_progress_bar_config(disable=True)
     return {
         "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "pairs": len(pairs)},
-        "environment": describe(depth),
+        "environment": describe_pipeline(depth),
         "estimator": evaluate_estimator(depth, sizes["estimator"]),
         "changes": {
             name: {f"{strength:g}": measure_changes(pipe, pairs, strength) for strength in STRENGTHS}
@@ -114,12 +115,12 @@ def evaluate(depth: StableDiffusionDepth2ImgPipeline, plain: DiffusionPipeline, 
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text."""
+    """Format the report as text."""
     estimator, changes = report["estimator"], report["changes"]
     lines = [
-        f"Depth estimator, {estimator['scenes']} scenes: mean absolute error, where depth goes from -1 to 1",
+        f"Depth estimator, {estimator['scenes']} scenes: mean absolute error of depth from -1 to 1",
         "  " + "   ".join(f"{name} {estimator[name]:.3f}" for name in ("all", *ATTRIBUTES["style"])),
-        f"Image to image, {report['settings']['pairs']} pairs that differ in one thing",
+        f"Image to image, {report['settings']['pairs']} pairs that differ in one attribute",
         f"  {'strength':<34}" + "".join(f"{strength:>16}" for strength in changes["depth"]),
         f"  {'':<34}" + f"{'depth':>8}{'tiny':>8}" * len(changes["depth"]),
     ]
@@ -128,34 +129,37 @@ def table(report: dict[str, Any]) -> str:
         for key in keys:
             values = (changes[pipe][at][name][key] for at in changes["depth"] for pipe in changes)
             lines.append(f"  {name + ', ' + key:<34}" + "".join(f"{value:8.2f}" for value in values))
-    lines.append("Words that name other trees, and mountains: shares of the pictures at strength 1")
+    lines.append("Prompts with other trees and with mountains: fractions of the images at strength 1")
     for name in report["disagreement"]["depth"]:
         values = (report["disagreement"][pipe][name] for pipe in changes)
         lines.append(f"  {name:<50}" + "".join(f"{value:8.2f}" for value in values))
     return "\n".join(lines)
 
 
-def _share(answers: Any) -> float:
+def _fraction(answers: Iterable[Any]) -> float:
     return float(np.mean([bool(answer) for answer in answers]))
 
 
-def measure(folder: Path, shared: str | Path = "tiny", results: Path = RESULTS) -> dict[str, Any]:
-    """Measure the parts in ``folder``, store the report as JSON, and put its table into their card, if there is one."""
-    report = evaluate(load(folder, shared), load_pipeline(shared, device="cpu"))
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps(report, indent=2) + "\n")
-    if (folder / "README.md").is_file():
-        fill_card(table(report), folder / "README.md")
-    return report
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=BUNDLED, help="the parts (default: the bundled ones)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON goes (default %(default)s)")
-    given = parser.parse_args()
-    print(table(measure(given.folder, results=given.results)))
-    print(f"wrote {given.results.name}")
+    parser.add_argument("--folder", type=Path, default=BUNDLED, help="the depth model (default: the bundled one)")
+    parser.add_argument("--shared", default="tiny", help="the model with the other parts (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="use fewer scenes")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results/tiny"), help="folder for the JSON file (default %(default)s)"
+    )
+    given = parser.parse_args(arguments)
+    plain = load_pipeline(given.shared, device="cpu")
+    report = evaluate(load(given.folder, given.shared), plain, QUICK if given.quick else FULL)
+    print(table(report))
+    given.results.mkdir(parents=True, exist_ok=True)
+    file = given.results / ("depth-quick.json" if given.quick else "depth.json")
+    file.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"saved {file.name}")
+    card = given.folder / "README.md"
+    if card.is_file() and not given.quick:
+        fill_card(table(report), card)
 
 
 if __name__ == "__main__":

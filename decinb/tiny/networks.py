@@ -1,4 +1,4 @@
-"""TODO tiny.networks."""
+"""Make the untrained networks of the bundled model: tokenizer, VAE, text encoder, U-Net-NAS, scheduler."""
 
 import json
 import random
@@ -33,14 +33,16 @@ CONFIGURATIONS = {
     "resnet_act_fn": "silu",
     "sample_size": IMAGE_SIZE // 8,
 }
-"""The U-Net-NAS of ``tiny``: the published plan (no Transformer at the finest resolution) at a tenth of the width."""
+"""The U-Net-NAS of ``tiny``: a tenth of the published width, and like it without Transformers at full resolution."""
 
-
-TOKENS = 40  # a full caption takes about 20, the prompt of the guide 34
+TOKENS = 40  # a complete caption has about 20, the prompt of the guide 34
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Learn a byte-pair tokenizer of CLIP's kind from captions; every byte is in it, so any text can be written."""
+    """Train a byte-pair tokenizer in CLIP's format on captions, and save it in ``folder``.
+
+    All 256 bytes are tokens, so that it can encode any text.
+    """
     rng = random.Random(0)
     captions = [caption(random_scene(rng), rng) for _ in range(20_000)]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
@@ -53,9 +55,9 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     )
     tokenizer.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    letters = alphabet + [letter + "</w>" for letter in alphabet]
-    pieces = letters + ["".join(pair) for pair in merges if "".join(pair) not in set(letters)]
-    vocabulary = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    single = alphabet + [character + "</w>" for character in alphabet]
+    tokens = single + ["".join(pair) for pair in merges if "".join(pair) not in set(single)]
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
@@ -66,11 +68,11 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_vae(widths: tuple[int, ...] = (16, 32, 64, 128), size: int = IMAGE_SIZE) -> AutoencoderKL:
-    """A VAE with 4 latent channels, as the published one; by default of factor 8 and at an eighth of the width.
+    """Make a VAE with 4 latent channels, as the published one; by default with factor 8 and an eighth of its width.
 
     Args:
-        widths: channels at each resolution, multiples of 8; each but the first halves height and width.
-        size: of the pictures it will see, in pixels.
+        widths: channels at each resolution, multiples of 8; height and width are halved from each to the next.
+        size: height and width of the images, in pixels.
     """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -79,12 +81,12 @@ def make_vae(widths: tuple[int, ...] = (16, 32, 64, 128), size: int = IMAGE_SIZE
         layers_per_block=1,
         norm_num_groups=8,
         sample_size=size,
-        scaling_factor=1.0,  # the latent is brought to unit deviation by `normalise_latent`
+        scaling_factor=1.0,  # `normalise_latent` brings the latent to a standard deviation of 1
     )
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer, width: int = CONFIGURATIONS["cross_attention_dim"]) -> CLIPTextModel:
-    """A CLIP text encoder of two layers."""
+    """Make a CLIP text encoder of two layers."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -102,12 +104,14 @@ def make_text_encoder(tokenizer: CLIPTokenizer, width: int = CONFIGURATIONS["cro
 
 
 def make_unet(configurations: dict[str, Any] = CONFIGURATIONS) -> UNetNAS:
-    """A U-Net-NAS, by default that of ``tiny``."""
+    """Make a U-Net-NAS, by default that of ``tiny``."""
     return UNetNAS(configurations=configurations, sample_size=configurations["sample_size"])
 
 
 def make_scheduler() -> DDIMScheduler:
-    """DDIM over Stable Diffusion's noise, made to end in nothing but noise, so that strength 1 forgets the image.
+    """Make a DDIM scheduler with Stable Diffusion's noise schedule, rescaled to zero terminal SNR.
+
+    At the last timestep nothing of the image is left, so that strength 1 does not depend on the input.
 
     Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2023), arXiv:2305.08891.
     """
@@ -117,7 +121,7 @@ def make_scheduler() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
-        steps_offset=1,  # what diffusers expects to read; trailing spacing does not use it
+        steps_offset=1,  # without it diffusers warns; trailing spacing does not use it
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",

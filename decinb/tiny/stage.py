@@ -1,4 +1,4 @@
-"""TODO tiny.stage."""
+"""A stage of training: an optimizer with a time budget that resumes from its checkpoint."""
 
 import itertools
 import json
@@ -15,14 +15,20 @@ from torch import Tensor, nn
 
 @dataclass
 class Stage:
-    """A training run against the clock: fp32 masters of the weights, AdamW, an average of the weights, checkpoints.
+    """A training run with a time budget: AdamW on float32 master weights, an average of the weights, and checkpoints.
 
     Args:
-        name: of the checkpoint file and of the lines in the log.
-        modules: what is trained, moved to ``device`` and ``dtype`` by this class.
-        minutes: the budget; the learning rate rises for its first 3% and falls to zero as a cosine over the rest.
-        folder: where ``NAME.pt`` and ``log.jsonl`` are kept; a checkpoint found there is gone on from.
-        average: the decay of the running average of the weights, which is what the stage leaves behind.
+        name: of the checkpoint file, and in the lines of the log.
+        modules: the networks to train; the stage moves them to ``device`` and ``dtype``.
+        minutes: the budget. The learning rate warms up over its first 3% and falls to zero along a cosine.
+        learning_rate: the maximum.
+        folder: where ``NAME.pt`` and ``log.jsonl`` are kept; training resumes from a checkpoint found there.
+        dtype: of the computation.
+        average: the decay of the exponential moving average of the weights, with which the modules end.
+
+    Attributes:
+        step: steps taken so far.
+        seconds: training time so far, without that of checkpoints.
     """
 
     name: str
@@ -40,7 +46,7 @@ class Stage:
     def __post_init__(self) -> None:
         self.masters = [p.detach().to(self.device, torch.float32).clone() for p in self._parameters()]
         for module in self.modules.values():
-            nn.Module.to(module, self.device, self.dtype)  # diffusers' own `to` warns here of layers to keep in float32
+            nn.Module.to(module, self.device, self.dtype)  # diffusers' own `to` warns about layers to keep in float32
             module.train()
         self.averages = [master.clone() for master in self.masters]
         self.optimizer = torch.optim.AdamW(self.masters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -49,22 +55,27 @@ class Stage:
             self._restore()
 
     def run(self, loss_of: Callable[[int], Tensor], watch: Callable[[float], None] | None = None) -> None:
-        """Call ``loss_of(step)`` and step down its gradient until the minutes are used up."""
+        """Minimise ``loss_of(step)`` until the budget is used up.
+
+        Args:
+            loss_of: computes the loss of a step.
+            watch: called four times a minute, and at the end, with the progress from 0 to 1.
+        """
         losses: list[float] = []
-        saved = said = time.monotonic()
+        saved = logged = time.monotonic()
         while self.progress < 1:
             started = time.monotonic()
             loss = loss_of(self.step)
             loss.backward()
-            self._descend()
+            self._update()
             losses.append(loss.item())
             self.step += 1
             self.seconds += time.monotonic() - started
-            if time.monotonic() - said > 15 or self.progress >= 1:
+            if time.monotonic() - logged > 15 or self.progress >= 1:
                 self._log(sum(losses) / len(losses))
                 if watch:
                     watch(self.progress)
-                losses, said = [], time.monotonic()
+                losses, logged = [], time.monotonic()
             if time.monotonic() - saved > 30:
                 self._save()
                 saved = time.monotonic()
@@ -75,21 +86,21 @@ class Stage:
 
     @property
     def progress(self) -> float:
-        """From 0 to 1, the part of the budget that is used up."""
+        """The fraction of the budget that is used up, 0 to 1."""
         return min(self.seconds / (60 * self.minutes), 1.0)
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return itertools.chain.from_iterable(module.parameters() for module in self.modules.values())
 
     @torch.no_grad()
-    def _descend(self) -> None:
+    def _update(self) -> None:
         for master, parameter in zip(self.masters, self._parameters(), strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        warm, done = min(1.0, self.progress / 0.03 + 1e-3), self.progress
+        warmup = min(1.0, self.progress / 0.03 + 1e-3)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
+            group["lr"] = self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * self.progress))
         self.optimizer.step()
         torch._foreach_lerp_(self.averages, self.masters, 1 - min(self.average, (1 + self.step) / (10 + self.step)))
         self._write(self.masters)
@@ -114,8 +125,8 @@ class Stage:
     def _restore(self) -> None:
         state = torch.load(self.file, map_location=self.device, weights_only=True)
         self.step, self.seconds = state["step"], state["seconds"]
-        for mine, saved in zip(self.masters + self.averages, state["masters"] + state["averages"], strict=True):
-            mine.copy_(saved)
+        for weight, saved in zip(self.masters + self.averages, state["masters"] + state["averages"], strict=True):
+            weight.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self._write(self.masters)
 

@@ -189,7 +189,7 @@ def test_an_image_is_made_again_from_its_png_alone(tiny, image, tmp_path):
         ({"weights": "0"}, "other weights"),
         ({"scheduler": "os.system"}, "names the scheduler 'os.system', which this pipeline cannot have"),
         ({"strength": 7}, "strength must be above 0"),
-        ({"seed": "x"}, "seed must be a whole number"),
+        ({"seed": "x"}, "seed must be an integer"),
     ],
 )
 def test_a_png_that_was_tampered_with_is_refused(tiny, image, tmp_path, changed, message):

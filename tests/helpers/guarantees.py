@@ -12,7 +12,7 @@ TABLE = Path(__file__).parents[1] / "guarantees" / "guarantees.md"
 # What is given, and what is guaranteed.
 GUARANTEES: dict[str, tuple[str, str]] = {
     "E1": ("strength 0", "InputError with the allowed range"),
-    "E2": ("strength 0.01 of 8 steps", "InputError: 0 steps would run, and the smallest strength that leaves one"),
+    "E2": ("strength 0.01 of 8 steps", "InputError: 0 steps would run, with the smallest strength that leaves one"),
     "E3": ("strength -0.1", "InputError with the allowed range"),
     "E4": ("strength 1.2", "InputError with the allowed range"),
     "E5": ("strength NaN", "InputError naming strength"),

@@ -1,4 +1,4 @@
-"""Scenes: one layout is one place, the mask is where the house is, and captions tell the truth and all of it."""
+"""Tests of scenes: a layout is a place, masks and depth match images, and captions are true and complete."""
 
 import itertools
 import random
@@ -34,8 +34,8 @@ WORDS = {
 }
 LAYOUTS = range(100, 130)
 
-# The shape of one thing found in two kinds of light differs at its smoothed edges only; a sketch adds an outline of two
-# pixels. Two layouts at random overlap by about 0.2.
+# Least overlap of a thing with itself: in another light only smoothed edges differ, and a sketch adds an outline of two
+# pixels. Things in two random layouts overlap by about 0.2.
 SAME_PLACE, SAME_PLACE_SKETCHED, OTHER_PLACE = 0.9, 0.7, 0.5
 
 
@@ -44,7 +44,7 @@ def pixels(scene: Scene, size: int = 128) -> np.ndarray:
 
 
 def place(scene: Scene, thing: str) -> np.ndarray:
-    """Where a picture changes when one thing is taken out of its scene."""
+    """Return where an image changes when one thing is removed from its scene."""
     return (pixels(scene) != pixels(replace(scene, **{thing: ATTRIBUTES[thing][0]}))).any(axis=-1)
 
 
@@ -53,7 +53,7 @@ def overlap(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def everything() -> list[Scene]:
-    """Every combination of attributes, each in another layout."""
+    """Return every combination of attributes, each in another layout."""
     combinations = itertools.product(*ATTRIBUTES.values())
     return [Scene(*values, layout=i) for i, values in enumerate(combinations)]
 
@@ -63,7 +63,7 @@ def random_scenes(count: int, seed: int = 0) -> list[Scene]:
     return [random_scene(rng) for _ in range(count)]
 
 
-# --- the picture ------------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("thing", ["house", "trees", "mountains"])
@@ -83,18 +83,18 @@ def test_things_stay_in_place_when_something_else_changes(thing, other, least):
 
 
 @pytest.mark.parametrize("thing", ["house", "trees", "mountains"])
-def test_another_layout_is_another_place(thing):
+def test_different_layouts_are_different_places(thing):
     scenes = [Scene(**{thing: ATTRIBUTES[thing][1]}, layout=layout) for layout in LAYOUTS[:10]]
     places = [place(scene, thing) for scene in scenes]
     assert np.mean([overlap(*pair) for pair in itertools.combinations(places, 2)]) < OTHER_PLACE
 
 
-def test_a_change_of_the_house_changes_nothing_outside_it():
+def test_repainting_the_house_changes_nothing_outside_it():
     for layout in LAYOUTS:
         scene = Scene(house="red", trees="pine", mountains=True, layout=layout)
         repainted = (pixels(scene) != pixels(replace(scene, house="blue"))).any(axis=-1)
         assert repainted.any()
-        assert not (repainted & ~wider(house_mask(scene))).any()
+        assert not (repainted & ~dilated(house_mask(scene))).any()
 
 
 @pytest.mark.parametrize("style", ATTRIBUTES["style"])
@@ -102,23 +102,23 @@ def test_the_mask_covers_the_house(style):
     for layout in LAYOUTS:
         scene = Scene(style=style, house="red", layout=layout)
         house, mask = place(scene, "house"), house_mask(scene)
-        assert not (house & ~wider(mask)).any()
-        if style == "painting":  # the paper inside a sketched house is the paper around it
+        assert not (house & ~dilated(mask)).any()
+        if style == "painting":  # in a sketch the inside of a house is as white as the paper
             assert (house & mask).sum() > 0.98 * mask.sum()
 
 
-def wider(mask: np.ndarray) -> np.ndarray:
-    """The mask and two pixels around it: a smoothed edge, or the half of a pencil line that lies outside."""
+def dilated(mask: np.ndarray) -> np.ndarray:
+    """Extend a mask by two pixels, for smoothed edges and the outer half of pencil lines."""
     for axis in (0, 1):
         mask = np.any([np.roll(mask, step, axis) for step in range(-2, 3)], axis=0)
     return mask
 
 
-def test_no_house_has_an_empty_mask():
+def test_without_a_house_the_mask_is_empty():
     assert not house_mask(Scene(trees="pine")).any()
 
 
-def test_every_combination_looks_different_unless_a_sketch_hides_it():
+def test_scenes_look_the_same_only_if_their_visible_attributes_are_equal():
     scenes = [replace(scene, layout=7) for scene in everything()]
     by_look = {}
     for scene in scenes:
@@ -127,30 +127,30 @@ def test_every_combination_looks_different_unless_a_sketch_hides_it():
     assert len(by_look) == len({tuple(scene.visible().items()) for scene in scenes})
 
 
-def test_a_sketch_shows_no_colour():
+def test_sketches_have_no_colour():
     for scene in random_scenes(20):
         sketch = pixels(replace(scene, style="sketch"))
-        assert np.ptp(sketch, axis=-1).max() <= 12  # the paper is a little warm, 250 to 240
+        assert np.ptp(sketch, axis=-1).max() <= 12  # the paper is slightly warm, 250 to 240
         assert np.ptp(pixels(replace(scene, style="painting")), axis=-1).max() > 40
 
 
 @pytest.mark.parametrize("size", [64, 128, 320, 512])
-def test_size_changes_only_the_resolution(size):
+def test_the_size_changes_only_the_resolution(size):
     scene = Scene(house="red", trees="round", mountains=True, layout=3)
-    picture = render(scene, size)
-    assert (picture.size, picture.mode) == ((size, size), "RGB")
+    image = render(scene, size)
+    assert (image.size, image.mode) == ((size, size), "RGB")
     assert house_mask(scene, size).shape == (size, size)
-    shrunk = np.asarray(picture.resize((64, 64))).astype(int)
-    assert np.abs(shrunk - pixels(scene, 64)).mean() < 3  # of 255: edges fall between other pixels
+    shrunk = np.asarray(image.resize((64, 64))).astype(int)
+    assert np.abs(shrunk - pixels(scene, 64)).mean() < 3  # of 255; edges fall on other pixels
 
 
-def test_the_same_scene_is_the_same_picture():
+def test_the_same_scene_gives_the_same_image():
     assert random_scenes(20, seed=5) == random_scenes(20, seed=5) != random_scenes(20, seed=6)
     scene = random_scenes(1)[0]
     assert render(scene).tobytes() == render(replace(scene)).tobytes()
 
 
-def test_random_scenes_show_every_value():
+def test_random_scenes_have_every_value():
     scenes = random_scenes(300)
     for name, values in ATTRIBUTES.items():
         assert {getattr(scene, name) for scene in scenes} == set(values)
@@ -159,41 +159,41 @@ def test_random_scenes_show_every_value():
     assert {random_scene(rng, sketches=0).style for _ in range(20)} == {"painting"}
 
 
-def test_a_twin_is_the_same_place_with_one_or_two_things_seen_to_change():
+def test_a_twin_is_the_same_place_with_one_or_two_visible_changes():
     rng, changes = random.Random(3), []
     for scene in random_scenes(500):
         other = twin(scene, rng)
         changed = differing(scene, other)
         assert other.layout == scene.layout and changed == differing(other, scene)
-        assert all(getattr(other, name) for name in changed & other.visible().keys()), "words can ask for it"
-        if other.style == scene.style:  # another style shows and hides other attributes too
+        assert all(getattr(other, name) for name in changed & other.visible().keys()), "a caption can name it"
+        if other.style == scene.style:  # another style also shows or hides other attributes
             changes.append(len(changed))
     assert set(changes) == {1, 2}
-    assert 0.6 < changes.count(1) / len(changes) < 0.85  # 0.7, and more where a second change is one of style
+    assert 0.6 < changes.count(1) / len(changes) < 0.85  # 0.7, and more because second changes of style are not counted
     assert not differing(scene, replace(scene, layout=scene.layout + 1))
 
 
-# --- the depth --------------------------------------------------------------------------------------------------------
+# --- depth ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_sky_is_far_and_the_ground_comes_near():
+def test_the_sky_is_far_and_the_ground_rises_to_near():
     for layout in LAYOUTS:
         depth = depth_map(Scene(layout=layout))
         assert depth.dtype == np.float32 and depth.shape == (128, 128)
-        assert (depth == depth[:, :1]).all(), "nothing stands here"
+        assert (depth == depth[:, :1]).all(), "an empty landscape is the same in all columns"
         assert not depth[:60].any() and depth.min() == 0 and 0.98 < depth.max() <= 1
         assert (np.diff(depth[:, 0]) >= 0).all() and (np.diff(depth[90:, 0]) > 0).all()
 
 
 @pytest.mark.parametrize("thing", ["house", "trees"])
-def test_what_stands_is_as_near_as_the_ground_at_its_foot(thing):
+def test_things_have_the_depth_of_the_ground_at_their_foot(thing):
     for layout in LAYOUTS:
         scene = Scene(**{thing: ATTRIBUTES[thing][1]}, layout=layout)
         depth, ground = depth_map(scene), depth_map(Scene(layout=layout))
-        there = depth > ground + 0.02  # at its foot it cannot be told from the ground
+        there = depth > ground + 0.02  # at its foot a thing has the depth of the ground
         assert there.any()
         if thing == "house":
-            inside = house_mask(scene) & ~wider(~house_mask(scene))  # away from smoothed edges
+            inside = house_mask(scene) & ~dilated(~house_mask(scene))  # away from smoothed edges
             (near,) = np.unique(depth[inside])
             foot = np.flatnonzero(house_mask(scene).any(axis=1)).max()
             assert abs(near - ground[foot, 0]) < 0.03
@@ -201,13 +201,13 @@ def test_what_stands_is_as_near_as_the_ground_at_its_foot(thing):
             assert ground[there].max() < depth[there].max() < 1
 
 
-def test_mountains_are_a_little_nearer_than_the_sky():
+def test_mountains_are_slightly_nearer_than_the_sky():
     for layout in LAYOUTS:
         depth = depth_map(Scene(mountains=True, layout=layout))
         assert 0 < depth[:60].max() < 0.15
 
 
-def test_no_look_changes_the_depth():
+def test_style_time_ground_and_colour_do_not_change_the_depth():
     for scene in random_scenes(20):
         depth = depth_map(scene)
         for look in ({"style": "sketch"}, {"style": "painting"}, {"time": "night"}, {"ground": "snow"}):
@@ -217,19 +217,19 @@ def test_no_look_changes_the_depth():
 
 
 @pytest.mark.parametrize("thing", ["house", "trees", "mountains"])
-def test_depth_has_the_shape_of_the_picture(thing):
+def test_things_have_the_same_shape_in_depth_and_image(thing):
     for layout in LAYOUTS:
         scene, without = Scene(**{thing: ATTRIBUTES[thing][1]}, layout=layout), Scene(layout=layout)
         nearer = depth_map(scene) > depth_map(without)
         assert not (nearer & ~place(scene, thing)).any()
-        assert overlap(nearer, place(scene, thing)) > 0.8  # a foot is as near as the ground
+        assert overlap(nearer, place(scene, thing)) > 0.8  # a foot has the depth of the ground
 
 
-# --- the words --------------------------------------------------------------------------------------------------------
+# --- captions ---------------------------------------------------------------------------------------------------------
 
 
-def said(text: str) -> dict:
-    """What a caption says, by looking for the phrases of the tables as they stand."""
+def named(text: str) -> dict:
+    """Return what a caption names, by searching for the phrases in the tables."""
     return {
         name: value
         for name, values in WORDS.items()
@@ -239,38 +239,38 @@ def said(text: str) -> dict:
 
 
 def shown(scene: Scene) -> dict:
-    """What there is to say of a scene: what is missing is not said."""
+    """Return what a caption can name: the visible attributes, without what is missing."""
     return {name: value for name, value in scene.visible().items() if value}
 
 
-def test_a_caption_without_chance_is_complete_and_true():
+def test_without_a_generator_captions_are_complete_and_true():
     for scene in everything():
-        assert said(caption(scene)) == shown(scene), caption(scene)
+        assert named(caption(scene)) == shown(scene), caption(scene)
         assert caption(scene) == caption(replace(scene, layout=scene.layout + 1))
 
 
-def test_a_caption_with_chance_leaves_out_but_never_lies():
+def test_random_captions_leave_out_attributes_but_are_true():
     rng = random.Random(1)
     left_out = 0
     for scene in random_scenes(1000):
         text, truth = caption(scene, rng), shown(scene)
-        assert said(text).items() <= truth.items(), text
-        left_out += said(text).keys() - {"style"} != truth.keys() - {"style"}
-        assert said(caption(scene, rng, left_out=0)).keys() >= truth.keys() - {"style"}
+        assert named(text).items() <= truth.items(), text
+        left_out += named(text).keys() - {"style"} != truth.keys() - {"style"}
+        assert named(caption(scene, rng, left_out=0)).keys() >= truth.keys() - {"style"}
     assert 200 < left_out < 600  # with 12% each, of two to five attributes: 1 - 0.88**2 to 1 - 0.88**5
 
 
-def test_a_caption_calls_empty_only_what_is_empty():
+def test_only_empty_landscapes_are_called_empty():
     rng = random.Random(2)
     for scene in random_scenes(1000):
         empty = not (scene.house or scene.trees or scene.mountains)
         assert ("empty" in caption(scene, rng, left_out=0.5)) == empty
 
 
-def test_a_caption_never_leaves_out_what_must_be_said():
+def test_captions_never_leave_out_what_must_be_named():
     rng = random.Random(3)
     for scene in random_scenes(300):
         for names in ({"house", "time"}, {"ground", "trees"}, {"mountains", "style"}):
             text = caption(scene, rng, left_out=1, always=names)
-            assert said(text).keys() - {"style"} == names & shown(scene).keys() - {"style"}, text
-            assert "style" in said(text) or "style" not in names
+            assert named(text).keys() - {"style"} == names & shown(scene).keys() - {"style"}, text
+            assert "style" in named(text) or "style" not in names
