@@ -174,6 +174,7 @@ def test_other_configurations_are_refused(tmp_path):
         UNetNAS({**SMALL_UNET, "up_blocks_num_resnets": [2, 2]})
 
 
+@pytest.mark.slow
 def test_saving_and_loading_changes_no_byte(small, tmp_path):
     small.half().save_pretrained(tmp_path / "a")
     again = UNetNAS.from_pretrained(tmp_path / "a", torch_dtype=torch.float16)
