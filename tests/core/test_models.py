@@ -282,7 +282,7 @@ def test_a_community_model_in_pickles(hub, child, folders, tmp_path):
 
 def test_the_report_tells_of_every_model(hub, child):
     child.load("sd-2-depth")
-    report = child.ask("__import__('decinb.__main__').report.report()")["value"]
+    report = child.ask("__import__('decinb.__main__').__main__.report()")["value"]
     for name in MODELS:
         state = {"tiny": "bundled", "tiny-depth": "bundled", "sd-2-depth": "cached"}.get(name, "not cached")
         assert re.search(rf"^model {name}: {state}$", report, re.MULTILINE)
