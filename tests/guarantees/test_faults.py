@@ -112,7 +112,7 @@ def test_wrong_bytes_of_the_right_size_are_fetched_again(hub, child, repo, publi
 def test_wrong_bytes_twice_are_an_error_and_do_not_stay(hub, child, repo, published, happened):
     hub.misbehave[f"{repo}/{UNET}"] = ["wrong", "wrong"]
     answer = child.load(repo)
-    assert answer["error"] == "ModelError" and f"{repo}: {UNET} arrived twice with other bytes" in answer["message"]
+    assert answer["error"] == "ModelError" and f"{repo}: {UNET} was downloaded twice" in answer["message"]
     happened("F8", answer["message"].replace(repo, "acme/model"))
     assert "value" in child.load(repo)
 
