@@ -7,6 +7,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 import decinb
 from tests.helpers.fake_hub import FakeHub
 
@@ -21,6 +23,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.slow
 def test_the_report_has_no_secrets():
     hub = FakeHub({})
     package = Path(decinb.__file__).parents[1]

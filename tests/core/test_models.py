@@ -157,6 +157,7 @@ LOOK = (
 )
 
 
+@pytest.mark.slow
 def test_every_known_model_loads_by_name_and_fetches_only_what_it_uses(hub, child, folders):
     for name in DUMMIES:
         hub.requests.clear()
@@ -187,6 +188,7 @@ def test_every_known_model_loads_by_name_and_fetches_only_what_it_uses(hub, chil
         assert not hub.requests, "cached files are not requested again"
 
 
+@pytest.mark.slow
 def test_download_fetches_all_of_a_model(hub, child, folders):
     answer = child.ask("str(decinb.download('kandinsky-2-2'))")
     assert answer["value"].endswith(commit(MODELS["kandinsky-2-2"].source))
@@ -198,6 +200,7 @@ def test_download_fetches_all_of_a_model(hub, child, folders):
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in hub.fetched(MODELS["sdxl-base"].source)
 
 
+@pytest.mark.slow
 def test_interrupted_downloads_resume(hub, child):
     source = MODELS["sdxl-base"].source
     hub.misbehave[f"{source}/vae/diffusion_pytorch_model.fp16.safetensors"] = [503]
@@ -211,6 +214,7 @@ def test_interrupted_downloads_resume(hub, child):
     assert again <= {"vae/diffusion_pytorch_model.fp16.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_mirror_replaces_a_model_that_is_gone(hub, child, folders):
     source, mirror = MODELS["sd-2-depth"].source, MODELS["sd-2-depth"].mirrors[-1]
     hub.repos[mirror] = hub.repos.pop(source)
@@ -222,6 +226,7 @@ def test_a_mirror_replaces_a_model_that_is_gone(hub, child, folders):
     assert not hub.requests, "the cached mirror is used"
 
 
+@pytest.mark.slow
 def test_the_line_to_edit_is_named_if_all_mirrors_are_gone(hub, child, folders):
     for name, gone in (("sd-v1-5", MODELS["sd-v1-5"].source), ("kandinsky-2-2", PRIOR)):
         for repo in (gone, *MODELS[name].mirrors):
@@ -233,6 +238,7 @@ def test_the_line_to_edit_is_named_if_all_mirrors_are_gone(hub, child, folders):
         assert f'"{gone}"' in Path(models.__file__).read_text().splitlines()[line - 1]
 
 
+@pytest.mark.slow
 def test_a_gated_model_is_not_gone(hub, child):
     source = MODELS["sd-v1-5"].source
     hub.misbehave[source] = "gated"
@@ -241,6 +247,7 @@ def test_a_gated_model_is_not_gone(hub, child):
     assert not any(mirror in path for mirror in MODELS["sd-v1-5"].mirrors for _, path in hub.requests)
 
 
+@pytest.mark.slow
 def test_models_that_are_too_large_or_of_another_task_are_not_fetched(hub, child, folders):
     child.ask("MODELS.update(giant=Model('acme/giant', '', 64, memory=1e6))")
     assert "giant is too large for this machine" in child.load("giant")["message"]
@@ -267,6 +274,7 @@ def test_models_that_are_too_large_or_of_another_task_are_not_fetched(hub, child
     )
 
 
+@pytest.mark.slow
 def test_a_community_model_in_pickles(hub, child, folders, tmp_path):
     folder = Path(shutil.copytree(folders[MODELS["sd-v1-5"].source], tmp_path / "pickled"))
     for part in ("unet", "vae", "text_encoder", "safety_checker"):
@@ -280,6 +288,7 @@ def test_a_community_model_in_pickles(hub, child, folders, tmp_path):
     assert answer["value"] == digest(decinb.load_pipeline(folders[MODELS["sd-v1-5"].source], device="cpu"))
 
 
+@pytest.mark.slow
 def test_the_report_lists_every_model(hub, child):
     child.load("sd-2-depth")
     report = child.ask("__import__('decinb.__main__', fromlist=['report']).report()")["value"]
@@ -288,6 +297,7 @@ def test_the_report_lists_every_model(hub, child):
         assert re.search(rf"^model {name}: {state}$", report, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_safety_checker_works(folders):
     pipe = decinb.load_pipeline(folders[MODELS["sd-v1-5"].source], device="cpu")
     pipe.set_progress_bar_config(disable=True)

@@ -94,6 +94,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_saved_pipeline_loads_in_a_fresh_process_by_three_classes(small, tmp_path):
     pipe = load(small)
     pipe.save_pretrained(tmp_path / "saved")

@@ -513,6 +513,7 @@ decinb.show_gallery(images, ["warm", "cold", "cold"], ["one", "two", "three"])
 """
 
 
+@pytest.mark.slow
 def test_in_a_notebook_a_gallery_has_a_tab_for_each_group():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(GALLERY)])
     NotebookClient(notebook, kernel_name="python3").execute()

@@ -82,6 +82,7 @@ def test_importing_decinb_loads_no_large_library_until_it_is_needed():
     assert not loaded_after("import decinb; decinb.load_pipeline; decinb.run_sweep; decinb.load_image", plotting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["show_gallery", "plan", "replay", "adherence"])  # each starts in another module
 def test_any_public_name_can_be_the_first_and_imports_without_output(name):
     loaded_after(f"import decinb; decinb.{name}", ())

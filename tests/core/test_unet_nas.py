@@ -174,6 +174,7 @@ def test_other_configurations_are_refused(tmp_path):
         UNetNAS({**SMALL_UNET, "up_blocks_num_resnets": [2, 2]})
 
 
+@pytest.mark.slow
 def test_saving_and_loading_changes_no_byte(small, tmp_path):
     small.half().save_pretrained(tmp_path / "a")
     again = UNetNAS.from_pretrained(tmp_path / "a", torch_dtype=torch.float16)
@@ -215,6 +216,7 @@ def test_other_conditions_are_refused(small):
         small(*inputs(), added_cond_kwargs={"image_embeds": torch.zeros(1)})
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(small):
     torch._dynamo.reset()
     compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
@@ -281,6 +283,7 @@ def test_sliced_attention_agrees(small):
     torch.testing.assert_close(run(small), plain, atol=ROUNDING, rtol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_lora_trains_saves_loads_and_scales(tmp_path):
     pipe = decinb.load_pipeline("tiny", device="cpu")
     image = Image.new("RGB", (64, 64), "teal")

@@ -68,6 +68,7 @@ def test_a_sweep_killed_five_times_ends_as_one_that_was_not(script, tmp_path, ha
     happened("F1", f"killed five times, with {', '.join(map(str, finished))} of 12 images done; then as if undisturbed")
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_sweep(script, tmp_path, happened):
     # "--multi_gpu" is how accelerate spells several processes on one machine; without a GPU they use the CPU.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]

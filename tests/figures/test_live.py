@@ -217,6 +217,7 @@ print(asked, len(times), len(sent) - len(times), spent / elapsed, min(pauses))
 """
 
 
+@pytest.mark.slow
 def test_in_a_notebook_one_image_is_replaced_a_few_times_and_ends_complete():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in (IN_A_NOTEBOOK, MEASURED)])
     NotebookClient(notebook, timeout=240, kernel_name="python3").execute()

@@ -134,6 +134,7 @@ class Break:
 # --- the same as alone ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_image_equals_the_stock_call(tiny, stock, name, monkeypatch):
     changes = {} if name == "DDIMScheduler" else {"rescale_betas_zero_snr": False, "skip_prk_steps": True}
