@@ -23,8 +23,8 @@ from decinb.errors import InputError
 from decinb.images import load_image
 from decinb.models import MODELS, example
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
-from decinb.sampling.adapters import Job
-from decinb.sampling.batched import denoise, fitting_pack
+from decinb.sampling.adapters import adapter_of
+from decinb.sampling.jobs import Job
 from decinb.unet_nas import UNetNAS
 from decinb.utils.environment import environment
 
@@ -90,7 +90,7 @@ def compare(
     timings = {}
     for name, cells in designs.items():
         jobs = [Job(image, prompt, None, **{**DEFAULTS, **cell}) for cell in cells]
-        most = pack or fitting_pack(pipe, jobs)
+        most = pack or adapter_of(pipe).default_max_rows(jobs)
         ways = ways_of(pipe, jobs, most)
         pictures, counts = {}, {}
         for way, make in ways.items():
@@ -119,8 +119,8 @@ def ways_of(pipe: StableDiffusionImg2ImgPipeline, jobs: Sequence[Job], pack: int
             yield [i]
 
     def packed() -> Iterator[list[int]]:
-        for tick in denoise(pipe, jobs, pack):
-            yield [done.index for done in tick.done]
+        for step in adapter_of(pipe).run(jobs, pack):
+            yield [result.index for result in step.results]
 
     return {ONE_BY_ONE: one_by_one, PACKED: packed}
 

@@ -12,7 +12,7 @@ from decinb import pipeline
 from decinb.checkpoints.components import INCOMPLETE, Contents, Part, blaming
 from decinb.errors import InputError, ModelError
 from decinb.models import IMAGE_TO_IMAGE, MODELS, TEXT_TO_IMAGE
-from decinb.sampling.adapters import kind_of
+from decinb.sampling.adapters import adapter_of
 from decinb.unet_nas import UNetNAS
 from decinb.utils import validation
 from decinb.utils.quiet import quiet
@@ -88,8 +88,8 @@ def _make(
     takes = inspect.signature(cls.__init__).parameters
     with blaming(f"{where}: {cls.__name__} cannot be made of its parts"):
         made = cls(**{name: value for name, value in given.items() if name in takes})
-    if kind := kind_of(made):  # a U-Net for inpainting sees the mask and the picture too
-        sees, gives = made.unet.config.in_channels, made.vae.config.latent_channels + kind.beside_channels
+    if (extra := adapter_of(made).extra_channels) is not None:  # a U-Net for inpainting sees mask and image too
+        sees, gives = made.unet.config.in_channels, made.vae.config.latent_channels + extra
         if sees != gives:
             raise ModelError(
                 f"{where}: its U-Net sees {sees} channels, and {cls.__name__} gives it {gives}: it was made for "

@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
 from decinb.figures.layout import Record, lay_out, titles
-from decinb.sampling.adapters import kind_of
+from decinb.sampling.adapters import adapter_of
 from decinb.utils.environment import in_notebook
 from decinb.utils.labels import wrap
 
@@ -81,7 +81,7 @@ class LiveGrid:
         from IPython.display import display
 
         self._montage = Montage(records, image.size if image else records[0]["image_size"])
-        self._matrix = None if image is None or kind_of(pipe) is None else latent_to_rgb(pipe, image)
+        self._matrix = None if image is None or not adapter_of(pipe).exposes_latents else latent_to_rgb(pipe, image)
         self._latents: dict[int, Tensor] = {}  # that came since the grid was shown last
         self._missing = set(range(len(records)))
         self._handle = display(self._picture(), display_id=True)
@@ -201,15 +201,15 @@ def latent_to_rgb(pipe: DiffusionPipeline, image: Image.Image) -> Tensor:
     Returns:
         A tensor of a row for each latent channel and one more, and three columns: colours from 0 to 1.
     """
-    factor, kind = pipe.vae_scale_factor, kind_of(pipe)(pipe)
+    factor, adapter = pipe.vae_scale_factor, adapter_of(pipe)
     shrink = min(1, FITTED / max(image.size))
     width, height = (max(1, round(side * shrink / factor)) * factor for side in image.size)
     red, green, blue = image.convert("RGB").resize((width, height)).split()
     turned = [Image.merge("RGB", bands) for bands in ((red, green, blue), (green, blue, red), (blue, red, green))]
     coloured = [*turned, *map(ImageChops.invert, turned)]
 
-    pixels = kind.pixels(coloured)
-    latents = kind.scale(retrieve_latents(kind.encode(pixels), sample_mode="argmax"))
+    pixels = adapter.preprocess(coloured)
+    latents = adapter.scale(retrieve_latents(adapter.encode(pixels), sample_mode="argmax"))
     colours = interpolate(pixels.float() / 2 + 0.5, latents.shape[-2:], mode="area")
     # The CPU's default cannot solve it where the picture is of one colour; this one can.
     return torch.linalg.lstsq(_with_one(latents), colours.movedim(1, -1).flatten(0, 2).cpu(), driver="gelsd").solution

@@ -15,7 +15,7 @@ from PIL import Image
 from decinb import SAMPLES, grid, load_image
 from decinb.checkpoints.dummies import dummy
 from decinb.figures.live import SIDE, Bar, LiveGrid, Montage, latent_to_rgb, preview
-from decinb.sampling.adapters import kind_of
+from decinb.sampling.adapters import adapter_of
 
 DEFAULTS = {
     "image": "day",
@@ -86,12 +86,12 @@ def test_a_picture_of_one_colour_can_be_fitted_and_latents_of_nan_be_shown(tiny)
 def test_a_preview_is_of_latents_as_the_sweep_has_them(half):
     pipe, image = dummy("sdxl-base"), load_image("day", 64)
     pipe.vae.register_to_config(latents_mean=[3.0, -2.0, 1.0, 0.5], latents_std=[9.0, 5.0, 2.0, 7.0])
-    kind = kind_of(pipe)(pipe)
-    seen = kind.scale(kind.encode(kind.pixels(image)).latent_dist.mode())
+    adapter = adapter_of(pipe)
+    seen = adapter.scale(adapter.encode(adapter.preprocess(image)).latent_dist.mode())
     with torch.no_grad():
         expected = np.asarray(preview(seen, latent_to_rgb(pipe, image)), int)
         pipe.vae.register_to_config(latents_mean=None, latents_std=None)
-        seen = kind.scale(kind.encode(kind.pixels(image)).latent_dist.mode())
+        seen = adapter.scale(adapter.encode(adapter.preprocess(image)).latent_dist.mode())
         plain = np.asarray(preview(seen, latent_to_rgb(pipe, image)), int)
     assert abs(expected - plain).max() <= 1, "the colours do not depend on how latents are counted"
     if half:  # as the published VAE, which overflows in half precision: it is asked in full
