@@ -157,8 +157,8 @@ def run_sweep(
         warnings.warn(
             "run_sweep: pack is now called max_rows; the old name will be removed", DeprecationWarning, stacklevel=2
         )
-        max_rows = pack if max_rows is None else max_rows
-    if max_rows is not None:
+        max_rows = validation.count(pack, "pack")
+    elif max_rows is not None:
         max_rows = validation.count(max_rows, "max_rows")
     if folder is None and is_shared():
         raise InputError("folder must be given when several processes share a sweep: they exchange images through it")

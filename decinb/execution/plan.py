@@ -289,7 +289,7 @@ def _warn_and_note(
         for end in dict.fromkeys(record["truncated"].get(name) for record in records):
             warned.append(end and validation.lost(name, end))
     if missing > MANY_IMAGES:
-        warned.append(f"{missing:,} images will be made: print the plan of this sweep to see how long that takes")
+        warned.append(f"{missing:,} images are to be made: print the plan of this sweep to see how long that takes")
 
     warned = [note for note in warned if note]
     for note in warned:

@@ -91,8 +91,8 @@ def _replay_chain(
         seed = validation.seed(record["seed"])
     except InputError as error:
         raise InputError(f"{where}{error}") from error
-    *_, last = run_calls(calls, image, seed)
-    return last.output.image
+    *_, (output, _) = run_calls(calls, image, seed)
+    return output.image
 
 
 def _pipelines(

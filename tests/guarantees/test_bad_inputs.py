@@ -812,7 +812,7 @@ def test_equal_cells_are_made_once(tiny, happened):
     with count_unet_calls(tiny) as count:
         sweep, told = warned(run_sweep, tiny, IMAGE, PROMPT, [QUICK, dict(QUICK)], progress=False)
     assert count.calls == 2 and len(sweep) == 2
-    assert told[0].startswith("cells that repeat another are not made again, 1 of 2: cells 0, 1 are one")
+    assert told[0].startswith("1 of 2 cells repeat another and are not computed again: cells 0, 1 give the same image")
     happened("E40", told[0])
 
 
