@@ -5,7 +5,7 @@ file.
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,11 @@ from decinb.execution.plan import make_plan
 from decinb.execution.provenance import ImageRecord
 from decinb.execution.runner import Runner, is_shared
 from decinb.execution.store import Images, Store
+from decinb.figures import viewer
 from decinb.images import Source
 from decinb.sampling.adapters import adapter_of
 from decinb.utils import validation
+from decinb.utils.files import write_atomically
 from decinb.utils.labels import ARGUMENTS, label
 from decinb.utils.locks import pipeline_lock
 
@@ -94,6 +96,36 @@ class Sweep:
         from decinb.plotting import plot_sweep
 
         plot_sweep(self, *args, **kwargs)
+
+    def explore(self, scores: Mapping[str, Sequence[float]] | None = None) -> viewer.Fragment:
+        """Return a viewer for a notebook's output: a slider for each axis, a comparison of any two images, play.
+
+        It needs no kernel, and where a notebook is not trusted, labelled images remain.
+
+        Args:
+            scores: more numbers to show of each cell, by name: one value per image, such as
+                ``{"adherence": decinb.adherence(sweep.images, prompt)}``.
+
+        Raises:
+            InputError: the sweep is empty, or scores do not fit its images.
+        """
+        return viewer.Fragment(viewer.viewer(self.images, self.records, self.image, scores))
+
+    def to_html(self, file: str | Path, scores: Mapping[str, Sequence[float]] | None = None) -> Path:
+        """Write the viewer as one HTML file that needs no network and holds the exact pixels; return its path.
+
+        Args:
+            file: where to write; its folder is created.
+            scores: as for ``explore``.
+
+        Raises:
+            InputError: the sweep is empty, or scores do not fit its images.
+        """
+        file = Path(file)
+        fragment = viewer.viewer(self.images, self.records, self.image, scores, lossless=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, viewer.page(self.prompt or file.stem, fragment).encode())
+        return file
 
 
 class SweepError(RuntimeError):
