@@ -22,8 +22,8 @@ from decinb.errors import InputError
 from decinb.images import load_image
 from decinb.models import MODELS, example
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
-from decinb.sampling.adapters import Job
-from decinb.sampling.batched import denoise, fitting_pack
+from decinb.sampling.adapters import adapter_of
+from decinb.sampling.jobs import Job
 from decinb.unet_nas import UNetNAS
 from decinb.utils.environment import environment
 
@@ -90,7 +90,7 @@ def compare(
     timings = {}
     for name, cells in designs.items():
         jobs = [Job(image, prompt, None, **{**DEFAULTS, **cell}) for cell in cells]
-        most = max_rows or fitting_pack(pipe, jobs)
+        most = max_rows or adapter_of(pipe).default_max_rows(jobs)
         ways = _ways(pipe, jobs, most)
         images, counts = {}, {}
         for way, run in ways.items():
@@ -119,8 +119,8 @@ def _ways(pipe: StableDiffusionImg2ImgPipeline, jobs: Sequence[Job], max_rows: i
             yield [i]
 
     def packed() -> Iterator[list[int]]:
-        for tick in denoise(pipe, jobs, max_rows):
-            yield [done.index for done in tick.done]
+        for step in adapter_of(pipe).run(jobs, max_rows):
+            yield [result.index for result in step.results]
 
     return {ONE_BY_ONE: one_by_one, PACKED: packed}
 

@@ -12,7 +12,7 @@ from decinb import pipeline
 from decinb.checkpoints.components import INCOMPLETE, NO_REMOTE_CODE, Component, Contents, as_model_error
 from decinb.errors import InputError, ModelError
 from decinb.models import IMAGE_TO_IMAGE, MODELS, TEXT_TO_IMAGE
-from decinb.sampling.adapters import kind_of
+from decinb.sampling.adapters import adapter_of
 from decinb.unet_nas import UNetNAS
 from decinb.utils import validation
 from decinb.utils.quiet import quiet
@@ -91,8 +91,10 @@ def assemble(
     parameters = inspect.signature(cls.__init__).parameters
     with as_model_error(f"{where}: cannot create a {cls.__name__} from its components"):
         pipe = cls(**{name: value for name, value in arguments.items() if name in parameters})
-    if kind := kind_of(pipe):  # an inpainting U-Net also takes the mask and the image, so it has more channels
-        takes, given = pipe.unet.config.in_channels, pipe.vae.config.latent_channels + kind.beside_channels
+    if (
+        extra := adapter_of(pipe).extra_channels
+    ) is not None:  # an inpainting U-Net also takes the mask and the image, so it has more channels
+        takes, given = pipe.unet.config.in_channels, pipe.vae.config.latent_channels + extra
         if takes != given:
             raise ModelError(
                 f"{where}: its U-Net takes {takes} channels, but {cls.__name__} gives it {given}: it was made for "

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from decinb.figures.layout import CellValues, in_sequence, lay_out
 from decinb.figures.page import SMALLEST, Page, Tile, compose
-from decinb.sampling.adapters import kind_of
+from decinb.sampling.adapters import adapter_of
 from decinb.utils.environment import in_notebook
 
 PAUSE = 0.5  # seconds between two updates of the grid, at least
@@ -60,7 +60,7 @@ class LiveGrid:
         from IPython.display import display
 
         self._canvas = Canvas(cells, image)
-        self._matrix = None if image is None or kind_of(pipe) is None else latent_to_rgb(pipe, image)
+        self._matrix = None if image is None or not adapter_of(pipe).exposes_latents else latent_to_rgb(pipe, image)
         self._latents: dict[int, Tensor] = {}  # received since the last update
         self._missing = set(range(len(cells)))
         self._handle = display(self._shown(), display_id=True)
@@ -180,14 +180,14 @@ def latent_to_rgb(pipe: DiffusionPipeline, image: Image.Image) -> Tensor:
     Returns:
         A matrix (latent channels + 1, 3), whose last row is the constant; colours are from 0 to 1.
     """
-    factor, kind = pipe.vae_scale_factor, kind_of(pipe)(pipe)
+    factor, adapter = pipe.vae_scale_factor, adapter_of(pipe)
     scale = min(1, FITTED / max(image.size))
     width, height = (max(1, round(side * scale / factor)) * factor for side in image.size)
     red, green, blue = image.convert("RGB").resize((width, height)).split()
     rotated = [Image.merge("RGB", bands) for bands in ((red, green, blue), (green, blue, red), (blue, red, green))]
 
-    pixels = kind.pixels([*rotated, *map(ImageChops.invert, rotated)])
-    latents = kind.scale(retrieve_latents(kind.encode(pixels), sample_mode="argmax"))
+    pixels = adapter.preprocess([*rotated, *map(ImageChops.invert, rotated)])
+    latents = adapter.scale(retrieve_latents(adapter.encode(pixels), sample_mode="argmax"))
     colours = interpolate(pixels.float() / 2 + 0.5, latents.shape[-2:], mode="area")
     # The default driver on a CPU needs full rank, which an image of one colour does not give.
     return torch.linalg.lstsq(_with_one(latents), colours.movedim(1, -1).flatten(0, 2).cpu(), driver="gelsd").solution

@@ -9,18 +9,30 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 from uuid import uuid4
 
 from PIL import Image
 
+from decinb.errors import InputError
 from decinb.utils.labels import ARGUMENTS, SHORT, describe, label, plain
 
 FACTS = ("image", "prompt", "negative_prompt", *SHORT, "steps_run", "seconds")
 """What the panel shows of the current cell, in this order."""
 
 LOSSY_QUALITY = 90  # of WebP: half the size of a lossless image, and no difference that the eye can see
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """HTML that a notebook shows as the output of a cell."""
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        return self.html
 
 
 def viewer(
@@ -38,7 +50,15 @@ def viewer(
         input_image: shown first, and the first choice of what to compare with.
         scores: more numbers to show of each cell, by name: one value for each record.
         lossless: embed the pixels exactly; by default as WebP of quality 90.
+
+    Raises:
+        InputError: there are no images, or scores of another number.
     """
+    if not records:
+        raise InputError("a viewer needs at least one image: the sweep is empty")
+    for score, values in (scores or {}).items():
+        if len(values) != len(records):
+            raise InputError(f"scores[{score!r}] must have one value per image, {len(records)}, got {len(values)}")
     root = f"decinb-{uuid4().hex[:8]}"
     axes = _axes(records)
     names = [", ".join(describe(axis, record[axis]) for axis in axes) or label(record) for record in records]

@@ -17,7 +17,7 @@ from decinb.checkpoints.dummies import dummy
 from decinb.figures.layout import lay_out
 from decinb.figures.live import SIDE, Canvas, LiveGrid, latent_to_rgb, preview, progress_bar
 from decinb.figures.page import Tile, compose
-from decinb.sampling.adapters import kind_of
+from decinb.sampling.adapters import adapter_of
 
 DEFAULTS = {
     "image": "day",
@@ -89,12 +89,12 @@ def test_an_image_of_one_colour_can_be_fitted_and_latents_of_nan_can_be_shown(ti
 def test_previews_do_not_depend_on_how_the_vae_scales_latents(half):
     pipe, image = dummy("sdxl-base"), load_image("day", 64)
     pipe.vae.register_to_config(latents_mean=[3.0, -2.0, 1.0, 0.5], latents_std=[9.0, 5.0, 2.0, 7.0])
-    kind = kind_of(pipe)(pipe)
-    seen = kind.scale(kind.encode(kind.pixels(image)).latent_dist.mode())
+    adapter = adapter_of(pipe)
+    seen = adapter.scale(adapter.encode(adapter.preprocess(image)).latent_dist.mode())
     with torch.no_grad():
         expected = np.asarray(preview(seen, latent_to_rgb(pipe, image)), int)
         pipe.vae.register_to_config(latents_mean=None, latents_std=None)
-        seen = kind.scale(kind.encode(kind.pixels(image)).latent_dist.mode())
+        seen = adapter.scale(adapter.encode(adapter.preprocess(image)).latent_dist.mode())
         plain = np.asarray(preview(seen, latent_to_rgb(pipe, image)), int)
     assert abs(expected - plain).max() <= 1, "the mean and deviation of the latents are accounted for"
     if half:  # as the published VAE, which overflows in half precision and has to run in float32

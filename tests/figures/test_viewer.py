@@ -9,6 +9,7 @@ import shutil
 import pytest
 from PIL import Image
 
+from decinb import InputError, Sweep
 from decinb.figures.viewer import page, viewer
 
 STRENGTHS, SCALES = (0.3, 0.5, 0.75, 1.0), (1, 7.5, 12)
@@ -78,6 +79,23 @@ def test_a_page_is_at_most_1_4_times_its_images(sweep):
         image.save(data, "WEBP", lossless=True, quality=90, method=4)
         bytes_of_images += data.tell()
     assert len(whole.encode()) < 1.4 * bytes_of_images
+
+
+def test_a_sweep_shows_itself_in_a_notebook_and_as_a_file(sweep, tmp_path):
+    images, records = sweep
+    made = Sweep(Image.new("RGB", (64, 64)), HOSTILE, [{}] * len(images), images, records)
+    assert made.explore()._repr_html_().count("<figure>") == 1 + len(images)
+    file = made.to_html(tmp_path / "new" / "sweep.html", {"score": range(len(images))})
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>") and HOSTILE not in text and "http" not in text.replace("http-equiv", "")
+
+
+def test_scores_that_do_not_fit_and_empty_sweeps_are_refused(sweep):
+    images, records = sweep
+    with pytest.raises(InputError, match=r"scores\['a'\] must have one value per image, 12, got 1"):
+        viewer(images, records, None, {"a": [1.0]})
+    with pytest.raises(InputError, match="the sweep is empty"):
+        Sweep(None, "").explore()
 
 
 @pytest.fixture(scope="module")

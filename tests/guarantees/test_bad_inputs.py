@@ -876,10 +876,10 @@ def test_sweep_refuses_what_is_not_a_list_of_cells(tiny, happened, cells):
 
 def test_equal_cells_run_once(tiny, happened):
     with count_unet_calls(tiny) as count:
-        made, notes = warned(run_sweep, tiny, IMAGE, PROMPT, [QUICK, dict(QUICK)], progress=False)
-    assert count.calls == 2 and len(made) == 2
-    assert notes[0].startswith("cells that repeat another are not made again, 1 of 2: cells 0, 1 are one")
-    happened("E40", notes[0])
+        sweep, told = warned(run_sweep, tiny, IMAGE, PROMPT, [QUICK, dict(QUICK)], progress=False)
+    assert count.calls == 2 and len(sweep) == 2
+    assert told[0].startswith("1 of 2 cells repeat another and are not computed again: cells 0, 1 give the same image")
+    happened("E40", told[0])
 
 
 def test_grids_that_are_too_large_are_refused():

@@ -13,9 +13,9 @@ WAIT_S = 2  # how long the child waits for a silent hub
 
 CHILD = """
 import contextlib, io, json, sys, warnings
-import torch, decinb
+import huggingface_hub, torch, decinb
 from decinb.loading import _find
-from decinb.models import MODELS, Model
+from decinb.models import IMAGE_TO_IMAGE, MODELS, Model
 from tests.helpers.fake_hub import digest
 
 answers, sys.stdout = sys.stdout, io.StringIO()

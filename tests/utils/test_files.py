@@ -32,6 +32,13 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monkey
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"old"
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    for name in (".a[1].png.0123abcd.part", ".b.png.0123abcd.part"):
+        (tmp_path / name).touch()
+    write_atomically(tmp_path / "a[1].png", b"")
+    assert sorted(os.listdir(tmp_path)) == [".b.png.0123abcd.part", "a[1].png"]
+
+
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "missing" / "file", b"")
