@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from decinb.benchmark import latency, options, packing
 from decinb.loading import load_pipeline
 from decinb.utils import acceleration
-from decinb.utils.environment import choose
+from decinb.utils.environment import choose as choose_workload
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     if given.model == "random":
-        device, dtype, _ = choose(given.device, given.dtype)
+        device, dtype, _ = choose_workload(given.device, given.dtype)
         pipe = packing.random_pipeline(device, dtype)
         acceleration.keep_freed_memory()
     else:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from decinb.benchmark.counting import NETWORKS, random_model, sd15_vae, text_width, unet_inputs
 from decinb.errors import InputError
 from decinb.utils.acceleration import keep_freed_memory
-from decinb.utils.environment import choose, environment
+from decinb.utils.environment import choose as choose_workload
+from decinb.utils.environment import environment
 
 PUBLISHED: dict[tuple[str, str, int], float] = {
     ("U-Net-NAS", "PyTorch", 50): 2.11,
@@ -247,7 +248,7 @@ def compare(
     Raises:
         InputError: an argument is out of range, or not possible on this machine.
     """
-    device, dtype, size = choose(device, dtype, size)
+    device, dtype, size = choose_workload(device, dtype, size)
     steps = ((30, 50) if device.type == "cuda" else ()) if steps is None else steps
     _check_turns(repeats, warmup)
     for name, numbers in {"rows": rows, "steps": steps}.items():

@@ -19,7 +19,10 @@ from decinb.errors import InputError
 from decinb.images import load_image
 from decinb.metrics import psnr
 from decinb.models import example
-from decinb.utils.acceleration import GIVEN_BACK, KEPT, _compile, _lay_out, _uncompile, has_compiler, set_malloc
+from decinb.utils.acceleration import GIVEN_BACK, KEPT, has_compiler, set_malloc
+from decinb.utils.acceleration import _compile as compile_network
+from decinb.utils.acceleration import _lay_out as set_memory_format
+from decinb.utils.acceleration import _uncompile as uncompile_network
 from decinb.utils.environment import environment
 
 AS_LOADED = "as loaded"
@@ -47,8 +50,8 @@ def options(pipe: StableDiffusionImg2ImgPipeline) -> dict[str, Option]:
         ),
         "channels last": Option(
             "the channels of a pixel are adjacent in memory",
-            lambda: _lay_out(pipe, torch.channels_last),
-            lambda: _lay_out(pipe, torch.contiguous_format),
+            lambda: set_memory_format(pipe, torch.channels_last),
+            lambda: set_memory_format(pipe, torch.contiguous_format),
         ),
         "fused QKV": Option(
             "queries, keys and values in one matrix product",
@@ -69,13 +72,16 @@ def options(pipe: StableDiffusionImg2ImgPipeline) -> dict[str, Option]:
             )
     if device == "cuda" or (device == "cpu" and has_compiler()):
         found["torch.compile"] = Option(
-            "kernels generated for this network", lambda: _compile(unet), lambda: _uncompile(unet), compiles=True
+            "kernels generated for this network",
+            lambda: compile_network(unet),
+            lambda: uncompile_network(unet),
+            compiles=True,
         )
     if device == "cuda":
         found["CUDA graphs"] = Option(
             "compiled, and all kernels of a call launched at once",
-            lambda: _compile(unet, "reduce-overhead"),
-            lambda: _uncompile(unet),
+            lambda: compile_network(unet, "reduce-overhead"),
+            lambda: uncompile_network(unet),
             compiles=True,
         )
     return found

@@ -13,7 +13,7 @@ import torch
 import decinb
 from decinb.benchmark import counting, latency, plots
 from decinb.errors import InputError
-from decinb.utils.environment import choose
+from decinb.utils.environment import choose as choose_workload
 from tests.helpers.small import small_nas, small_sd, small_vae
 
 WAIT = 0.01  # seconds that a simulated device works
@@ -174,13 +174,13 @@ def test_load_rejects_other_files(tmp_path):
 )
 def test_choose_rejects_what_is_not_available_here(given, word):
     with pytest.raises(InputError, match=f"^{word} must be"):
-        choose(**given)
+        choose_workload(**given)
 
 
 def test_choose_fills_in_what_is_none():
-    assert choose("cpu", torch.float32) == (torch.device("cpu"), torch.float32, 32)
-    assert choose("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16, 64)
-    assert choose("cpu", "float32", 16)[2] == 16
+    assert choose_workload("cpu", torch.float32) == (torch.device("cpu"), torch.float32, 32)
+    assert choose_workload("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16, 64)
+    assert choose_workload("cpu", "float32", 16)[2] == 16
 
 
 def test_the_published_table_gives_its_ratios():
