@@ -7,7 +7,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 import decinb
 from decinb.benchmark import latency, options, packing, plots
-from decinb.utils import acceleration
+from decinb.utils.acceleration import has_compiler
 from tests.helpers.small import small_nas, small_text_encoder, small_vae
 
 SAME = 40  # dB; rounding alone gives more than 80
@@ -69,7 +69,7 @@ def test_without_a_compiler_there_is_a_warning_and_no_change(monkeypatch):
     assert "forward" not in vars(pipe.unet)
 
 
-@pytest.mark.skipif(not acceleration.has_compiler(), reason="torch needs a C++ compiler")
+@pytest.mark.skipif(not has_compiler(), reason="torch needs a C++ compiler")
 def test_a_compiled_network_gives_the_same_and_its_hooks_run():
     network = FeedForward(8).eval()
     given = torch.randn(2, 4, 8)
