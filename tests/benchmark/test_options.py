@@ -77,8 +77,8 @@ def test_a_compiled_network_gives_the_same_and_its_hooks_run():
     network.register_forward_hook(lambda module, args, output: seen.append(len(output)))
     with torch.no_grad():
         plain = network(given)
-        acceleration.compile_network(network)
+        compile_network(network)
         compiled = network(given)
-        acceleration.uncompile_network(network)
+        uncompile_network(network)
     torch.testing.assert_close(compiled, plain, atol=ROUNDING, rtol=0)
     assert seen == [2, 2] and "forward" not in vars(network)
