@@ -7,7 +7,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 import decinb
 from decinb.benchmark import latency, options, packing, plots
-from decinb.utils.acceleration import has_compiler
+from decinb.utils.acceleration import compile_network, has_compiler, uncompile_network
 from tests.helpers.small import small_nas, small_text_encoder, small_vae
 
 SAME = 40  # dB; rounding alone gives more than 80
