@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.designs import Cell
-from decinb.errors import InputError
+from decinb.errors import InputError, SweepError
 from decinb.execution.plan import make_plan
 from decinb.execution.provenance import ImageRecord
 from decinb.execution.results import Results
@@ -127,14 +127,6 @@ class Sweep:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, viewer.page(self.prompt or file.stem, fragment).encode())
         return file
-
-
-class SweepError(RuntimeError):
-    """A sweep failed while it ran. Its ``sweep`` holds everything that was finished before."""
-
-    def __init__(self, message: str, sweep: Sweep):
-        super().__init__(message)
-        self.sweep = sweep
 
 
 def run_sweep(
