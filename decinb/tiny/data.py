@@ -1,7 +1,6 @@
 """The training data of the bundled models: scenes, their images, and examples of denoising."""
 
 import itertools
-import os
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +15,7 @@ from transformers import CLIPTokenizer
 
 from decinb.scenes.scenes import IMAGE_SIZE, Scene, caption, differing, house_mask, random_scene, render, twin
 from decinb.tiny.networks import TOKENS
+from decinb.utils.files import replacing
 
 EDIT_THRESHOLD = (350, 500)
 """Timesteps: an edit that starts below the first keeps its source, one above the second follows its prompt."""
@@ -46,23 +46,21 @@ def draw_all(scenes: list[Scene], file: Path, size: int = IMAGE_SIZE) -> np.ndar
         Bytes, (scenes, 3, size, size).
     """
     if not file.exists():
-        part = file.with_suffix(".part")
-        images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(scenes), 3, size, size))
-        with ProcessPoolExecutor() as pool:
+        with replacing(file) as part, ProcessPoolExecutor() as pool:
+            images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(scenes), 3, size, size))
             for i, image in enumerate(pool.map(draw, scenes, itertools.repeat(size), chunksize=64)):
                 images[i] = image
-        images.flush()
-        del images  # Windows cannot rename an open file
-        os.replace(part, file)
+            images.flush()
+            del images  # Windows cannot rename an open file
     return np.load(file, mmap_mode="r")
 
 
 def cached(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """Load an array from a file; make and save it first if there is none."""
     if not file.exists():
-        part = file.with_suffix(".part.npy")
-        np.save(part, make())
-        os.replace(part, file)
+        array = make()
+        with replacing(file) as part, open(part, "xb") as out:
+            np.save(out, array)
     return np.load(file)
 
 

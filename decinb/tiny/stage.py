@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from decinb.utils.files import replacing
 
 
 @dataclass
@@ -118,9 +119,8 @@ class Stage:
             "averages": self.averages,
             "optimizer": self.optimizer.state_dict(),
         }
-        part = self.file.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, self.file)
+        with replacing(self.file) as part:
+            torch.save(state, part)
 
     def _restore(self) -> None:
         state = torch.load(self.file, map_location=self.device, weights_only=True)
