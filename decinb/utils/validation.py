@@ -264,14 +264,15 @@ def warn(note: str) -> None:
 
 
 def short_repr(value: Any) -> str:
-    """Return a value as an error message repeats it: on one line, at most 80 characters and an ellipsis."""
-    if isinstance(value, (str, bytes)):
-        value = value[: MAX_REPR + 1]
+    """Return a value as an error message repeats it: on one line, and the middle left out beyond 80 characters."""
+    if isinstance(value, (str, bytes)) and len(value) > 2 * MAX_REPR:
+        value = value[:MAX_REPR] + value[-MAX_REPR:]  # the middle of a million characters need not be formatted
     try:
         words = " ".join(repr(value).split())
     except Exception:  # Python refuses to print an integer of 5,000 digits, and any class may raise anything
         words = f"a value of type {type(value).__name__}"
-    return words if len(words) <= MAX_REPR else f"{words[:MAX_REPR]}…"
+    half = MAX_REPR // 2
+    return words if len(words) <= MAX_REPR else f"{words[:half]}…{words[-half:]}"  # the end of a path tells most
 
 
 def _number(value: Any, name: str, allowed: str) -> float:

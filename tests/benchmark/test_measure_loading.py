@@ -9,9 +9,10 @@ import pytest
 from decinb.benchmark import latency
 from tests.helpers.small import small_nas, small_sd, small_text_encoder, small_vae
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "measure_loading.py"
+SCRIPT = Path(__file__).parents[2] / "tools" / "measure_loading.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_command_line(tmp_path, monkeypatch, capsys):
     specification = importlib.util.spec_from_file_location("measure_loading", SCRIPT)

@@ -200,7 +200,7 @@ def test_from_pipe_consistent_config(pipe):
 
 
 def test_freeu_is_refused(tiny):  # the stages that it scales are not those of U-Net-NAS
-    with pytest.raises(InputError, match="FreeU.*run it without"):
+    with pytest.raises(InputError, match="FreeU.*U-Net-NAS does not have"):
         tiny.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
 
 
