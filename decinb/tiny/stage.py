@@ -3,10 +3,10 @@
 import itertools
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 
 import torch
 from torch import Tensor, nn
@@ -63,23 +63,23 @@ class Stage:
             watch: called four times a minute, and at the end, with the progress from 0 to 1.
         """
         losses: list[float] = []
-        saved = logged = time.monotonic()
+        saved = logged = monotonic()
         while self.progress < 1:
-            started = time.monotonic()
+            started = monotonic()
             loss = loss_of(self.step)
             loss.backward()
             self._update()
             losses.append(loss.item())
             self.step += 1
-            self.seconds += time.monotonic() - started
-            if time.monotonic() - logged > 15 or self.progress >= 1:
+            self.seconds += monotonic() - started
+            if monotonic() - logged > 15 or self.progress >= 1:
                 self._log(sum(losses) / len(losses))
                 if watch:
                     watch(self.progress)
-                losses, logged = [], time.monotonic()
-            if time.monotonic() - saved > 30:
+                losses, logged = [], monotonic()
+            if monotonic() - saved > 30:
                 self._save()
-                saved = time.monotonic()
+                saved = monotonic()
         self._save()
         self._write(self.averages)
         for module in self.modules.values():

@@ -28,7 +28,7 @@ from decinb.scenes.scenes import ATTRIBUTES, IMAGE_SIZE, Scene, caption, depth_m
 from decinb.tiny.data import Example, cached, draw_all, house_weights, noised, to_input, to_tokens
 from decinb.tiny.networks import make_scheduler
 from decinb.tiny.stage import Stage
-from decinb.tiny.train import check_same_run, encode_all, image_loss, tidy_configs, unet_loss
+from decinb.tiny.train import check_same_run, encode_all, image_loss, tidy_configs, training_dtype, unet_loss
 from decinb.unet_nas import UNetNAS
 from decinb.utils.quiet import quiet
 
@@ -261,6 +261,7 @@ def train(
     device: torch.device,
     begin: str | Path = "tiny",
     batch: int = 32,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Run both stages in ``folder`` and save the new parts in ``folder/depth``.
 
@@ -273,6 +274,7 @@ def train(
         device: to train on.
         begin: the model whose parts are shared, and whose U-Net is the start.
         batch: rows in a step of the U-Net.
+        dtype: of the computation; None chooses with ``training_dtype``.
 
     Raises:
         InputError: a stage has no minutes, or ``folder`` holds a run with other settings.
@@ -281,6 +283,7 @@ def train(
         raise InputError(
             f"estimator_minutes and unet_minutes must be above 0, got {estimator_minutes:g} and {unet_minutes:g}"
         )
+    dtype = dtype or training_dtype(device)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"places": places, "estimator_minutes": estimator_minutes, "seed": seed, "begin": str(begin)}
     check_same_run(folder / "settings.json", settings)
@@ -288,16 +291,18 @@ def train(
     print(f"drawing {len(scenes)} scenes", flush=True)
     images = draw_all(scenes, folder / f"scenes-{seed}-{places}.npy")
     depths = cached(folder / f"depths-{seed}-{places}.npy", lambda: _depths(scenes))
-    estimator = train_estimator(images, depths, estimator_minutes, folder, device, seed)
+    estimator = train_estimator(images, depths, estimator_minutes, folder, device, seed, dtype=dtype)
 
     parts = load_pipeline(begin, device="cpu").components
-    moments = encode_all(parts["vae"].to(device), images, folder / "moments.npy", device)
+    moments = encode_all(parts["vae"].to(device), images, folder / "moments.npy", device, dtype)
     print("estimating the depth of the scenes", flush=True)
     side = moments.shape[-1]
     true = prepare(torch.tensor(depths), side)
     estimated = prepare(estimate(estimator, images, device).cpu(), side)
     given = with_depth(parts["unet"]), parts["text_encoder"], parts["tokenizer"]
-    unet = train_unet(scenes, moments, torch.stack([true, estimated]), given, unet_minutes, folder, device, seed, batch)
+    unet = train_unet(
+        scenes, moments, torch.stack([true, estimated]), given, unet_minutes, folder, device, seed, batch, dtype=dtype
+    )
     return save(folder / "depth", unet, estimator, make_feature_extractor())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from decinb import InputError, ModelError
 from decinb.loading import load_pipeline
 from decinb.scenes.adherence import named_attributes
 from decinb.scenes.scenes import Scene, depth_map, differing, render
-from decinb.tiny import evaluate, evaluate_depth, networks, train, train_depth
+from decinb.tiny import evaluate, evaluate_depth, networks, stage, train, train_depth
 from decinb.tiny.data import draw, to_input, to_tokens
 from decinb.tiny.evaluate import draw_pairs, measure_changes
 from decinb.unet_nas import UNetNAS
@@ -22,6 +23,12 @@ RESULTS = Path(__file__).parents[2] / "results" / "tiny" / "depth.json"
 CPU = torch.device("cpu")
 SECONDS = 1 / 60  # of a minute
 ROUNDING = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def cpu_clock(monkeypatch):
+    """Count the budget of a stage in CPU time, which does not depend on the load of the machine."""
+    monkeypatch.setattr(stage, "monotonic", time.process_time)
 
 
 def small_unet() -> UNetNAS:
@@ -178,7 +185,7 @@ def test_the_commands_train_a_model_and_measure_it(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="must be above 0, got 0 and 1"):
         train_depth.main(f"--folder {tmp_path} --estimator-minutes 0 --unet-minutes 1".split())
     monkeypatch.setattr(evaluate, "STEPS", 2)
-    monkeypatch.setattr(evaluate_depth, "QUICK", {"estimator": 4, "changes": 2})
+    monkeypatch.setattr(evaluate_depth, "QUICK", {"estimator": 4, "changes": 4})
     evaluate_depth.main(f"--folder {tmp_path / 'depth'} --results {tmp_path} --quick".split())
     report = json.loads((tmp_path / "depth-quick.json").read_text())
     stored = json.loads(RESULTS.read_text())
