@@ -18,6 +18,7 @@ TOKENIZED = [PROMPT, NEGATIVE_PROMPT, "", "A Café, snow: 30% off! " * 12]  # th
 LATENT_SIZES = [(16, 16), (13, 22)]  # the second does not halve evenly
 TIMESTEPS = [1, 500, 999]
 STEPS = 20
+GUIDANCE = 7.5
 PIXEL_STRIDE = 4  # of the decoded image, every fourth row and column is kept
 
 CALLS = {
@@ -27,9 +28,12 @@ CALLS = {
     "guidance 0.1": {"strength": 0.6, "guidance_scale": 0.1},
     "guidance 10": {"strength": 0.6, "guidance_scale": 10.0},
     "negative prompt": {"strength": 0.6, "negative_prompt": NEGATIVE_PROMPT},
-    "text to image": {},
+    "text to image": {"guidance_rescale": 0.0},
 }
-"""Whole pipeline calls, each with ``PROMPT`` and ``STEPS``; all but the last start from the input image."""
+"""Whole pipeline calls, each with ``PROMPT``, ``STEPS`` and ``GUIDANCE``; all but the last start from an image."""
+
+IMAGES = ["strength 0.4", "strength 0.6", "strength 1.0", "guidance 10", "text to image"]
+"""The calls whose images are kept, after the input image; of the others the final latent only."""
 
 
 def wave(shape: tuple[int, ...], phase: float = 0.0) -> np.ndarray:

@@ -8,16 +8,18 @@ computes the same; ``prepare`` puts those in place. On any other device it chang
 import importlib.metadata
 
 import mindspore as ms
-from mindspore import Tensor, mint, nn, ops
+from mindone.diffusers.models.activations import GEGLU
+from mindspore import mint, ops
 
 TESTED = {"mindspore": "2.7.2", "mindone": "0.5.0"}
 
 
-def prepare(device: str = "CPU") -> None:
+def prepare(device: str = "CPU", threads: int = 1) -> None:
     """Choose the device, and on a CPU supply the missing operations. Call it before any model is built.
 
     Args:
         device: ``"CPU"``, ``"GPU"`` or ``"Ascend"``.
+        threads: threads of an operation on a CPU. The bundled model's operations are too small to share.
 
     Raises:
         RuntimeError: the device is a CPU, and MindSpore or MindONE has another version than the tested one.
@@ -29,6 +31,7 @@ def prepare(device: str = "CPU") -> None:
         # By default each operation is queued for another thread. On a CPU the queue costs more than the operation:
         # with this call, models run 5 to 10 times faster.
         ms.runtime.launch_blocking()
+        ms.device_context.cpu.op_tuning.threads_num(threads)
         for owner, name, replacement in REPLACEMENTS:
             setattr(owner, name, replacement)
 
@@ -79,6 +82,19 @@ def _stack(tensors, dim=0):  # StackExt has no kernel
     return ops.stack(tensors, dim)
 
 
+def _geglu(self, hidden_states):  # under ms.jit, the method Tensor.chunk with the keyword dim has no kernel either
+    hidden_states, gate = mint.chunk(self.proj(hidden_states), 2, -1)
+    return hidden_states * self.gelu(gate)
+
+
+def _chunk(input, chunks, dim=0):  # Chunk has no kernel under ms.jit
+    return ops.chunk(input, chunks, dim)
+
+
+def _split(tensor, split_size_or_sections, dim=0):  # SplitTensor and SplitWithSize have no kernel under ms.jit
+    return ops.split(tensor, split_size_or_sections, dim)
+
+
 def _arange(start, end=None, step=1, *, dtype=None):  # Arange has no kernel
     return ops.arange(start, end, step, dtype=dtype)
 
@@ -111,7 +127,10 @@ REPLACEMENTS = [
     (mint.nn.AvgPool2d, "construct", _avg_pool2d),
     (mint.nn.functional, "gelu", _gelu),
     (mint.nn.functional, "pad", _pad),
+    (GEGLU, "construct", _geglu),
     (mint, "stack", _stack),
+    (mint, "chunk", _chunk),
+    (mint, "split", _split),
     (mint, "arange", _arange),
     (mint, "full", _full),
     (mint, "zeros_like", _zeros_like),

@@ -66,6 +66,11 @@ def text_to_image(pipe: StableDiffusionImg2ImgPipeline) -> StableDiffusionPipeli
     return other
 
 
+def compile_unet(pipe: StableDiffusionImg2ImgPipeline) -> None:
+    """Compile the U-Net with ``ms.jit``: twice as fast, after some seconds at the first call of each batch size."""
+    pipe.unet.construct = ms.jit(pipe.unet.construct)
+
+
 def load_weights(cell: nn.Cell, file: Path) -> None:
     """Fill a model from a safetensors file, in float32, and check that file and model have the same tensors.
 

@@ -88,10 +88,11 @@ def whole_calls(pipe: DiffusionPipeline, image: Image.Image) -> tuple[dict[str, 
     for name, settings in cases.CALLS.items():
         call, start = (pipe, {"image": image}) if "strength" in settings else (text_to_image, {})
         generator = torch.Generator().manual_seed(0)
-        given = {"prompt": cases.PROMPT, "num_inference_steps": cases.STEPS, **start, **settings}
-        made[name] = call(**given, generator=generator, output_type="latent").images
-        pixels = pipe.vae.decode(made[name] / pipe.vae.config.scaling_factor).sample
-        images += pipe.image_processor.postprocess(pixels)
+        given = {"num_inference_steps": cases.STEPS, "guidance_scale": cases.GUIDANCE, **start, **settings}
+        made[name] = call(cases.PROMPT, **given, generator=generator, output_type="latent").images
+        if name in cases.IMAGES:
+            pixels = pipe.vae.decode(made[name] / pipe.vae.config.scaling_factor).sample
+            images += pipe.image_processor.postprocess(pixels)
     return made, images
 
 
