@@ -1,6 +1,7 @@
 # make demo   creates the environment, runs every notebook on the bundled model, says where the pictures are
 #             (notebook 07 trains a model for a minute there; MINUTES=5 gives it as long as it asks for)
 # make test   style, tests, and every notebook from its first cell to its last
+# make mindspore   the same model on MindSpore: its own environment (3.3 GB), parity with torch, one notebook (opt-in)
 # make fuzz   a hundred times as many random inputs as `make test` tries (EXAMPLES=100000 for more yet)
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,7 +15,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 export MALLOC_TOP_PAD_ := 268435456
 
-.PHONY: demo test fuzz notebooks environment clean
+.PHONY: demo test fuzz notebooks environment clean mindspore
 .DEFAULT_GOAL := demo
 
 environment: $(VENV)/ready
@@ -42,6 +43,20 @@ test: environment
 
 fuzz: environment
 	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -p no:nbval -o addopts= tests/guarantees/test_fuzz.py
+
+# Everything runs inside the folder: from here, Python could take it for the package of the same name.
+mindspore: .venv-mindspore/ready
+	cd mindspore && GLOG_v=3 ../.venv-mindspore/bin/python -m pytest -q
+	@mkdir -p runs/mindspore
+	.venv-mindspore/bin/papermill --log-level ERROR --no-progress-bar --cwd mindspore \
+		mindspore/image_to_image.ipynb runs/mindspore/image_to_image.ipynb
+	@echo "done: the notebook with its images is runs/mindspore/image_to_image.ipynb"
+
+.venv-mindspore/ready: mindspore/requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "MindSpore needs Python 3.11 or 3.12; try: make mindspore PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv-mindspore
+	.venv-mindspore/bin/python -m pip install --quiet --disable-pip-version-check -r mindspore/requirements.txt
+	@touch $@
 
 # Runs every notebook anew, in place. Look at the pictures before you commit them.
 notebooks: environment

@@ -5,6 +5,7 @@ raise ``The kernel ... unregistered``. Each has an older relative in ``mindspore
 computes the same; ``prepare`` puts those in place. On any other device it changes nothing.
 """
 
+import functools
 import importlib.metadata
 
 import mindspore as ms
@@ -14,6 +15,7 @@ from mindspore import mint, ops
 TESTED = {"mindspore": "2.7.2", "mindone": "0.5.0"}
 
 
+@functools.cache  # MindSpore refuses to set the number of threads twice
 def prepare(device: str = "CPU", threads: int = 1) -> None:
     """Choose the device, and on a CPU supply the missing operations. Call it before any model is built.
 
@@ -51,9 +53,7 @@ def check_versions(installed: dict[str, str]) -> None:
 
 
 def _conv2d(self, input):  # Conv2DExt has no kernel; Conv2D has, and takes the bias in a second operation
-    output = ops.conv2d(
-        input, self.weight, None, self.stride, "pad", self.padding, self.dilation, self.groups
-    )
+    output = ops.conv2d(input, self.weight, None, self.stride, "pad", self.padding, self.dilation, self.groups)
     return output if self.bias is None else ops.bias_add(output, self.bias)
 
 
@@ -99,7 +99,9 @@ def _arange(start, end=None, step=1, *, dtype=None):  # Arange has no kernel
     return ops.arange(start, end, step, dtype=dtype)
 
 
-def _full(size, fill_value, *, dtype=None):  # FillScalar has no kernel
+def _full(size, fill_value, *, dtype=None):  # FillScalar has no kernel; ops.full makes integers unless told otherwise
+    if dtype is None and isinstance(fill_value, float):
+        dtype = ms.float32
     return ops.full(size, fill_value, dtype=dtype)
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import cpu
 import mindspore as ms
 import numpy as np
 from mindone.diffusers import (
@@ -15,6 +14,8 @@ from mindone.transformers import CLIPTextModel
 from mindspore import nn
 from safetensors.numpy import load_file
 from transformers import CLIPTextConfig, CLIPTokenizerFast
+
+import cpu
 from unet_nas import UNetNAS
 
 TORCH_NAMES = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}

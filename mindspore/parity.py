@@ -10,8 +10,6 @@ import sys
 import time
 from importlib.metadata import version
 
-import cases
-import loading
 import matplotlib
 import mindspore as ms
 import numpy as np
@@ -19,6 +17,9 @@ from mindone.diffusers import StableDiffusionImg2ImgPipeline
 from mindspore import Tensor
 from PIL import Image
 from safetensors.numpy import load_file
+
+import cases
+import loading
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

@@ -1,11 +1,12 @@
 """Each replaced operation computes what torch's operation of the same name is documented to compute."""
 
-import cpu
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, mint
 from scipy.special import erf
+
+import cpu
 
 cpu.prepare()
 

@@ -2,14 +2,15 @@
 
 import json
 
-import cases
-import loading
 import mindspore as ms
 import numpy as np
-import parity
 import pytest
 from mindspore import Tensor
 from safetensors.numpy import load_file, save_file
+
+import cases
+import loading
+import parity
 from unet_nas import UNetNAS
 
 ROUNDING = 3e-5  # float32 sums in another order; the largest values are between 1 and 20

@@ -3,7 +3,7 @@
 Run it in decinb's own environment, and again whenever the bundled weights change.
 """
 
-import cases
+import decinb
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from torch import Tensor
 
-import decinb
+import cases
 
 
 @torch.no_grad()
