@@ -5,7 +5,6 @@ raise ``The kernel ... unregistered``. Each has an older relative in ``mindspore
 computes the same; ``prepare`` puts those in place. On any other device it changes nothing.
 """
 
-import functools
 import importlib.metadata
 
 import mindspore as ms
@@ -15,7 +14,6 @@ from mindspore import mint, ops
 TESTED = {"mindspore": "2.7.2", "mindone": "0.5.0"}
 
 
-@functools.cache  # MindSpore refuses to set the number of threads twice
 def prepare(device: str = "CPU", threads: int = 1) -> None:
     """Choose the device, and on a CPU supply the missing operations. Call it before any model is built.
 
@@ -29,7 +27,7 @@ def prepare(device: str = "CPU", threads: int = 1) -> None:
     if device == "CPU":
         check_versions({name: importlib.metadata.version(name) for name in TESTED})
     ms.set_device(device)
-    if device == "CPU":
+    if device == "CPU" and mint.stack is not _stack:  # once: MindSpore refuses to set the number of threads again
         # By default each operation is queued for another thread. On a CPU the queue costs more than the operation:
         # with this call, models run 5 to 10 times faster.
         ms.runtime.launch_blocking()

@@ -13,7 +13,9 @@ import loading
 import parity
 from unet_nas import UNetNAS
 
-ROUNDING = 3e-5  # float32 sums in another order; the largest values are between 1 and 20
+# Float32 sums in another order, against the largest value. The VAE's encoder differs most, by 8e-5 of 9, and there
+# MindSpore is the closer one: within 3e-6 of what torch computes in float64.
+ROUNDING = 3e-5
 PUBLISHED = json.loads((cases.ROOT / "tests" / "fixtures" / "unet_nas_reference.json").read_text())
 
 
@@ -43,12 +45,12 @@ UNET = [f"unet {height} x {width} at {t}" for height, width in cases.LATENT_SIZE
 
 @pytest.mark.parametrize("name", ["text", "encoded", "decoded", "noisy", "denoised", *UNET])
 def test_parts_differ_by_rounding(parts, name):
-    assert parts[name]["difference"] <= ROUNDING, parts[name]
+    assert parts[name]["difference"] <= ROUNDING * parts[name]["largest"], parts[name]
 
 
 @pytest.mark.parametrize("name", cases.CALLS)
 def test_whole_calls_differ_by_rounding(calls, name):
-    assert calls[name]["difference"] <= 10 * ROUNDING, calls[name]  # it grows over 20 steps, and with guidance
+    assert calls[name]["difference"] <= ROUNDING * calls[name]["largest"], calls[name]
 
 
 @pytest.mark.parametrize("name", cases.IMAGES)
