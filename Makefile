@@ -46,9 +46,9 @@ fuzz: environment
 
 # Everything runs inside the folder: from here, Python could take it for the package of the same name.
 mindspore: .venv-mindspore/ready
-	cd mindspore && GLOG_v=3 ../.venv-mindspore/bin/python -m pytest -q
+	cd mindspore && GLOG_v=3 OMP_NUM_THREADS=1 ../.venv-mindspore/bin/python -m pytest -q
 	@mkdir -p runs/mindspore
-	.venv-mindspore/bin/papermill --log-level ERROR --no-progress-bar --cwd mindspore \
+	GLOG_v=3 OMP_NUM_THREADS=1 .venv-mindspore/bin/papermill --log-level ERROR --no-progress-bar --cwd mindspore \
 		mindspore/image_to_image.ipynb runs/mindspore/image_to_image.ipynb
 	@echo "done: the notebook with its images is runs/mindspore/image_to_image.ipynb"
 
