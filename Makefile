@@ -4,6 +4,7 @@
 # make test           style, all tests, and every notebook (WORKERS=1 for one process instead of up to four)
 # make fuzz           a hundred times as many random inputs as `make test` (EXAMPLES=100000 for more)
 # make notebooks      run every notebook again, in place; look at the images before you commit them
+# make mindspore      the same model on MindSpore, opt-in: its own environment (3.3 GB), parity with torch, one notebook
 # make architecture   draw the picture in docs/architecture.md and update its table
 PYTHON ?= python3
 VENV   ?= .venv
@@ -23,7 +24,7 @@ PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses $(WORKERS) --dist
 
 QUICK  := $(addprefix tests/,core sampling execution figures utils scenes)
 
-.PHONY: demo quick test style fuzz notebooks architecture environment clean
+.PHONY: demo quick test style fuzz notebooks mindspore architecture environment clean
 .DEFAULT_GOAL := demo
 
 environment: $(VENV)/ready
@@ -59,6 +60,20 @@ test: style
 
 fuzz: environment
 	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/guarantees/test_fuzz.py
+
+# Everything runs inside the folder: from here, Python could take it for the package of the same name.
+mindspore: .venv-mindspore/ready
+	cd mindspore && GLOG_v=3 OMP_NUM_THREADS=1 ../.venv-mindspore/bin/python -m pytest -q
+	@mkdir -p runs/mindspore
+	GLOG_v=3 OMP_NUM_THREADS=1 .venv-mindspore/bin/papermill --log-level ERROR --no-progress-bar --cwd mindspore \
+		mindspore/image_to_image.ipynb runs/mindspore/image_to_image.ipynb
+	@echo "done: the notebook with its images is runs/mindspore/image_to_image.ipynb"
+
+.venv-mindspore/ready: mindspore/requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "MindSpore needs Python 3.11 or 3.12; try: make mindspore PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv-mindspore
+	.venv-mindspore/bin/python -m pip install --quiet --disable-pip-version-check -r mindspore/requirements.txt
+	@touch $@
 
 notebooks: environment
 	$(BIN)/python tools/execute_notebooks.py
