@@ -3,6 +3,7 @@
 In a notebook, an error is two lines: the user's own line and the message. ``%tb`` shows the whole traceback.
 """
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -43,7 +44,7 @@ class SweepError(_TwoLines, RuntimeError):
 
 def _user_line(error: BaseException) -> traceback.FrameSummary | None:
     """Return the last line of the user's code that led to an error: the one that called decinb."""
-    package = str(Path(__file__).parent)
+    package = str(Path(__file__).parent) + os.sep
     frames = traceback.extract_tb(error.__traceback__)
     calls = [i for i, frame in enumerate(frames) if frame.filename.startswith(package)]
     before = frames[: calls[0]] if calls else frames

@@ -66,6 +66,7 @@ def load_image(source: Source, size: int | None = None, allow_private: bool = Fa
         InputError: there is no such sample or file, the image is damaged, too large or too small, or the server did
             not send an image (at most 20 MB in 20 seconds).
     """
+    size = None if size is None else validation.side(size, "size")
     return fit(read_image(source, size, allow_private), size)
 
 
@@ -306,7 +307,8 @@ def fit(image: Image.Image, size: int | None = None) -> Image.Image:
     shrink = min(1, MAX_SIDE / max(image.size))
     if min(image.size) * shrink < MIN_SIDE:
         raise InputError(
-            f"image of {width} x {height} pixels is too long: at {MAX_SIDE}, the shorter side has less than {MIN_SIDE}"
+            f"image of {width} x {height} pixels is too long: scaled to {MAX_SIDE} pixels, its shorter side has less "
+            f"than {MIN_SIDE}"
         )
     if max(image.size) > MAX_ASPECT * min(image.size):
         validation.warn(

@@ -165,7 +165,7 @@ def _find(model: str | Path | None, task: str, device: torch.device, dtype: torc
 def _find_named(
     model: str | Path, reason: str, task: str, device: torch.device, dtype: torch.dtype, allow_pickle: bool
 ) -> _Found:
-    """Locate or download a model that cannot be rejected by what is known of it."""
+    """Locate or download a model, unless what is known about it already shows that it cannot be used."""
     name, entry = _identify(model)
     if name in MODELS:
         known_pipeline_class(name, task)

@@ -32,7 +32,7 @@ from decinb.utils.quiet import quiet
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 BATCHED = ("image", "prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "depth_map")
-"""The arguments of which a call takes one, or one for each image."""
+"""The arguments that are given once for all images of a call, or once for each."""
 
 
 class _DeciDiffusion:
@@ -108,7 +108,7 @@ class _DeciDiffusion:
         return valid | self._validate_prompts(arguments)
 
     def _validate_prompts(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return the prompts as lists and their embeddings as tensors, those that are given."""
+        """Return the prompts that are given as lists, and the embeddings that are given as tensors."""
         valid: dict[str, Any] = {}
         if arguments["prompt"] is not None or arguments["prompt_embeds"] is None:
             valid["prompt"] = validation.texts(arguments["prompt"], "prompt")
@@ -132,7 +132,7 @@ class _DeciDiffusion:
         return {"strength": strength, "image": load_images(arguments["image"]) if latents is None else latents}
 
     def _broadcast(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments with as many images as prompts: one serves for any number of the others."""
+        """Return the arguments with equally many images and prompts: a single one is repeated."""
         batched = {name: arguments[name] for name in BATCHED if arguments.get(name) is not None}
         size = validation.batch_size(**{name: len(values) for name, values in batched.items()})
         validation.generators(arguments["generator"], size * arguments["num_images_per_prompt"])
@@ -378,12 +378,12 @@ def _custom_schedule(arguments: dict[str, Any]) -> Any:
 
 
 def _repeat(values: Any, size: int) -> Any:
-    """Return a list or tensor with as many items, and the item itself of a list with one."""
+    """Repeat values until there are ``size`` of them; a list of one item becomes that item."""
     if torch.is_tensor(values):
         return values.expand(size, *values.shape[1:])
     return values[0] if size == 1 else values * (size // len(values))
 
 
 def _distinct(texts: str | list[str] | None) -> list[str]:
-    """Return the different texts among an argument that is one text, a list or None."""
+    """Return the distinct texts of an argument that is one text, a list of texts or None."""
     return list(dict.fromkeys([texts] if isinstance(texts, str) else texts or []))

@@ -182,6 +182,8 @@ def run_sweep(
         warnings.warn(
             "run_sweep: pack is now called max_rows; the old name will be removed", DeprecationWarning, stacklevel=2
         )
+        if max_rows is not None:
+            raise InputError("pack is the old name of max_rows: give only max_rows")
         max_rows = validation.count(pack, "pack")
     elif max_rows is not None:
         max_rows = validation.count(max_rows, "max_rows")
@@ -213,7 +215,7 @@ def _run(runner: Runner, results: Results) -> Sweep:
     except KeyboardInterrupt:
         print(f"stopped: {len(results)} of {len(results.plan.cells)} cells are done")
     except Exception as error:
-        if isinstance(error, InputError) and not len(results):  # refused late, by the folder or the U-Net
+        if isinstance(error, InputError) and not len(results):  # found only now, in the folder or the U-Net
             raise
         raise SweepError(_describe_failure(results, error), _to_sweep(results)) from error
     return _to_sweep(results)

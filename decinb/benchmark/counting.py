@@ -1,7 +1,8 @@
 """Count the parameters and FLOPs of a network, block by block, and the U-Net calls of a pipeline.
 
 FLOPs are counted on torch's meta device, which does no arithmetic, so it takes half a second and no memory. One FLOP is
-one addition or one multiplication; torch counts those of matrix products, convolutions and attention, nearly all.
+one addition or one multiplication; torch counts those of matrix products, convolutions and attention, that is, nearly
+all of them.
 """
 
 import itertools
@@ -143,7 +144,7 @@ def count(
 
 
 def _blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the children that contain ResNets or Transformers, by name; of a list, its elements."""
+    """Return the children that contain ResNets or Transformers, by name; for a list, its elements."""
     parts = {}
     for name, child in model.named_children():
         opened = {f"{name}.{i}": c for i, c in enumerate(child)} if isinstance(child, nn.ModuleList) else {name: child}

@@ -1,7 +1,7 @@
-"""Time single ways to run a pipeline faster that change its images only by rounding.
+"""Time individual options that make a pipeline faster and change its images only by rounding.
 
-Also those that are on from the start, so that each can be timed with and without. ``decinb.utils.acceleration.tune``,
-behind ``load_pipeline(..., compile=True)``, turns on the ones that pay off.
+Options that are on by default are included, so that each can be timed with and without.
+``decinb.utils.acceleration.tune``, which ``load_pipeline(..., compile=True)`` calls, turns on those that pay off.
 """
 
 import time

@@ -104,7 +104,7 @@ def compare(
 
 
 def _ways(pipe: StableDiffusionImg2ImgPipeline, jobs: Sequence[Job], max_rows: int) -> dict[str, Way]:
-    """Return the guide's way and ours, by name."""
+    """Return the two ways to make the images, by name: the loop of the guide, and the packed sweep."""
 
     def one_by_one() -> Iterator[list[int]]:
         for i, job in enumerate(jobs):

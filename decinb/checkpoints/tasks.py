@@ -91,9 +91,8 @@ def assemble(
     parameters = inspect.signature(cls.__init__).parameters
     with as_model_error(f"{where}: cannot create a {cls.__name__} from its components"):
         pipe = cls(**{name: value for name, value in arguments.items() if name in parameters})
-    if (
-        extra := adapter_of(pipe).extra_channels
-    ) is not None:  # an inpainting U-Net also takes the mask and the image, so it has more channels
+    extra = adapter_of(pipe).extra_channels
+    if extra is not None:  # a U-Net for inpainting has more channels, since it also takes the mask and the image
         takes, given = pipe.unet.config.in_channels, pipe.vae.config.latent_channels + extra
         if takes != given:
             raise ModelError(

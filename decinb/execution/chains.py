@@ -355,7 +355,7 @@ def _run_call(call: Call, given: Image.Image | Tensor | None, generator: torch.G
     pipe = adapter.pipe
     before, pipe.scheduler = pipe.scheduler, call.scheduler
     try:
-        with quiet():  # truncated prompts have been warned of
+        with quiet():  # read_links has already warned of truncated prompts
             output = adapter.call(arguments, generator)
     finally:
         pipe.scheduler = before

@@ -107,8 +107,9 @@ def plan(
         InputError: a cell cannot run; the message names it.
 
     Warns:
-        Once for each kind of cell that can run but may surprise: settings that give the same image, prompts that are
-        cut off, very high guidance, negative prompts without guidance, schedules that start late, very many images.
+        Once for each kind of cell that can run but may not give what is expected: settings that give the same image,
+        prompts that are cut off, very high guidance, negative prompts without guidance, schedules that start late, very
+        many images.
     """
     given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
     store = None if folder is None else Store(validation.folder(folder))
@@ -266,7 +267,7 @@ def _jobs_to_records(
 def _warn_and_note(
     adapter: Adapter, cells: Sequence[Cell], jobs: Sequence[Job], records: Sequence[ImageRecord], missing: int
 ) -> list[str]:
-    """Return notes on what can run but may surprise, having warned of those that were hardly intended."""
+    """Return notes on what can run but may surprise; warn about what was probably not intended."""
     warned = [validation.high_guidance(max(job.guidance_scale for job in jobs)), adapter.schedule_note(jobs)]
 
     # A cell that names both arguments is intended: it shows that without guidance a negative prompt does nothing.

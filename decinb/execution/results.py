@@ -18,7 +18,7 @@ from decinb.utils.labels import label
 class Results:
     """The finished images of a plan.
 
-    An image that the folder does not take stays in memory, and is saved by ``save_again`` if the folder recovers.
+    An image that cannot be saved stays in memory; ``save_again`` tries to save it once more.
 
     Args:
         plan: what the images are for.
@@ -53,7 +53,7 @@ class Results:
         return [self.plan.cells[i] for i in order], Images(sources), records
 
     def list_cells(self) -> None:
-        """Note in the folder what was asked for."""
+        """Add the cells of the plan to the manifest of the folder."""
         if self.store is not None:
             try:
                 self.store.list_cells(self.plan.records)
@@ -61,7 +61,7 @@ class Results:
                 self._warn_refused(error)
 
     def load_saved(self) -> dict[str, Path]:
-        """Take what the folder holds already, or another process has saved since; return the files by key."""
+        """Add the images that are in the folder already, also from other processes; return the files by key."""
         if self.store is None:
             return {}
         saved = self.store.find([self.plan.records[self.cells_of[key][0]] for key in self.missing])
@@ -71,7 +71,7 @@ class Results:
         return saved
 
     def add(self, key: str, result: Result) -> bool:
-        """Take a new result; return whether it has an image. Warn where it has none, or a black one."""
+        """Add a new result, and return whether it has an image. Warn if it has none, or a black one."""
         cell = f"cell {label(self.plan.records[self.cells_of[key][0]])}"
         if result.image is None:
             self._failed.add(key)
@@ -83,7 +83,7 @@ class Results:
         return True
 
     def save_again(self) -> None:
-        """Try once more to save what the folder did not take: a full disk may have room again, a drive be back."""
+        """Try once more to save what could not be saved: a full disk may have room again, or a drive may be back."""
         if not self._refused:
             return
         with suppress(OSError):
@@ -103,7 +103,7 @@ class Results:
                 self._warn_refused(error)
 
     def _save(self, i: int) -> None:
-        """Let the folder keep the image of a cell under the cell's own file name."""
+        """Save the image of a cell under the cell's own file name, unless it is there already."""
         source, record = self._finished[i]
         self._finished[i] = self.store.keep(source, record, self.plan.jobs[i].image)
 

@@ -39,7 +39,7 @@ class Runner:
     def __init__(self, adapter: Adapter, results: Results, max_rows: int | None, progress: bool, show: bool):
         self.adapter, self.results, self.plan = adapter, results, results.plan
         self.max_rows, self.progress = max_rows, progress
-        self._pending: list[tuple[str, Result]] = []  # came out of the last step, not yet in the results
+        self._pending: list[tuple[str, Result]] = []  # results of the last step that have not been added yet
         self._grid: LiveGrid | None = None
         if show:
             with self._only_display():
@@ -67,7 +67,7 @@ class Runner:
                     self._grid.close()
 
     def _compute_share(self, keys: Sequence[str]) -> None:
-        """Compute this process's share, then what a slower or a dead process has left, from the far end."""
+        """Compute this process's share, then what slower or dead processes have left, from the end of the list."""
         from accelerate import PartialState
 
         with PartialState(cpu=self.adapter.pipe.device.type == "cpu").split_between_processes(list(keys)) as share:
@@ -89,7 +89,7 @@ class Runner:
                 for step in steps:
                     self._take(step, keys)
                     bar.update(step.rows)
-            except KeyboardInterrupt as interrupt:  # anywhere: what is fully denoised is still decoded and kept
+            except KeyboardInterrupt as interrupt:  # what is fully denoised by then is still decoded and kept
                 with suppress(KeyboardInterrupt):
                     self._take_pending()
                     step = steps.throw(interrupt)
@@ -99,7 +99,7 @@ class Runner:
                 raise
 
     def _take(self, step: Step, keys: Sequence[str]) -> None:
-        """Keep what a step has finished, and show how far the rest is."""
+        """Keep what a step has finished, and show the progress of the rest."""
         self.results.in_progress = sorted(self._cell(keys[index]) for index in step.active)
         self._pending += [(keys[result.index], result) for result in step.results]
         self._take_pending()
@@ -131,7 +131,7 @@ class Runner:
 
     @contextmanager
     def _only_display(self) -> Iterator[None]:
-        """Let no failure of the live grid stop the sweep: warn, and go on without the grid."""
+        """Keep a failure of the live grid from stopping the sweep: warn, and continue without the grid."""
         try:
             yield
         except Exception as error:

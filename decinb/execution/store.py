@@ -1,7 +1,7 @@
 """The folder of a sweep: a PNG for every finished image, and a manifest that lists what belongs to it.
 
 Each PNG holds its record and its input, so the image can be made again from the file alone. An image is found by its
-key, the hash of everything that decides its pixels, whatever design asked for it.
+key, the hash of everything that decides its pixels, whichever design it was made for.
 """
 
 import json
@@ -109,7 +109,7 @@ class Store:
         save_image(image, self.path(record), record, input_image)
 
     def list_cells(self, records: Sequence[ImageRecord]) -> None:
-        """Add cells to the manifest, which lists all that was asked for in this folder, finished or not."""
+        """Add cells to the manifest, which lists everything requested in this folder, finished or not."""
         self.folder.mkdir(parents=True, exist_ok=True)
         listed = {entry["file"]: entry for entry in self._entries()}
         for record in records:
@@ -118,7 +118,7 @@ class Store:
         write_atomically(self.folder / MANIFEST, manifest.encode())
 
     def locked(self) -> AbstractContextManager[None]:
-        """Keep other processes out of the folder inside the ``with`` block, waiting first for one that is in it."""
+        """Keep other processes out of the folder inside the ``with`` block; wait first if one is using it."""
         with suppress(OSError):  # a folder that cannot be written to needs no lock
             self.folder.mkdir(parents=True, exist_ok=True)
         return file_lock(

@@ -23,7 +23,7 @@ Axis = str | Sequence[str] | None
 Head = tuple[str, ...]
 Place = tuple[int, int]
 
-SWEEP_WIDE = ("guidance_rescale", "model", "scheduler", "dtype")  # the same for all cells of one sweep
+SWEEP_WIDE = ("guidance_rescale", "model", "scheduler", "dtype")  # these are the same for all cells of one sweep
 PER_ROW = 4  # cells in a row where they do not make a table
 NO_BREAK_SPACE = "\u00a0"
 LONG = 40  # characters; if the texts of a side are longer, the words that all of them share are left out
@@ -67,9 +67,9 @@ def lay_out(cells: Sequence[CellValues], rows: Axis = None, cols: Axis = None, f
         rows, cols: the argument down the side and the one along the top, or a pair of them, the slower one first. With
             neither, the arguments in which the cells differ are used: the one with more values goes along the top, and
             of three or four, some share a side. With more than four, or if most places would be empty, the cells
-            follow each other instead. With only one of the two named, the other side takes one or two further
+            are shown one after another instead. With only one of the two named, the other side takes one or two further
             arguments if different cells would otherwise share a place.
-        free: places to leave free at the beginning where the cells follow each other.
+        free: places to leave free at the beginning if the cells are shown one after another.
 
     Raises:
         InputError: a name is unknown or named twice, or two different cells would share a place.
@@ -99,7 +99,7 @@ def in_sequence(count: int, columns: int, free: int = 0, titles: list[str] | Non
 
 
 def titles(cells: Sequence[CellValues]) -> list[str]:
-    """Return for every cell what distinguishes it; numbers come first, since a prompt may have to be cut off."""
+    """Return a title for every cell that distinguishes it; numbers come first, since a prompt may be cut off."""
     names = sorted(varying(cells), key=lambda name: name not in SHORT) or list(SHORT)
     texts = {name: _texts(name, [cell[name] for cell in cells]) for name in names}
     for name in set(names) & set(SHORT):

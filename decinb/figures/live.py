@@ -107,8 +107,8 @@ class LiveGrid:
 class Canvas:
     """The page of a sweep as an image in pixels, with empty boxes at first; images are pasted into the boxes.
 
-    It looks like the printed figure. If its labels would be too small to read, the cells follow each other without
-    labels instead.
+    It looks like the printed figure. If its labels would be too small to read, the cells are shown one after another
+    without labels instead.
 
     Args:
         cells: the arguments of every cell, with ``image_size`` (width, height).
@@ -132,7 +132,7 @@ class Canvas:
         for place, tile in page.tiles.items():
             if tile.cell is not None:
                 left, top, width, height = (length * resolution for length in page.boxes[place])
-                # Rounded down, so that no box reaches into the next.
+                # Rounded down, so that no box overlaps the next.
                 left, top, width, height = round(left), round(top), max(1, int(width)), max(1, int(height))
                 self.boxes[tile.cell] = left, top, left + width, top + height
 

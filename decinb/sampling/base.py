@@ -125,8 +125,9 @@ class Adapter(ABC):
         return max((validation.lost_words(text, tokenizer) for tokenizer in tokenizers), key=len, default="")
 
     def key_parts(self, job: Job) -> dict[str, Any]:
-        """Return what else decides a job's pixels, besides its input, prompt, steps and seed and the model."""
-        return {"size": image_size(self.pipe)} if job.image is None else {}  # for text to image, nothing else says it
+        """Return what else determines a job's pixels, besides model, input, prompt, steps and seed."""
+        # In text to image, no input determines the size.
+        return {"size": image_size(self.pipe)} if job.image is None else {}
 
     @abstractmethod
     def count_calls(self, jobs: Sequence[Job]) -> list[int]:

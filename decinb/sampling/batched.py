@@ -1,6 +1,6 @@
 """Packed denoising: jobs with different settings share U-Net calls, and each image comes out as if made alone.
 
-A U-Net takes one timestep per row, so the rows of a call need not agree on anything. Every active job has its own
+A U-Net takes one timestep per row, so the rows of a call may differ in everything. Every active job has its own
 scheduler, latents and timesteps. Each step gathers the rows of all active jobs, calls the U-Net once, and lets each
 scheduler advance its own job; finished jobs leave and waiting ones join. No sampler is reimplemented: any diffusers
 scheduler works, and random numbers are drawn in the order of the stock pipeline.
@@ -342,7 +342,7 @@ class _PackedRun:
         before = self._latents()
         for active in self.active:
             active.step(predictions[active.index], self.guidance_rescale)
-        # In one tensor, so that the device is waited for once.
+        # In one tensor, so that there is only one wait for the device.
         are_finite = torch.stack([active.latents.isfinite().all() for active in self.active]).tolist()
         for active, is_finite in zip(self.active, are_finite, strict=True):
             if not is_finite:

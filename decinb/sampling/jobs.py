@@ -1,4 +1,4 @@
-"""The vocabulary of sampling: a job asks for one image, and steps and results report what became of many of them."""
+"""The vocabulary of sampling: a job asks for one image, and steps and results report the progress of many."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -29,7 +29,8 @@ class SequentialAdapter(Adapter):
 
     def call(self, arguments: Mapping[str, Any], generator: torch.Generator) -> Output:
         # Floats, because converting NaN to an 8-bit image would hide it.
-        pixels = np.asarray(self.pipe(**arguments, generator=generator, output_type="np").images[0])
+        draws = {"generator": generator} if self.takes("generator") else {}
+        pixels = np.asarray(self.pipe(**arguments, **draws, output_type="np").images[0])
         image = VaeImageProcessor.numpy_to_pil(pixels)[0] if np.isfinite(pixels).all() else None
         return Output(image, None, False)
 

@@ -37,7 +37,7 @@ PATTERNS: dict[str, dict[Value, re.Pattern]] = {
     "trees": {None: EMPTY} | {value: _pattern(phrases) for value, phrases in TREE_WORDS.items()},
     "mountains": {False: EMPTY, True: _pattern("mountains")},
 }
-"""What names each value of each attribute."""
+"""For each value of each attribute, the pattern of the phrases that name it."""
 
 
 def named_attributes(prompt: str) -> dict[str, Value]:

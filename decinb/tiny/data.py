@@ -18,7 +18,7 @@ from decinb.tiny.networks import TOKENS
 from decinb.utils.files import replacing
 
 EDIT_THRESHOLD = (350, 500)
-"""Timesteps: an edit that starts below the first keeps its source, one above the second follows its prompt."""
+"""Timesteps: an edit that starts below the first keeps its source; one above the second follows its prompt."""
 
 HOUSE_WEIGHT = 4
 """Weight of a house in the loss: it covers a twentieth of an image, and most prompts are about it."""
@@ -103,8 +103,8 @@ class Example:
         """Choose an example at random.
 
         Half of the examples are plain diffusion. In the others the prompt describes the twin of the source. If the edit
-        starts above ``EDIT_THRESHOLD``, the target is the twin as well; below, the source, against the prompt. One
-        prompt in ten is empty, for classifier-free guidance.
+        starts above ``EDIT_THRESHOLD``, the target is the twin as well; below it, the target is the source, whatever
+        the prompt says. One prompt in ten is empty, for classifier-free guidance.
 
         Args:
             scenes: every second one is the twin of the one before it.

@@ -206,7 +206,7 @@ def draw_pairs(count: int) -> Iterator[tuple[str, Scene, Scene]]:
 
 
 def _prompts(count: int) -> list[str]:
-    """Make complete prompts that differ from all training captions: they name the style last, captions first."""
+    """Make complete prompts unlike all training captions: they name the style at the end, not at the start."""
     rng = random.Random("evaluate words")
     captions = (caption(scene, rng, left_out=0, always=["style"]) for scene in _scenes("text", count))
     return [", ".join(reversed(text.split(" of ", 1))) for text in captions]
@@ -349,7 +349,7 @@ def goals(report: dict[str, Any]) -> list[Goal]:
 
 
 def _best(changes: dict[str, Any], name: str, least: float) -> tuple[str, dict[str, float]]:
-    """Choose the strength with the largest overlap among those with enough changes; without one, that with the most."""
+    """Choose the strength with the largest overlap among those with enough changes; if none has, that with the most."""
     rows = {strength: row[name] for strength, row in changes["strengths"].items()}
     enough = {strength: row for strength, row in rows.items() if row["changed"] >= least}
     if enough:

@@ -73,7 +73,7 @@ def evaluate_estimator(pipe: StableDiffusionDepth2ImgPipeline, count: int) -> di
 
 
 def evaluate_disagreement(pipe: DiffusionPipeline, pairs: Sequence[tuple[str, Scene, Scene]]) -> dict[str, float]:
-    """Name other shapes in the prompt than the input has, at strength 1, and return how often an image has which."""
+    """Name shapes in the prompt that the input lacks, at strength 1, and return how often images show which."""
     named = {None: "pine", "pine": "round", "round": "pine"}
     prompts = [caption(replace(target, trees=named[target.trees], mountains=True)) for *_, target in pairs]
     shown = Judge.load().classify(run_in_batches(pipe, [render(scene) for _, scene, _ in pairs], prompts, strength=1.0))

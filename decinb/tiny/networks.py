@@ -33,7 +33,7 @@ CONFIGURATIONS = {
     "resnet_act_fn": "silu",
     "sample_size": IMAGE_SIZE // 8,
 }
-"""The U-Net-NAS of ``tiny``: a tenth of the published width, and like it without Transformers at full resolution."""
+"""The U-Net-NAS of ``tiny``: narrower than the published one, and also without Transformers at full resolution."""
 
 TOKENS = 40  # a complete caption has about 20, the prompt of the guide 34
 

@@ -1,7 +1,7 @@
 """Download an image from a URL: from public addresses only, with limits on its size and on the time it takes.
 
 Proxies are used as the environment says (``HTTP_PROXY``, ``HTTPS_PROXY``, ``NO_PROXY``). A proxy looks host names up
-itself, so behind one only hosts that are written as addresses can be checked here.
+itself, so behind a proxy only hosts that are given as IP addresses can be checked here.
 """
 
 import ipaddress
@@ -98,7 +98,7 @@ def _get(session: requests.Session, url: str, name: str, allow_private: bool) ->
         name = f"{name}: {urlsplit(url).hostname}"
         if response.status_code != 200:
             raise InputError(f"{name} answered with status {response.status_code}")
-        length = response.raw.length_remaining or 0  # 0 if the server does not say it
+        length = response.raw.length_remaining or 0  # 0 if the server does not announce it
         body = response.raw.read(MAX_BYTES + 1) if length <= MAX_BYTES else b""
     if max(length, len(body)) > MAX_BYTES:
         raise InputError(f"{name}, status 200: more than {MAX_BYTES // 10**6} MB")

@@ -59,7 +59,7 @@ def seed(value: Any, where: str = "") -> int:
 
 
 def count(value: Any, name: str) -> int:
-    """Validate a number of things: 1 to 1,000."""
+    """Validate a count: 1 to 1,000."""
     return _integer(value, name, 1, 1000)
 
 
@@ -137,7 +137,7 @@ def texts(value: Any, name: str) -> list[str]:
 
 
 def batch_size(**lengths: int) -> int:
-    """Return the number of items in a batch: every argument has that many, or one that serves for all."""
+    """Return the number of items in a batch: every argument must have that many, or a single one for all."""
     most = max(lengths.values())
     for name, length in lengths.items():
         if length not in (1, most):
@@ -165,7 +165,7 @@ def folder(value: Any) -> str | os.PathLike[str]:
 
 
 def choice(value: Any, name: str, allowed: Iterable[str]) -> str:
-    """Validate one of a few words."""
+    """Validate one of a few allowed strings."""
     allowed = list(allowed)
     if not isinstance(value, str) or value not in allowed:
         raise InputError(f"{name} must be one of {', '.join(allowed)}, got {short_repr(value)}")
