@@ -182,11 +182,10 @@ class _DeciDiffusion:
                 hook.remove()
         if not all(finite) or not all(decoded):
             first = next((step for step, is_finite in enumerate(finite, 1) if not is_finite), None)
-            after = f"the VAE's decoder, after step {len(finite)} of {len(finite)}"
-            where = f"the U-Net or guidance, at step {first} of {len(finite)}" if first else after
+            after = f"the VAE's decoder returned NaN or infinity, after step {len(finite)} of {len(finite)}"
+            cause = f"the U-Net or guidance gave NaN or infinity at step {first} of {len(finite)}" if first else after
             raise ModelError(
-                f"no image was made, only NaN or infinity, by {where}: lower guidance_scale, or load the model with "
-                "dtype='float32'"
+                f"no image was made: {cause}; lower guidance_scale, or load the model with dtype='float32'"
             )
         return output
 

@@ -329,7 +329,9 @@ def _check_network(files: Files, folder: str, cls: type) -> None:
         )
     for implementation in _attention_implementations(config):
         if "/" in implementation:  # transformers would download that kernel and run it
-            raise ModelError(f"{folder}: {files.where} asks for code from the hub, {implementation!r}: none is run")
+            raise ModelError(
+                f"{folder}: {files.where} asks for code from the hub, {implementation!r}, which decinb does not run"
+            )
     if f"{folder}/adapter_config.json" in files.names:  # transformers would load the base model that it names
         raise ModelError(
             f"{folder}: {files.where} holds an adapter, not a model: load its base model, then add the adapter with "

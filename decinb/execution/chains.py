@@ -362,7 +362,7 @@ def _run_call(call: Call, given: Image.Image | Tensor | None, generator: torch.G
         pipe.maybe_free_model_hooks()
     if output.image is None:
         raise ModelError(
-            "no image was made, only NaN or infinity, by the VAE's decoder or an earlier part: lower guidance_scale, "
-            "or load_pipeline with dtype='float32'"
+            "no image was made: the VAE's decoder or an earlier part gave NaN or infinity; lower guidance_scale, or "
+            "load the model with dtype='float32'"
         )
     return output

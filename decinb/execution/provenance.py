@@ -174,6 +174,13 @@ def weights_hash(pipe: DiffusionPipeline) -> str:
 # --- from a record ----------------------------------------------------------------------------------------------------
 
 
+def check_fields(record: ImageRecord, fields: Sequence[str], where: str) -> None:
+    """Refuse a record that lacks a field; the message starts with ``where``."""
+    for name in fields:
+        if name not in record:
+            raise InputError(f"{where}the record has no {name!r}")
+
+
 def known_model(record: ImageRecord, where: str) -> str:
     """Return the model that a record names, if it is in ``MODELS``: a file must not make decinb fetch any other.
 
@@ -183,7 +190,8 @@ def known_model(record: ImageRecord, where: str) -> str:
     name = record["model"]
     if not isinstance(name, str) or name not in MODELS:
         raise InputError(
-            f"{where!r} was made by {validation.short_repr(name)}, not by one of {', '.join(MODELS)}: give its pipe"
+            f"{where!r} was made by {validation.short_repr(name)}, not by one of {', '.join(MODELS)}: give the pipeline "
+            "that made it as pipe"
         )
     return name
 
@@ -210,5 +218,5 @@ def restore_scheduler(adapter: Adapter, record: ImageRecord, where: str) -> Sche
     if not adapter.fixed_scheduler:
         return allowed[name].from_config(config)
     if name != type(own).__name__ or not config.items() <= dict(own.config).items():
-        raise InputError(f"{where!r} was made with another {name}: load the pipeline again")
+        raise InputError(f"{where!r} was made with another configuration of {name}: load the pipeline again")
     return own

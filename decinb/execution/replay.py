@@ -15,6 +15,7 @@ from decinb.execution.provenance import (
     LINK_ARGUMENTS,
     LINK_FIELDS,
     ImageRecord,
+    check_fields,
     check_weights,
     known_model,
     restore_scheduler,
@@ -45,7 +46,7 @@ def replay(path: str | Path, pipe: DiffusionPipeline | Sequence[DiffusionPipelin
 def _replay_cell(path: str | Path, record: ImageRecord, pipe: DiffusionPipeline | None) -> Image.Image:
     name = str(path)
     where = f"{name!r}: "
-    validation.known(IMAGE_FIELDS, record, where)
+    check_fields(record, IMAGE_FIELDS, where)
     from_text = record["image"] is None
     if pipe is None:
         pipe = load_pipeline(known_model(record, name), task=TEXT_TO_IMAGE if from_text else IMAGE_TO_IMAGE)
@@ -75,8 +76,8 @@ def _replay_chain(
     if not isinstance(links, list) or not links or not all(isinstance(link, dict) for link in links):
         raise InputError(f"{where}the record's chain must be a list of at least one dict")
     for link in links:
-        validation.known(LINK_FIELDS, link, where)
-    validation.known(["seed"], record, where)
+        check_fields(link, LINK_FIELDS, where)
+    check_fields(record, ["seed"], where)
     adapters = [adapter_of(one) for one in _pipelines(links, pipe, name)]
     for i, (adapter, link) in enumerate(zip(adapters, links, strict=True)):
         check_weights(adapter.pipe, link, f"link {i} of {name}")
@@ -109,7 +110,7 @@ def _pipelines(
         pipes = list(pipe)
         if len(pipes) != len(links):
             raise InputError(
-                f"pipe must be one, or one for each of the {len(links)} links of {name!r}, got {len(pipes)}"
+                f"pipe must be a pipeline, or one for each of the {len(links)} links of {name!r}, got {len(pipes)}"
             )
     else:
         pipes = [pipe] * len(links)

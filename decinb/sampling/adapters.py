@@ -113,8 +113,8 @@ class ImageToImage(BatchedAdapter):
         latents = self.pipe(**arguments, generator=generator, output_type="latent").images
         if not latents.isfinite().all():
             raise ModelError(
-                "no image was made, only NaN or infinity, by the U-Net or its guidance: lower guidance_scale, or "
-                "load_pipeline with dtype='float32'"
+                "no image was made: the U-Net or guidance gave NaN or infinity; lower guidance_scale, or load the "
+                "model with dtype='float32'"
             )
         image, blacked_out = self.decode_latents(latents)[0]
         return Output(image, latents, blacked_out)

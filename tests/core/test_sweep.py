@@ -202,7 +202,7 @@ def test_replay_refuses_a_png_that_was_tampered_with(tiny, image, tmp_path, chan
 def test_replay_downloads_no_model(tiny, image, tmp_path):
     sweep = run_sweep(tiny, image, PROMPT, [QUICK], progress=False)
     save_image(sweep.images[0], tmp_path / "made.png", {**sweep.records[0], "model": "someone/else"}, image)
-    with pytest.raises(InputError, match="made by 'someone/else'.*give its pipe"):
+    with pytest.raises(InputError, match="made by 'someone/else'.*give the pipeline"):
         decinb.replay(tmp_path / "made.png")
 
 

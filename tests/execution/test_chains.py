@@ -308,7 +308,7 @@ def test_a_folder_that_cannot_be_written_to_loses_nothing(tiny, image, tmp_path)
         ({"seed": "x"}, {}, "seed must be an integer"),
         ({"chain": []}, {}, "chain must be a list of at least one dict"),
         ({"chain": [1]}, {}, "chain must be a list of at least one dict"),
-        ({"chain": [{}]}, {}, "unknown argument 'task'"),
+        ({"chain": [{}]}, {}, "the record has no 'task'"),
     ],
 )
 def test_replay_refuses_a_png_that_was_tampered_with(tiny, image, tmp_path, top, changed, message):
@@ -324,7 +324,7 @@ def test_replay_downloads_no_model(tiny, image, tmp_path):
     chain = run_chain([Link(tiny, NIGHT, **QUICK), Link(tiny, DAY, **QUICK)], image)
     chain.records[1]["chain"][1]["model"] = "someone/else"
     save_image(chain.images[1], tmp_path / "made.png", chain.records[1], image)
-    with pytest.raises(InputError, match="made by 'someone/else'.*give its pipe"):
+    with pytest.raises(InputError, match="made by 'someone/else'.*give the pipeline"):
         decinb.replay(tmp_path / "made.png")
     with pytest.raises(InputError, match="one for each of the 2 links"):
         decinb.replay(tmp_path / "made.png", [tiny])
@@ -360,7 +360,7 @@ def test_a_link_that_returns_nan_is_named(tiny, image, tmp_path, of_decinb):
 
     hook = tiny.unet.register_forward_hook(poison)
     try:
-        with pytest.raises(ModelError, match="^link 1: no .* was made, only NaN or infinity, by the ") as caught:
+        with pytest.raises(ModelError, match="^link 1: no image was made: the .* gave NaN or infinity") as caught:
             run_chain([Link(pipe, NIGHT, **QUICK), Link(pipe, DAY, **QUICK)], image, folder=tmp_path)
     finally:
         hook.remove()
