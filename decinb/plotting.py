@@ -127,9 +127,10 @@ def plot_sweep(
 
     Args:
         sweep: from ``run_sweep``.
-        rows, cols: the name of an argument, or a pair of names, the slower one first. With neither, the arguments in
-            which the cells differ are used, the one with more values along the top; with one, the other side takes the
-            rest. If there are more than four, or most places would be empty, the cells are shown one after another.
+        rows, cols: the name of an argument, or a pair of names, the one that changes more slowly first. With neither,
+            the arguments in which the cells differ are used, the one with more values along the top; with one, the
+            other side takes the rest. If there are more than four, or most places would be empty, the cells are shown
+            one after another.
         where: which cells to show, such as ``{"seed": 0, "strength": [0.5, 0.75]}``.
         show_input: put the input image first.
         seconds: write below each image how long it took.

@@ -190,8 +190,8 @@ def known_model(record: ImageRecord, where: str) -> str:
     name = record["model"]
     if not isinstance(name, str) or name not in MODELS:
         raise InputError(
-            f"{where!r} was made by {validation.short_repr(name)}, not by one of {', '.join(MODELS)}: give the pipeline "
-            "that made it as pipe"
+            f"{where!r} was made by {validation.short_repr(name)}, not by one of {', '.join(MODELS)}: "
+            "give the pipeline that made it as pipe"
         )
     return name
 

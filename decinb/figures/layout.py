@@ -33,8 +33,8 @@ LONG = 40  # characters; if the texts of a side are longer, the words that all o
 class Layout:
     """A grid: the labels of its rows and columns, and which cell goes in which place.
 
-    A label has one part for each argument of its side, the slower one first. Where the cells do not make a table, the
-    labels are empty and every cell has a title instead.
+    A label has one part for each argument of its side, the one that changes more slowly first. Where the cells do not
+    make a table, the labels are empty and every cell has a title instead.
     """
 
     rows: list[Head]
@@ -64,11 +64,11 @@ def lay_out(cells: Sequence[CellValues], rows: Axis = None, cols: Axis = None, f
 
     Args:
         cells: their arguments.
-        rows, cols: the argument down the side and the one along the top, or a pair of them, the slower one first. With
-            neither, the arguments in which the cells differ are used: the one with more values goes along the top, and
-            of three or four, some share a side. With more than four, or if most places would be empty, the cells
-            are shown one after another instead. With only one of the two named, the other side takes one or two further
-            arguments if different cells would otherwise share a place.
+        rows, cols: the argument down the side and the one along the top, or a pair of them, the one that changes more
+            slowly first. With neither, the arguments in which the cells differ are used: the one with more values goes
+            along the top, and of three or four, some share a side. With more than four, or if most places would be
+            empty, the cells are shown one after another instead. With only one of the two named, the other side takes
+            one or two further arguments if different cells would otherwise share a place.
         free: places to leave free at the beginning if the cells are shown one after another.
 
     Raises:

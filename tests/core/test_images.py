@@ -27,6 +27,7 @@ def test_every_sample_has_its_size(name):
 
 def test_a_sample_is_drawn_at_any_size():
     assert load_image("day", size=256).size == (256, 256)
+    assert load_image(np.zeros((200, 300, 3), np.uint8), size=128.0).size == (128, 128)
     assert load_image("valley").size == (512, 512)
 
 

@@ -361,6 +361,8 @@ def test_max_rows_still_goes_by_its_old_name(tiny, image):
     with pytest.warns(DeprecationWarning, match="pack is now called max_rows") as caught:
         run_sweep(tiny, image, PROMPT, [QUICK], progress=False, pack=2)
     assert len(caught) == 1 and caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning), pytest.raises(InputError, match="give only max_rows"):
+        run_sweep(tiny, image, PROMPT, [QUICK], progress=False, max_rows=4, pack=2)
 
 
 def test_an_empty_sweep_is_a_table_with_a_header(tmp_path):
