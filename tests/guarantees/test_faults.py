@@ -490,7 +490,7 @@ def test_neither_a_grid_that_fails_nor_absent_widgets_stop_a_sweep(tmp_path, hap
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     number, warning = notebook.cells[1].outputs[0].text.splitlines()
     assert number == "2" and len(list(tmp_path.glob("*.png"))) == 2
-    assert "the grid cannot be shown (BrokenPipeError: the page is closed); the sweep goes on" in warning
+    assert "the grid cannot be shown (BrokenPipeError: the page is closed); the sweep continues" in warning
     happened("F9", f"{warning}: 2 of 2 images saved, without ipywidgets")
 
 
