@@ -82,4 +82,4 @@ architecture: environment
 	$(BIN)/python -m tools.draw_architecture
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-mindspore runs

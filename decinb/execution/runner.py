@@ -43,7 +43,7 @@ class Runner:
         self._grid: LiveGrid | None = None
         if show:
             with self._only_display():
-                self._grid = LiveGrid(adapter.pipe, self.plan.image, self.plan.records)
+                self._grid = LiveGrid(adapter, self.plan.image, self.plan.records)
 
     def run(self) -> None:
         """Compute what is missing, in a folder that no other run uses at the same time."""

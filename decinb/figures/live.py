@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import Image, ImageChops
 from torch import Tensor
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 
 from decinb.figures.layout import CellValues, in_sequence, lay_out
 from decinb.figures.page import SMALLEST, Page, Tile, compose
-from decinb.sampling.adapters import adapter_of
+from decinb.sampling.base import Adapter
 from decinb.utils.environment import in_notebook
 
 PAUSE = 0.5  # seconds between two updates of the grid, at least
@@ -48,19 +47,19 @@ class LiveGrid:
     Cells in progress appear as previews: their latents, turned into colours without the VAE.
 
     Args:
-        pipe: the pipeline that makes the images.
+        adapter: of the pipeline that makes the images.
         image: the input, on which the colours of previews are fitted; None shows no previews.
         cells: the arguments of every cell, in the order of their numbers, with ``image_size`` (width, height).
     """
 
-    def __init__(self, pipe: DiffusionPipeline, image: Image.Image | None, cells: Sequence[CellValues]):
+    def __init__(self, adapter: Adapter, image: Image.Image | None, cells: Sequence[CellValues]):
         self._canvas: Canvas | None = None
         if not in_notebook():
             return
         from IPython.display import display
 
         self._canvas = Canvas(cells, image)
-        self._matrix = None if image is None or not adapter_of(pipe).exposes_latents else latent_to_rgb(pipe, image)
+        self._matrix = latent_to_rgb(adapter, image) if image and adapter.exposes_latents else None
         self._latents: dict[int, Tensor] = {}  # received since the last update
         self._missing = set(range(len(cells)))
         self._handle = display(self._shown(), display_id=True)
@@ -171,7 +170,7 @@ def _resolution(page: Page) -> float:
 
 
 @torch.no_grad()
-def latent_to_rgb(pipe: DiffusionPipeline, image: Image.Image) -> Tensor:
+def latent_to_rgb(adapter: Adapter, image: Image.Image) -> Tensor:
     """Fit a linear map from latent pixels to colours that approximates the decoder of the pipeline's VAE.
 
     The fit is by least squares on an image as the VAE encodes it, averaged down to the size of the latents. Six
@@ -180,7 +179,7 @@ def latent_to_rgb(pipe: DiffusionPipeline, image: Image.Image) -> Tensor:
     Returns:
         A matrix (latent channels + 1, 3), whose last row is the constant; colours are from 0 to 1.
     """
-    factor, adapter = pipe.vae_scale_factor, adapter_of(pipe)
+    factor = adapter.pipe.vae_scale_factor
     scale = min(1, FITTED / max(image.size))
     width, height = (max(1, round(side * scale / factor)) * factor for side in image.size)
     red, green, blue = image.convert("RGB").resize((width, height)).split()

@@ -67,7 +67,7 @@ def encoded(pipe, image):
 
 @pytest.mark.parametrize("fitted", ["day", "sketch"])
 def test_a_preview_resembles_the_encoded_image_whichever_image_was_fitted(tiny, fitted):
-    matrix = latent_to_rgb(tiny, load_image(fitted))
+    matrix = latent_to_rgb(adapter_of(tiny), load_image(fitted))
     assert matrix.shape == (5, 3)
     found = {}
     for name in SAMPLES:
@@ -80,7 +80,7 @@ def test_a_preview_resembles_the_encoded_image_whichever_image_was_fitted(tiny, 
 
 
 def test_an_image_of_one_colour_can_be_fitted_and_latents_of_nan_can_be_shown(tiny):
-    matrix = latent_to_rgb(tiny, Image.new("RGB", (64, 96), RED))
+    matrix = latent_to_rgb(adapter_of(tiny), Image.new("RGB", (64, 96), RED))
     assert matrix.isfinite().all()
     assert preview(torch.full((1, 4, 12, 8), torch.nan), matrix).size == (8, 12)
 
@@ -92,16 +92,16 @@ def test_previews_do_not_depend_on_how_the_vae_scales_latents(half):
     adapter = adapter_of(pipe)
     seen = adapter.scale(adapter.encode(adapter.preprocess(image)).latent_dist.mode())
     with torch.no_grad():
-        expected = np.asarray(preview(seen, latent_to_rgb(pipe, image)), int)
+        expected = np.asarray(preview(seen, latent_to_rgb(adapter_of(pipe), image)), int)
         pipe.vae.register_to_config(latents_mean=None, latents_std=None)
         seen = adapter.scale(adapter.encode(adapter.preprocess(image)).latent_dist.mode())
-        plain = np.asarray(preview(seen, latent_to_rgb(pipe, image)), int)
+        plain = np.asarray(preview(seen, latent_to_rgb(adapter_of(pipe), image)), int)
     assert abs(expected - plain).max() <= 1, "the mean and deviation of the latents are accounted for"
     if half:  # as the published VAE, which overflows in half precision and has to run in float32
         pipe.vae.half()
         dtypes = []
         pipe.vae.encoder.register_forward_pre_hook(lambda _, given: dtypes.append(given[0].dtype))
-        assert latent_to_rgb(pipe, image).isfinite().all()
+        assert latent_to_rgb(adapter_of(pipe), image).isfinite().all()
         assert dtypes == [torch.float32] and pipe.vae.dtype == torch.float16
 
 
@@ -186,6 +186,7 @@ import time, torch
 from PIL import Image
 from decinb import load_pipeline, load_image, grid
 from decinb.figures.live import LiveGrid
+from decinb.sampling.adapters import adapter_of
 
 publisher, sent = get_ipython().display_pub, []
 publish = publisher.publish
@@ -197,7 +198,7 @@ publisher.publish = counting
 defaults = dict(image="day", prompt="", negative_prompt=None, guidance_scale=7.5, num_inference_steps=30, seed=0)
 cells = [{**defaults, "image_size": [128, 128], **cell} for cell in grid(strength=[0.5, 0.75, 1.0])]
 pipe = load_pipeline("tiny", "cpu")
-live = LiveGrid(pipe, load_image("day"), cells)
+live = LiveGrid(adapter_of(pipe), load_image("day"), cells)
 started, asked, spent = time.perf_counter(), 0, 0.0
 while sum(update for _, update in sent) < 3:
     before = time.perf_counter()
