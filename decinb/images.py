@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from decinb.errors import InputError
-from decinb.scenes.scenes import Scene, render
+from decinb.scenes import Scene, render
 from decinb.utils import validation
 from decinb.utils.url import fetch
 from decinb.utils.validation import MAX_SIDE, MIN_SIDE, MULTIPLE
