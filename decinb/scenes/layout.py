@@ -27,7 +27,7 @@ class Layout:
     flakes: Sequence[tuple[float, float, float]]  # (x, y, radius)
     lake: tuple[float, float, float]  # (x of the middle, half width, y of the near shore)
     path: tuple[float, float]  # (x at the lower edge, sideways swing)
-    fence: tuple[float, float, float]  # (y of the foot, gap from, gap to)
+    fence: tuple[float, float, float]  # (y of the foot, x of its start, x of its end)
 
     @classmethod
     def draw(cls, seed: int) -> "Layout":
@@ -64,8 +64,8 @@ class Layout:
             (fence_foot, 0.0, rng.uniform(0.35, 0.6)) if path[0] < 0.5 else (fence_foot, rng.uniform(0.4, 0.65), 1.0)
         )
         return cls(
-            horizon, light, far_peaks, near_peaks, hills, rise, patches, house, turned, sails, trees, clouds, stars, flakes, lake,
-            path, fence,
+            horizon, light, far_peaks, near_peaks, hills, rise, patches, house, turned, sails, trees, clouds, stars,
+            flakes, lake, path, fence,
         )  # fmt: skip
 
 

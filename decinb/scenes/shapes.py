@@ -1,5 +1,6 @@
 """A scene as a list of coloured shapes, the farthest first. Everything that is drawn of a scene is drawn from it."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -190,8 +191,8 @@ def _ground(scene: Scene, at: Layout) -> Iterator[Shape]:
     for x, y, half in at.patches:
         fallen = scene.ground == "autumn"
         bright = _lit((206, 92, 36), light) if fallen else _mix(_mix(far, near, 0.25), (255, 255, 255), 0.05)
-        yield Shape("ground", (_ellipse(x, y, half, 0.22 * half),), (bright,), nearness=None, softness=0.02, opacity=0.6,
-                    outlined=False)  # fmt: skip
+        yield Shape("ground", (_ellipse(x, y, half, 0.22 * half),), (bright,), nearness=None, softness=0.02,
+                    opacity=0.35 if fallen else 0.6, outlined=False)  # fmt: skip
     rise = _curve(at.rise, at.horizon + 0.42)
     yield Shape("ground", ([(0, 1), *rise, (1, 1)],), (_mix(far, near, 0.55), near, tuple(0.88 * c for c in near)),
                 nearness=None, outlined=False)  # fmt: skip
@@ -210,8 +211,11 @@ def _lake(scene: Scene, at: Layout) -> Iterator[Shape]:
 
 
 def _path(scene: Scene, at: Layout) -> Iterator[Shape]:
-    (end, swing), (x, foot, width) = at.path, at.house
-    start, top = (_door(scene, at)[0], foot) if scene.house else (x, (at.lake[2] if scene.lake else at.horizon) + 0.03)
+    (end, swing), (start, top, _) = at.path, at.house
+    if scene.house:
+        start = _door(scene, at)[0]
+    else:
+        top = (at.lake[2] if scene.lake else at.horizon) + 0.03
     left, right = [], []
     for i in range(13):
         part = i / 12
@@ -345,7 +349,7 @@ def _gabled(scene: Scene, at: Layout, eaves: float, profile: Sequence[Point], ch
         made.append(_on("house", [_box(cx - 0.05 * width, cy - 0.1 * width, cx + 0.06 * width, cy + 0.15 * width)],
                         _lit(ROOF, light, 0.75), near))  # fmt: skip
     made.append(_on("house", [[at_front(0, 0), *edge, corner]], wall_front, near))
-    for i, (start, end) in enumerate(zip(slope[:-1], slope[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(slope)):
         plane = [start, behind(start), behind(end), end]
         made.append(
             _on("house", [plane], _lit(roof, roof_light, (0.96, 0.82)[i] if faces_light else (1, 0.9)[i]), near)
@@ -500,9 +504,9 @@ def _crescent(x: float, y: float, radius: float) -> Polygon:
 
 
 def _star(x: float, y: float, radius: float) -> Polygon:
-    return [(x, y - radius), (x + 0.45 * radius, y - 0.45 * radius), (x + radius, y), (x + 0.45 * radius, y + 0.45 * radius),
-            (x, y + radius), (x - 0.45 * radius, y + 0.45 * radius), (x - radius, y),
-            (x - 0.45 * radius, y - 0.45 * radius)]  # fmt: skip
+    """A small star with four points."""
+    reaches, angles = (1, 0.64) * 4, _angles(0, 2 * math.pi, 9)[:-1]
+    return [(x + radius * r * math.cos(a), y + radius * r * math.sin(a)) for r, a in zip(reaches, angles, strict=True)]
 
 
 def _drop(x: float, foot: float, half: float, height: float) -> Polygon:
