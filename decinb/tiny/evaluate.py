@@ -27,7 +27,7 @@ from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.scenes.adherence import named_attributes
 from decinb.scenes.judge import Judge, accuracy, through_vae
-from decinb.scenes.scenes import ATTRIBUTES, HOUSE, IMAGE_SIZE, Scene, caption, house_mask, random_scene, render
+from decinb.scenes import ATTRIBUTES, HOUSE, IMAGE_SIZE, Scene, caption, house_mask, random_scene, render
 from decinb.utils.environment import describe
 
 STEPS = 30

@@ -21,7 +21,7 @@ from decinb.loading import load_pipeline
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionDepth2ImgPipeline
 from decinb.scenes.judge import Judge
-from decinb.scenes.scenes import ATTRIBUTES, Scene, caption, depth_map, random_scene, render
+from decinb.scenes import ATTRIBUTES, Scene, caption, depth_map, random_scene, render
 from decinb.tiny.evaluate import CHANGES, GUIDANCE, STEPS, draw_pairs, fill_card, measure_changes, run_in_batches
 from decinb.utils.environment import describe
 

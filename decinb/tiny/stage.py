@@ -1,4 +1,4 @@
-"""TODO tiny.stage."""
+"""One stage of a training run: optimizer, learning rate, averaged weights, checkpoints, log."""
 
 import itertools
 import json
@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,14 +16,19 @@ from torch import Tensor, nn
 
 @dataclass
 class Stage:
-    """A training run against the clock: fp32 masters of the weights, AdamW, an average of the weights, checkpoints.
+    """A training run with a budget of minutes that resumes where it was stopped.
+
+    It keeps float32 masters of the weights, whatever dtype is computed in, and a running average of them, which is
+    what the stage leaves in the modules at its end.
 
     Args:
-        name: of the checkpoint file and of the lines in the log.
-        modules: what is trained, moved to ``device`` and ``dtype`` by this class.
-        minutes: the budget; the learning rate rises for its first 3% and falls to zero as a cosine over the rest.
-        folder: where ``NAME.pt`` and ``log.jsonl`` are kept; a checkpoint found there is gone on from.
-        average: the decay of the running average of the weights, which is what the stage leaves behind.
+        name: name of the checkpoint file and of the stage in the log.
+        modules: what is trained; moved to ``device`` and ``dtype``.
+        minutes: time spent in steps; the learning rate rises during the first 3% of it and falls to zero as a cosine.
+        learning_rate: of AdamW, at its highest.
+        folder: where ``NAME.pt`` and ``log.jsonl`` are kept; a checkpoint found there is resumed.
+        dtype: float32 or bfloat16.
+        average: decay of the running average.
     """
 
     name: str
@@ -31,7 +37,7 @@ class Stage:
     learning_rate: float
     folder: Path
     device: torch.device
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = torch.float32
     average: float = 0.999
     step: int = 0
     seconds: float = 0.0
@@ -40,18 +46,30 @@ class Stage:
     def __post_init__(self) -> None:
         self.masters = [p.detach().to(self.device, torch.float32).clone() for p in self._parameters()]
         for module in self.modules.values():
-            nn.Module.to(module, self.device, self.dtype)  # diffusers' own `to` warns here of layers to keep in float32
+            nn.Module.to(module, self.device, self.dtype)  # diffusers' own `to` warns about layers to keep in float32
             module.train()
         self.averages = [master.clone() for master in self.masters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(
+            self.masters,
+            lr=self.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            fused=self.device.type == "cuda",
+        )
         self.file = self.folder / f"{self.name}.pt"
         if self.file.exists():
             self._restore()
 
     def run(self, loss_of: Callable[[int], Tensor], watch: Callable[[float], None] | None = None) -> None:
-        """Call ``loss_of(step)`` and step down its gradient until the minutes are used up."""
+        """Minimize ``loss_of(step)`` until the minutes are used up.
+
+        Args:
+            watch: called four times a minute, and at the end, with the progress from 0 to 1, while the modules hold
+                the averaged weights; its time does not count.
+        """
         losses: list[float] = []
-        saved = said = time.monotonic()
+        saved = logged = time.monotonic()
+        first, since = self.step, self.seconds
         while self.progress < 1:
             started = time.monotonic()
             loss = loss_of(self.step)
@@ -60,12 +78,14 @@ class Stage:
             losses.append(loss.item())
             self.step += 1
             self.seconds += time.monotonic() - started
-            if time.monotonic() - said > 15 or self.progress >= 1:
-                self._log(sum(losses) / len(losses))
+            if time.monotonic() - logged > 15 or self.progress >= 1:
+                self._log(sum(losses) / len(losses), (self.step - first) / max(self.seconds - since, 1e-9))
                 if watch:
-                    watch(self.progress)
-                losses, said = [], time.monotonic()
-            if time.monotonic() - saved > 30:
+                    with self._averaged():
+                        watch(self.progress)
+                losses, logged = [], time.monotonic()
+                first, since = self.step, self.seconds
+            if time.monotonic() - saved > 60:
                 self._save()
                 saved = time.monotonic()
         self._save()
@@ -75,7 +95,7 @@ class Stage:
 
     @property
     def progress(self) -> float:
-        """From 0 to 1, the part of the budget that is used up."""
+        """The fraction of the budget that is used up, from 0 to 1."""
         return min(self.seconds / (60 * self.minutes), 1.0)
 
     def _parameters(self) -> Iterator[nn.Parameter]:
@@ -96,8 +116,19 @@ class Stage:
 
     @torch.no_grad()
     def _write(self, weights: list[Tensor]) -> None:
-        for parameter, weight in zip(self._parameters(), weights, strict=True):
-            parameter.copy_(weight)
+        torch._foreach_copy_([parameter.data for parameter in self._parameters()], weights)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        self._write(self.averages)
+        for module in self.modules.values():
+            module.eval()
+        try:
+            yield
+        finally:
+            for module in self.modules.values():
+                module.train()
+            self._write(self.masters)
 
     def _save(self) -> None:
         state = {
@@ -119,10 +150,18 @@ class Stage:
         self.optimizer.load_state_dict(state["optimizer"])
         self._write(self.masters)
 
-    def _log(self, loss: float) -> None:
-        line = {"stage": self.name, "step": self.step, "minutes": round(self.seconds / 60, 2), "loss": round(loss, 5)}
+    def _log(self, loss: float, steps_per_second: float) -> None:
+        line = {
+            "stage": self.name,
+            "step": self.step,
+            "minutes": round(self.seconds / 60, 2),
+            "loss": round(loss, 5),
+            "steps_per_second": round(steps_per_second, 3),
+        }
         with open(self.folder / "log.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
         print(
-            f"{self.name}: step {self.step}, {line['minutes']} of {self.minutes:g} minutes, loss {loss:.4f}", flush=True
+            f"{self.name}: step {self.step}, {line['minutes']} of {self.minutes:g} minutes, loss {loss:.4f}, "
+            f"{steps_per_second:.2f} steps/s",
+            flush=True,
         )

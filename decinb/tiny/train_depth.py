@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 from decinb.loading import load_pipeline
-from decinb.scenes.scenes import ATTRIBUTES, IMAGE_SIZE, Scene, caption, depth_map, random_scene, twin
+from decinb.scenes import ATTRIBUTES, IMAGE_SIZE, Scene, caption, depth_map, random_scene, twin
 from decinb.tiny.evaluate_depth import measure, table
 from decinb.tiny.networks import make_scheduler
 from decinb.tiny.stage import Stage

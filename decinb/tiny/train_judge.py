@@ -1,4 +1,7 @@
-"""TODO tiny.train_judge."""
+"""Train the judge of the drawn scenes: ``python -m decinb.tiny.train_judge``.
+
+It learns from random scenes, each time damaged in another way, as a VAE or a sampler damages images.
+"""
 
 import argparse
 import io
@@ -7,77 +10,85 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from decinb.scenes.judge import VALUES, WEIGHTS, Judge, _to_image, _to_tensor, accuracy, through_vae
-from decinb.scenes.scenes import Scene, random_scene, render
+from decinb.loading import load_pipeline
+from decinb.scenes import Scene, random_scene, render
+from decinb.scenes.judge import VALUES, WEIGHTS, Judge, accuracy, through_vae, to_image, to_pixels
 
-UNSAID = -100  # the label of what cannot be seen, which cross entropy leaves out
+HIDDEN = -100
+"""The label of an attribute that cannot be seen, which cross entropy ignores."""
 
 
 def labels(scene: Scene) -> list[int]:
-    """The index of the value of every attribute, ``UNSAID`` where it cannot be seen."""
+    """Return the index of the value of every attribute, ``HIDDEN`` where it cannot be seen."""
     visible = scene.visible()
-    return [values.index(visible[name]) if name in visible else UNSAID for name, values in VALUES.items()]
+    return [values.index(visible[name]) if name in visible else HIDDEN for name, values in VALUES.items()]
 
 
-def damage(pictures: Tensor) -> Tensor:
-    """Change pictures, (pictures, 3, height, width) in [0, 1], at random as a VAE or a sampler might.
+def damage(pixels: Tensor) -> Tensor:
+    """Change images at random as a VAE or a sampler might.
 
-    They are mirrored, bent, made coarse, shifted in colour and brightness, given slow and fine noise, and JPEG blocks.
+    They are mirrored, bent, made coarse, shifted in colour and brightness, and given smooth noise, fine noise and JPEG
+    blocks.
+
+    Args:
+        pixels: (images, 3, height, width) in [0, 1].
     """
-    batch, _, height, width = pictures.shape
+    batch, _, height, width = pixels.shape
 
     def each(low: float, high: float, channels: int = 1) -> Tensor:
         return torch.empty(batch, channels, 1, 1).uniform_(low, high)
 
-    def slow(channels: int, side: int) -> Tensor:
+    def smooth(channels: int, side: int) -> Tensor:
         return F.interpolate(torch.randn(batch, channels, side, side), size=(height, width), mode="bilinear")
 
     mirrored = torch.where(torch.rand(batch) < 0.5, -1.0, 1.0)
     places = F.affine_grid(torch.eye(2, 3).repeat(batch, 1, 1), [batch, 1, height, width], align_corners=False)
-    places = places * torch.stack([mirrored, torch.ones(batch)], dim=1)[:, None, None] * each(0.94, 1.06)
-    places = places + (slow(2, 6) * each(0, 0.03)).permute(0, 2, 3, 1)
-    pictures = F.grid_sample(pictures, places, padding_mode="border", align_corners=False)
+    places = places * torch.stack([mirrored, torch.ones(batch)], dim=1)[:, None, None] * each(0.96, 1.04)
+    places = places + (smooth(2, 6) * each(0, 0.02)).permute(0, 2, 3, 1)
+    pixels = F.grid_sample(pixels, places, padding_mode="border", align_corners=False)
 
     for part in torch.randperm(batch).chunk(4):
-        side = random.randint(height * 3 // 8, height)
-        coarse = F.interpolate(pictures[part], size=(side, side), mode="bilinear", antialias=True)
-        pictures[part] = F.interpolate(coarse, size=(height, width), mode="bilinear")
+        side = random.randint(height // 2, height)
+        coarse = F.interpolate(pixels[part], size=(side, side), mode="bilinear", antialias=True)
+        pixels[part] = F.interpolate(coarse, size=(height, width), mode="bilinear")
 
-    pictures = pictures * each(0.88, 1.12) * each(0.95, 1.05, channels=3) + each(-0.04, 0.04, channels=3)
-    pictures = pictures + slow(3, 8) * each(0, 0.06) + torch.randn_like(pictures) * each(0, 0.06)
-    pictures = pictures.clamp(0, 1)
+    pixels = pixels * each(0.9, 1.1) * each(0.95, 1.05, channels=3) + each(-0.04, 0.04, channels=3)
+    pixels = pixels + smooth(3, 8) * each(0, 0.05) + torch.randn_like(pixels) * each(0, 0.05)
+    pixels = pixels.clamp(0, 1)
     for row in range(0, batch, 4):
-        pictures[row] = _through_jpeg(pictures[row], quality=random.randint(15, 80))
-    return pictures
+        pixels[row] = _through_jpeg(pixels[row], quality=random.randint(20, 85))
+    return pixels
 
 
-def _through_jpeg(picture: Tensor, quality: int) -> Tensor:
+def _through_jpeg(pixels: Tensor, quality: int) -> Tensor:
     file = io.BytesIO()
-    _to_image(picture).save(file, "JPEG", quality=quality)
-    return _to_tensor(Image.open(file))
+    to_image(pixels).save(file, "JPEG", quality=quality)
+    return to_pixels(Image.open(file))
 
 
-def train(scenes: int = 12_000, epochs: int = 5, batch: int = 64, seed: int = 0) -> Judge:
+def train(scenes: int = 20_000, epochs: int = 6, batch: int = 64, seed: int = 0, workers: int | None = None) -> Judge:
     """Train a judge on random scenes.
 
     Args:
-        scenes: how many are drawn.
+        scenes: number of scenes.
         epochs: how often each is shown, damaged anew every time.
         batch: scenes a step.
         seed: of the scenes, the damage, the order and the first weights.
+        workers: processes that draw scenes; by default one for each core.
     """
     rng = random.Random(f"judge {seed}")
     random.seed(seed)
     torch.manual_seed(seed)
     drawn = [random_scene(rng) for _ in range(scenes)]
-    with ProcessPoolExecutor() as pool:
-        pictures = torch.stack([_to_tensor(image).mul_(255).byte() for image in pool.map(render, drawn, chunksize=64)])
+    with ProcessPoolExecutor(workers) as pool:
+        images = torch.stack([to_pixels(image).mul_(255).byte() for image in pool.map(render, drawn, chunksize=64)])
     right = torch.tensor([labels(scene) for scene in drawn])
 
     judge = Judge().to(memory_format=torch.channels_last)
@@ -85,64 +96,60 @@ def train(scenes: int = 12_000, epochs: int = 5, batch: int = 64, seed: int = 0)
     steps = epochs * (scenes // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
     for step, rows in enumerate(_batches(scenes, batch, steps)):
-        seen = judge(damage(pictures[rows] / 255).contiguous(memory_format=torch.channels_last))
-        losses = [F.cross_entropy(seen[name], right[rows, i], ignore_index=UNSAID) for i, name in enumerate(VALUES)]
+        scores = judge(damage(images[rows] / 255).contiguous(memory_format=torch.channels_last))
+        losses = [F.cross_entropy(scores[name], right[rows, i], ignore_index=HIDDEN) for i, name in enumerate(VALUES)]
         optimizer.zero_grad()
         sum(losses).backward()
         optimizer.step()
         schedule.step()
-        if step % 100 == 0 or step + 1 == steps:
-            print(
-                f"step {step} of {steps}: " + ", ".join(f"{n} {x:.3f}" for n, x in zip(VALUES, losses, strict=True)),
-                flush=True,
-            )
+        if step % 50 == 0 or step + 1 == steps:
+            named = ", ".join(f"{name} {loss:.3f}" for name, loss in zip(VALUES, losses, strict=True))
+            print(f"step {step} of {steps}: {named}", flush=True)
     return judge.eval()
 
 
 def _batches(rows: int, batch: int, steps: int) -> Iterator[Tensor]:
-    while True:
+    """Yield the rows of each step, in a new order every epoch."""
+    while steps > 0:
         for chosen in torch.randperm(rows).split(batch):
-            if len(chosen) < batch:
-                break
-            if steps == 0:
-                return
-            steps -= 1
-            yield chosen
+            if len(chosen) == batch and steps > 0:
+                steps -= 1
+                yield chosen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--test", action="store_true", help="do not train, only say how good the bundled judge is")
-    parser.add_argument("--model", help='also test on pictures through the VAE of a diffusers folder, or of "tiny"')
+    parser.add_argument("--test", action="store_true", help="do not train, only test")
+    parser.add_argument("--model", help='also test on images through the VAE of a diffusers folder, or of "tiny"')
+    parser.add_argument("--scenes", type=int, default=20_000, help="how many to learn from (default %(default)s)")
+    parser.add_argument("--epochs", type=int, default=6, help="how often each is shown (default %(default)s)")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the file to write (default: the bundled one)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores, %(default)s)"
-    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, and processes that draw scenes")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if not given.test:
         started = time.monotonic()
-        train(seed=given.seed).save()
+        train(given.scenes, given.epochs, seed=given.seed, workers=given.threads).save(given.weights)
         minutes = (time.monotonic() - started) / 60
-        print(f"wrote {WEIGHTS.name}, {WEIGHTS.stat().st_size:,} bytes, after {minutes:.1f} minutes")
+        print(f"wrote {given.weights.name}, {given.weights.stat().st_size:,} bytes, after {minutes:.1f} minutes")
 
-    judge = Judge.load()
+    judge = Judge.load(given.weights)
     rng = random.Random("judge test")
-    unseen = [random_scene(rng) for _ in range(2000)]
+    unseen = [random_scene(rng) for _ in range(1000)]
     images = [render(scene) for scene in unseen]
     tested = {"renders": images, "damaged": _damaged(images)}
     if given.model:
-        from decinb.loading import load_pipeline  # costs seconds, and only this needs it
-
         tested["through the VAE"] = through_vae(images, load_pipeline(given.model).vae)
-    for name, pictures in tested.items():
-        print(f"{name}:", ", ".join(f"{key} {share:.1%}" for key, share in accuracy(judge, unseen, pictures).items()))
+    for name, shown in tested.items():
+        right = accuracy(judge, unseen, shown)
+        print(f"{name}:", ", ".join(f"{key} {fraction:.1%}" for key, fraction in right.items()))
 
 
 def _damaged(images: Sequence[Image.Image]) -> list[Image.Image]:
     torch.manual_seed(1)
     random.seed(1)
-    return [_to_image(picture) for picture in damage(torch.stack([_to_tensor(image) for image in images]))]
+    return [to_image(pixels) for pixels in damage(torch.stack([to_pixels(image) for image in images]))]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""What the networks learn from: scenes, their images as bytes, and their captions as tokens. Drawn once and kept."""
+
+import itertools
+import os
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from decinb.scenes import IMAGE_SIZE, Scene, random_scene, render, web_caption
+from decinb.tiny.networks import TOKENS
+
+
+def draw_scenes(count: int, seed: int) -> list[Scene]:
+    """Draw random scenes."""
+    rng = random.Random(seed)
+    return [random_scene(rng) for _ in range(count)]
+
+
+def draw(scene: Scene, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Render a scene to bytes, (3, height, width)."""
+    return np.asarray(render(scene, size)).transpose(2, 0, 1)
+
+
+def draw_all(scenes: Sequence[Scene], file: Path, size: int = IMAGE_SIZE, workers: int | None = None) -> np.ndarray:
+    """Render scenes to a file of bytes, (scenes, 3, height, width), and map it into memory. A finished file is reused.
+
+    Args:
+        workers: number of processes; by default one for each core.
+    """
+    if not file.exists():
+        part = file.with_suffix(".part")
+        images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(scenes), 3, size, size))
+        with ProcessPoolExecutor(workers) as pool:
+            for i, image in enumerate(pool.map(draw, scenes, itertools.repeat(size), chunksize=64)):
+                images[i] = image
+        images.flush()
+        del images  # Windows does not rename open files
+        os.replace(part, file)
+    return np.load(file, mmap_mode="r")
+
+
+def to_input(images: np.ndarray | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Turn bytes into the [-1, 1] that a VAE takes."""
+    return torch.tensor(np.ascontiguousarray(images)).to(device, dtype) / 127.5 - 1
+
+
+def to_tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Return the tokens of texts, (texts, TOKENS), as a pipeline makes them."""
+    return tokenizer(
+        list(texts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def draw_captions(
+    scenes: Sequence[Scene],
+    tokenizer: CLIPTokenizer,
+    each: int,
+    seed: int,
+    say: Callable[[Scene, random.Random], str] = web_caption,
+) -> Tensor:
+    """Write several captions for each scene and return their tokens, (scenes, each, TOKENS), int16.
+
+    Args:
+        each: captions a scene.
+        say: writes one caption; by default incomplete and now and then wrong, as ``web_caption`` documents.
+    """
+    rng = random.Random(f"captions {seed}")
+    texts = [say(scene, rng) for scene in scenes for _ in range(each)]
+    chunks = (texts[start : start + 4096] for start in range(0, len(texts), 4096))
+    tokens = torch.cat([to_tokens(tokenizer, chunk).to(torch.int16) for chunk in chunks])
+    return tokens.unflatten(0, (len(scenes), each))
