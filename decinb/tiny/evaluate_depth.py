@@ -20,8 +20,8 @@ from decinb.checkpoints.components import Files, contents, read_part
 from decinb.loading import load_pipeline
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionDepth2ImgPipeline
-from decinb.scenes.judge import Judge
 from decinb.scenes import ATTRIBUTES, Scene, caption, depth_map, random_scene, render
+from decinb.scenes.judge import Judge
 from decinb.tiny.evaluate import CHANGES, GUIDANCE, STEPS, draw_pairs, fill_card, measure_changes, run_in_batches
 from decinb.utils.environment import describe
 

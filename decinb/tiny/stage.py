@@ -25,6 +25,7 @@ class Stage:
         name: name of the checkpoint file and of the stage in the log.
         modules: what is trained; moved to ``device`` and ``dtype``.
         minutes: time spent in steps; the learning rate rises during the first 3% of it and falls to zero as a cosine.
+            On a CPU it is the time of the main thread, so that what other processes take does not count.
         learning_rate: of AdamW, at its highest.
         folder: where ``NAME.pt`` and ``log.jsonl`` are kept; a checkpoint found there is resumed.
         dtype: float32 or bfloat16.
@@ -68,16 +69,17 @@ class Stage:
                 the averaged weights; its time does not count.
         """
         losses: list[float] = []
+        clock = time.thread_time if self.device.type == "cpu" else time.monotonic
         saved = logged = time.monotonic()
         first, since = self.step, self.seconds
         while self.progress < 1:
-            started = time.monotonic()
+            started = clock()
             loss = loss_of(self.step)
             loss.backward()
             self._descend()
             losses.append(loss.item())
             self.step += 1
-            self.seconds += time.monotonic() - started
+            self.seconds += clock() - started
             if time.monotonic() - logged > 15 or self.progress >= 1:
                 self._log(sum(losses) / len(losses), (self.step - first) / max(self.seconds - since, 1e-9))
                 if watch:
