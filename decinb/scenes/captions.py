@@ -21,7 +21,7 @@ PHRASES: dict[str, dict[str | bool, tuple[str, ...]]] = {
     "weather": {
         "clear": ("under a clear sky", "in clear weather"),
         "cloudy": ("under a cloudy sky", "with clouds", "in cloudy weather"),
-        "snowing": ("in falling snow", "in a snowfall", "while snow is falling"),
+        "snowing": ("in a snowfall", "while it is snowing", "in snowy weather"),
     },
     "ground": {
         "grass": ("on grass", "on green grass", "in a meadow"),

@@ -153,14 +153,15 @@ def _light(scene: Scene, at: Layout) -> Iterator[Shape]:
 def _mountains(scene: Scene, at: Layout) -> Iterator[Shape]:
     light, haze = LIGHT[scene.time], SKY[scene.weather][scene.time][-1]
     base = at.horizon + 0.02
+    dim = 0.4 if scene.time == "night" else 1.0  # less haze, or dark mountains would vanish in a dark sky
     ridge = [(x, at.horizon - height) for x, height in at.far_peaks]
-    far = tuple(_mix(_lit(FAR_ROCK, light), haze, share) for share in (0.35, 0.75))
+    far = tuple(_mix(_lit(FAR_ROCK, light), haze, dim * share) for share in (0.35, 0.75))
     yield Shape("mountains", ([(-0.1, base), *ridge, (1.1, base)],), far, nearness=0.04)
     for rank, (x, height, half) in enumerate(at.near_peaks):
         top, left, right = (x, at.horizon - height), (x - half, base), (x + half, base)
         nearness = 0.06 + 0.015 * rank
-        colours = tuple(_mix(_lit(ROCK, light), haze, share) for share in (0.1, 0.5))
-        dark = tuple(_mix(_lit(ROCK, light, SHADE), haze, share) for share in (0.05, 0.5))
+        colours = tuple(_mix(_lit(ROCK, light), haze, dim * share) for share in (0.1, 0.5))
+        dark = tuple(_mix(_lit(ROCK, light, SHADE), haze, dim * share) for share in (0.05, 0.5))
         yield Shape("mountains", ([top, right, left],), colours, nearness)
         side = 1 if at.light[0] < x else -1  # the side away from the light is in shade
         fold = [

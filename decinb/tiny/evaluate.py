@@ -364,15 +364,15 @@ def table(report: dict[str, Any]) -> str:
         else:
             lines.append(f"  {name:<14}PSNR {_short(row['psnr'], '.1f')} dB   SSIM {_short(row['ssim'], '.3f')}")
     for task, rows in report["tasks"].items():
-        lines += [task, *_columns("strength", rows)]
+        lines += [task, *columns("strength", rows)]
     for name, row in report["examples"].items():
         said = "  ".join(f"{strength} {_short(value)}" for strength, value in row["said"].items())
         lines.append(f"example, {name}: sky and ground as said, by strength: {said}; "
                      f"difference of 0.75 and 1: {_short(row['ends'], '.3f')}")  # fmt: skip
-    lines += ["guidance", *_columns("scale", report["guidance"])]
+    lines += ["guidance", *columns("scale", report["guidance"])]
     for name, rows in report["steps"].items():
-        lines += [name, *_columns("calls", rows)]
-    lines += ["counted by colour", *_columns("", report["duplicates"])]
+        lines += [name, *columns("calls", rows)]
+    lines += ["counted by colour", *columns("", report["duplicates"])]
     lines.append(f"one call: {report['call']['median seconds']:.2f} s")
     lines.append("asked for")
     for goal in goals(report):
@@ -380,7 +380,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _columns(axis: str, rows: dict[str, dict[str, Estimate]]) -> list[str]:
+def columns(axis: str, rows: dict[str, dict[str, Estimate]]) -> list[str]:
     """One column for each point of a curve, one line for each measure."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [f"  {axis:<34}" + "".join(f"{key:>12}" for key in rows)]

@@ -1,6 +1,6 @@
-"""Measure the depth-to-image model beside the bundled one: ``python -m decinb.tiny.evaluate_depth``.
+"""Measure the depth-to-image model and the bundled one side by side: ``python -m decinb.tiny.evaluate_depth``.
 
-How well its estimator sees depth, how well shapes stay and words are followed at a high strength and at the highest,
+How well its estimator sees depth, how well shapes stay and prompts are followed at a high strength and at the highest,
 and which of the two wins where they disagree. The scenes are those of ``decinb.tiny.evaluate``, which no training uses.
 """
 
@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionDepth2ImgPipeline
 
@@ -22,19 +21,23 @@ from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionDepth2ImgPipeline
 from decinb.scenes import ATTRIBUTES, Scene, caption, depth_map, random_scene, render
 from decinb.scenes.judge import Judge
-from decinb.tiny.evaluate import CHANGES, GUIDANCE, STEPS, draw_pairs, fill_card, measure_changes, run_in_batches
+from decinb.tiny import estimates
+from decinb.tiny.estimates import Estimate
+from decinb.tiny.evaluate import columns, fill_card, reference
+from decinb.tiny.evaluate import measure as measure_task
+from decinb.tiny.tasks import GUIDANCE, STEPS, Trial, draw_trials, run_in_batches
 from decinb.utils.environment import describe
 
 STRENGTHS = (0.6, 1.0)
-FULL = {"estimator": 200, "changes": 100}  # scenes, pairs
+TASKS = ("day to night", "grass to snow", "sketch to painting")
 RESULTS = Path("results/tiny/depth.json")
 BUNDLED = Path(MODELS["tiny-depth"].source)
 SHARED = ("vae", "text_encoder", "tokenizer", "scheduler")
-"""What a depth model has of the model that it was begun with."""
+"""The parts that a depth model shares with the model it was finetuned from."""
 
 
 def load(folder: Path = BUNDLED, shared: str | Path = "tiny") -> DeciDiffusionDepth2ImgPipeline:
-    """A depth model that was just trained, float32 on the CPU; of the bundled one, what ``load_pipeline`` gives.
+    """Load a depth model that was just trained, in float32 on the CPU.
 
     Args:
         folder: with ``unet``, ``depth_estimator`` and ``feature_extractor``.
@@ -51,10 +54,10 @@ def load(folder: Path = BUNDLED, shared: str | Path = "tiny") -> DeciDiffusionDe
     )
 
 
-def evaluate_estimator(pipe: StableDiffusionDepth2ImgPipeline, count: int) -> dict[str, Any]:
-    """The mean absolute error of depth as the U-Net sees it, from -1 to 1 at the size of the latent."""
+def evaluate_estimator(pipe: StableDiffusionDepth2ImgPipeline, count: int) -> dict[str, Estimate]:
+    """Return the mean absolute error of depth as the U-Net takes it, from -1 to 1, over all scenes and by style."""
     rng = random.Random("evaluate depth")
-    scenes = [random_scene(rng, sketches=0.5) for _ in range(count)]
+    scenes = [random_scene(rng) for _ in range(count)]
 
     def prepared(scene: Scene, depth: torch.Tensor | None = None) -> torch.Tensor:
         return pipe.prepare_depth_map([render(scene)], depth, 1, False, torch.float32, torch.device("cpu"))
@@ -65,82 +68,74 @@ def evaluate_estimator(pipe: StableDiffusionDepth2ImgPipeline, count: int) -> di
             for scene in scenes
         ]
     by_style = {
-        style: float(np.mean([error for scene, error in zip(scenes, errors, strict=True) if scene.style == style]))
+        style: [error for scene, error in zip(scenes, errors, strict=True) if scene.style == style]
         for style in ATTRIBUTES["style"]
     }
-    return {"scenes": count, "all": float(np.mean(errors)), **by_style}
+    found = {style: estimates.mean(some) for style, some in by_style.items() if some}
+    return {"all": estimates.mean(errors), **found}
 
 
-def evaluate_disagreement(pipe: DiffusionPipeline, pairs: Sequence[tuple[str, Scene, Scene]]) -> dict[str, float]:
-    """Name other shapes than the picture's, at strength 1: the share of pictures with its own, and with those named."""
-    named = {None: "pine", "pine": "round", "round": "pine"}
-    prompts = [caption(replace(target, trees=named[target.trees], mountains=True)) for *_, target in pairs]
-    seen = Judge.load().see(run_in_batches(pipe, [render(scene) for _, scene, _ in pairs], prompts, strength=1.0))
-    targets = [target for *_, target in pairs]
-    flat = [i for i, target in enumerate(targets) if not target.mountains]
+def evaluate_disagreement(pipe: DiffusionPipeline, trials: Sequence[Trial]) -> dict[str, Estimate]:
+    """Name other trees than the input's, and mountains, at strength 1, and count whose shapes the images have."""
+    named = {None: "pine", "pine": "round", "round": "poplar", "poplar": "pine"}
+    targets = [trial.target for trial in trials]
+    prompts = [caption(replace(target, trees=named[target.trees], mountains=True)) for target in targets]
+    seen = Judge.load().see(run_in_batches(pipe, [trial.image for trial in trials], prompts, strength=1.0))
+    pairs = list(zip(seen, targets, strict=True))
+    flat = [found["mountains"] for found, target in pairs if not target.mountains]
     return {
-        "trees as in the picture": _share(seen[i]["trees"] == target.trees for i, target in enumerate(targets)),
-        "trees as in the words": _share(seen[i]["trees"] == named[target.trees] for i, target in enumerate(targets)),
-        "mountains only in the words": _share(seen[i]["mountains"] for i in flat),
+        "trees as in the image": estimates.fraction([found["trees"] == target.trees for found, target in pairs]),
+        "trees as in the prompt": estimates.fraction(
+            [found["trees"] == named[target.trees] for found, target in pairs]
+        ),
+        **({"mountains only in the prompt": estimates.fraction(flat)} if flat else {}),
     }
 
 
-def evaluate(depth: StableDiffusionDepth2ImgPipeline, plain: DiffusionPipeline, sizes: dict[str, int] = FULL) -> dict:
+def evaluate(depth: StableDiffusionDepth2ImgPipeline, plain: DiffusionPipeline, count: int = 100) -> dict[str, Any]:
     """Measure everything on fixed seeds.
 
     Args:
         depth: the depth-to-image pipeline.
-        plain: the pipeline of the bundled model, on the same pictures and prompts.
-        sizes: how many scenes and pairs, as in ``FULL``.
+        plain: the pipeline of the bundled model, on the same inputs and prompts.
+        count: images a point.
 
     Returns:
-        What is to be stored: the settings, the environment, and the reports; ``changes`` has by pipeline and strength
-        what ``decinb.tiny.evaluate.evaluate_changes`` has by strength.
+        The settings, the environment, and the reports; ``tasks`` has by task what ``decinb.tiny.evaluate.measure``
+        returns by pipeline and strength.
     """
-    pairs = list(draw_pairs(sizes["changes"]))
     both = {"depth": depth, "tiny": plain}
     for pipe in both.values():
         pipe.set_progress_bar_config(disable=True)
+    trials = {task: draw_trials(task, count) for task in TASKS}
     return {
-        "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "pairs": len(pairs)},
+        "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "images": count},
         "environment": describe(depth),
-        "estimator": evaluate_estimator(depth, sizes["estimator"]),
-        "changes": {
-            name: {f"{strength:g}": measure_changes(pipe, pairs, strength) for strength in STRENGTHS}
-            for name, pipe in both.items()
+        "estimator": evaluate_estimator(depth, count),
+        "tasks": {
+            task: {
+                f"{name} {strength:g}": measure_task(pipe, trials[task], strength, reference(task, count))
+                for strength in STRENGTHS
+                for name, pipe in both.items()
+            }
+            for task in TASKS
         },
-        "disagreement": {name: evaluate_disagreement(pipe, pairs) for name, pipe in both.items()},
+        "disagreement": {name: evaluate_disagreement(pipe, trials["day to night"]) for name, pipe in both.items()},
     }
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text."""
-    estimator, changes = report["estimator"], report["changes"]
-    lines = [
-        f"Depth estimator, {estimator['scenes']} scenes: mean absolute error, where depth goes from -1 to 1",
-        "  " + "   ".join(f"{name} {estimator[name]:.3f}" for name in ("all", *ATTRIBUTES["style"])),
-        f"Image to image, {report['settings']['pairs']} pairs that differ in one thing",
-        f"  {'strength':<34}" + "".join(f"{strength:>16}" for strength in changes["depth"]),
-        f"  {'':<34}" + f"{'depth':>8}{'tiny':>8}" * len(changes["depth"]),
-    ]
-    for name in ("all", *CHANGES):
-        keys = ("changed", "kept", "adherence", "overlap", "distance") if name == "all" else ("changed", "overlap")
-        for key in keys:
-            values = (changes[pipe][at][name][key] for at in changes["depth"] for pipe in changes)
-            lines.append(f"  {name + ', ' + key:<34}" + "".join(f"{value:8.2f}" for value in values))
-    lines.append("Words that name other trees, and mountains: shares of the pictures at strength 1")
-    for name in report["disagreement"]["depth"]:
-        values = (report["disagreement"][pipe][name] for pipe in changes)
-        lines.append(f"  {name:<50}" + "".join(f"{value:8.2f}" for value in values))
+    """Return the report as text."""
+    lines = [f"{report['settings']['images']} images a point", "depth estimator: mean absolute error of depth, -1 to 1"]
+    lines += columns("", {name: {"error": value} for name, value in report["estimator"].items()})
+    for task, rows in report["tasks"].items():
+        lines += [task, *columns("strength", rows)]
+    lines += ["prompts with other trees and with mountains, strength 1", *columns("", report["disagreement"])]
     return "\n".join(lines)
 
 
-def _share(answers: Any) -> float:
-    return float(np.mean([bool(answer) for answer in answers]))
-
-
 def measure(folder: Path, shared: str | Path = "tiny", results: Path = RESULTS) -> dict[str, Any]:
-    """Measure the parts in ``folder``, store the report as JSON, and put its table into their card, if there is one."""
+    """Measure the parts in ``folder``, store the report as JSON, and put its table into their card if they have one."""
     report = evaluate(load(folder, shared), load_pipeline(shared, device="cpu"))
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(report, indent=2) + "\n")

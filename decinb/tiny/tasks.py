@@ -61,10 +61,10 @@ def run_in_batches(
     prompts: Sequence[str],
     strength: float,
     guidance_scale: float = GUIDANCE,
-    num_inference_steps: int = STEPS,
+    num_inference_steps: int | None = None,
     seed: int = 0,
 ) -> list[Image.Image]:
-    """Call an image-to-image pipeline on many images, each with its own prompt and its own seed."""
+    """Call an image-to-image pipeline on many images, each with its own prompt and its own seed, in ``STEPS`` steps."""
     made = []
     for start in range(0, len(prompts), BATCH):
         rows = slice(start, start + BATCH)
@@ -73,7 +73,7 @@ def run_in_batches(
             image=list(images[rows]),
             strength=strength,
             guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=num_inference_steps or STEPS,
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(prompts[rows]))],
         ).images
     return made

@@ -49,7 +49,7 @@ SHOWN = (
     "a sketch of a windmill, round trees and mountains",
     "a watercolour of a white house, poplar trees and a path on sand by day",
     "pixel art of a red barn and round trees on grass at sunset",
-    "a painting of a blue house, pine trees and a fence on snow in falling snow by day",
+    "a painting of a blue house, pine trees and a fence on snow in a snowfall by day",
 )
 """Prompts of the samples that are drawn while the model is trained."""
 

@@ -1,8 +1,8 @@
-"""Train the depth-to-image model beside the bundled one: ``python -m decinb.tiny.train_depth``.
+"""Train the depth-to-image model that goes with the bundled one: ``python -m decinb.tiny.train_depth``.
 
-Two networks are new, a depth estimator and a U-Net-NAS that sees depth as a fifth channel beside its latent; VAE, text
+Two networks are new, a depth estimator and a U-Net-NAS that takes depth as a fifth channel with its latent; VAE, text
 encoder, tokenizer and scheduler are those of the bundled model. The U-Net begins as the bundled one, with zeros for the
-new channel, and learns that depth says what stands where and words say what it looks like.
+new channel, and is finetuned with the objective and the captions that the bundled one was trained with.
 
 Source: the depth-conditioned model of Stable Diffusion 2 (Rombach et al. 2022, arXiv:2112.10752), as diffusers'
 ``StableDiffusionDepth2ImgPipeline`` runs it.
@@ -10,38 +10,24 @@ Source: the depth-conditioned model of Stable Diffusion 2 (Rombach et al. 2022, 
 
 import argparse
 import copy
-import itertools
 import json
 import os
-import random
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, DPTConfig, DPTForDepthEstimation, DPTImageProcessor
+from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 from decinb.loading import load_pipeline
-from decinb.scenes import ATTRIBUTES, IMAGE_SIZE, Scene, caption, depth_map, random_scene, twin
+from decinb.scenes import IMAGE_SIZE, Scene, depth_map
+from decinb.tiny.data import draw_all, draw_captions, draw_scenes, to_input
 from decinb.tiny.evaluate_depth import measure, table
-from decinb.tiny.networks import make_scheduler
+from decinb.tiny.losses import image_loss
 from decinb.tiny.stage import Stage
-from decinb.tiny.train import (
-    Lesson,
-    check_same_run,
-    draw_all,
-    encode_all,
-    house_weights,
-    noised,
-    picture_loss,
-    tidy_configs,
-    to_input,
-    to_tokens,
-    unet_loss,
-)
+from decinb.tiny.train import check_same_run, encode_all, fast_dtype, tidy_configs, train_unet
 from decinb.unet_nas import UNetNAS
 from decinb.utils.quiet import quiet
 
@@ -51,24 +37,21 @@ INDEX = {
     "feature_extractor": ["transformers", "DPTImageProcessor"],
     "unet": ["decinb.unet_nas", "UNetNAS"],
 }
-"""What the folder has, as diffusers lists it: the new parts alone."""
-
-FALSE_CAPTION_RATE = 0.5
-"""The share of captions that name shapes by chance, so that depth is believed and not they, whatever the guidance."""
+"""The index of the folder: the new parts only."""
 
 FAR = 0.2
-"""The depth up to which something is called far: mountains, and the ground near the horizon."""
+"""The depth up to which something is far: mountains, hills, and the ground near the horizon."""
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
+# --- networks ---------------------------------------------------------------------------------------------------------
 
 
 def make_estimator(width: int = 96, size: int = IMAGE_SIZE) -> DPTForDepthEstimation:
-    """A DPT of four layers on patches of 8 x 8 pixels.
+    """Make a DPT of four layers on patches of 8 x 8 pixels.
 
     Args:
         width: of its layers, a multiple of 4.
-        size: of the pictures it will see, in pixels.
+        size: height and width of its images in pixels.
     """
     config = DPTConfig(
         hidden_size=width,
@@ -78,7 +61,7 @@ def make_estimator(width: int = 96, size: int = IMAGE_SIZE) -> DPTForDepthEstima
         backbone_out_indices=[0, 1, 2, 3],
         image_size=size,
         patch_size=8,
-        reassemble_factors=[2, 1, 0.5, 0.25],  # half the published ones, as the patch is half the published one
+        reassemble_factors=[2, 1, 0.5, 0.25],  # half the published ones, as the patch is
         neck_hidden_sizes=[width // 3, width // 2, width // 2, width // 2],
         fusion_hidden_size=width // 3,
         use_auxiliary_head=False,
@@ -87,7 +70,7 @@ def make_estimator(width: int = 96, size: int = IMAGE_SIZE) -> DPTForDepthEstima
 
 
 def make_feature_extractor(size: int = IMAGE_SIZE) -> DPTImageProcessor:
-    """What brings a picture to the size and the range, [-1, 1], that the estimator takes."""
+    """Make the processor that scales an image to the size and the range, [-1, 1], that the estimator takes."""
     with quiet():
         return DPTImageProcessor(
             size={"height": size, "width": size}, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]
@@ -96,7 +79,7 @@ def make_feature_extractor(size: int = IMAGE_SIZE) -> DPTImageProcessor:
 
 @torch.no_grad()
 def with_depth(unet: UNetNAS) -> UNetNAS:
-    """A U-Net with a fifth input channel, which as yet it pays no attention to."""
+    """Return a copy of a U-Net with a fifth input channel, whose weights are zero."""
     settings = {**unet.config, "in_channels": unet.config.in_channels + 1}
     grown = UNetNAS.from_config(settings)
     weights = unet.state_dict()
@@ -105,37 +88,14 @@ def with_depth(unet: UNetNAS) -> UNetNAS:
     return nn.Module.to(grown, unet.dtype)  # diffusers' own `to` warns here of layers to keep in float32
 
 
-# --- what they learn from ---------------------------------------------------------------------------------------------
-
-
-def draw_places(places: int, seed: int) -> list[Scene]:
-    """Random scenes, each followed by a twin of the same depth."""
-    rng = random.Random(f"depth {seed}")
-    scenes = []
-    for _ in range(places):
-        scene = random_scene(rng)
-        looks = ["style", "time", "ground", *(["house"] * 2 if scene.house else [])]
-        scenes += [scene, twin(scene, rng, among=looks)]
-    return scenes
-
-
-def say(scene: Scene, rng: random.Random, always: Collection[str] = ()) -> str:
-    """A caption that tells the truth of what depth does not show, but half of the time names shapes by chance."""
-    if rng.random() < FALSE_CAPTION_RATE:
-        scene = replace(
-            scene,
-            trees=rng.choice(ATTRIBUTES["trees"]),
-            mountains=rng.choice(ATTRIBUTES["mountains"]),
-            house=scene.house or rng.choice(ATTRIBUTES["house"]),
-        )
-    return caption(scene, rng, always=always)
+# --- depth ------------------------------------------------------------------------------------------------------------
 
 
 def prepare(depth: Tensor, side: int) -> Tensor:
-    """Depth as the U-Net sees it: at the size of the latent, from -1, the farthest, to 1, the nearest.
+    """Return depth as the U-Net takes it: at the size of the latent, from -1, the farthest, to 1, the nearest.
 
     Args:
-        depth: as an estimator gives it, (rows, height, width).
+        depth: as an estimator returns it, (rows, height, width).
         side: height and width of the latent.
 
     Returns:
@@ -149,23 +109,23 @@ def prepare(depth: Tensor, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def estimate(estimator: DPTForDepthEstimation, pictures: np.ndarray, device: torch.device, batch: int = 32) -> Tensor:
-    """The depth that an estimator sees in pictures (bytes), (pictures, height, width), float32."""
-    rows = range(0, len(pictures), batch)
-    inputs = (to_input(pictures[start : start + batch], device, estimator.dtype) for start in rows)
+def estimate(estimator: DPTForDepthEstimation, images: np.ndarray, device: torch.device, batch: int = 32) -> Tensor:
+    """Return the depth that an estimator sees in images (bytes), (images, height, width), float32."""
+    rows = range(0, len(images), batch)
+    inputs = (to_input(images[start : start + batch], device, estimator.dtype) for start in rows)
     return torch.cat([estimator(pixels).predicted_depth.float() for pixels in inputs])
 
 
 def depth_loss(seen: Tensor, true: Tensor) -> Tensor:
-    """How far depth is seen wrong, and again, enlarged, what is far: a mountain is but a tenth nearer than the sky."""
-    return picture_loss(seen, true) + picture_loss(seen.clamp(max=FAR) / FAR, true.clamp(max=FAR) / FAR)
+    """Return the error of depth, plus that of what is far, enlarged: mountains are only a tenth nearer than the sky."""
+    return image_loss(seen, true) + image_loss(seen.clamp(max=FAR) / FAR, true.clamp(max=FAR) / FAR)
 
 
-# --- the stages, one after another ------------------------------------------------------------------------------------
+# --- stages -----------------------------------------------------------------------------------------------------------
 
 
 def train_estimator(
-    pictures: np.ndarray,
+    images: np.ndarray,
     depths: np.ndarray,
     minutes: float,
     folder: Path,
@@ -173,123 +133,94 @@ def train_estimator(
     seed: int = 0,
     batch: int = 16,
     begin: DPTForDepthEstimation | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.float32,
 ) -> DPTForDepthEstimation:
-    """Train a depth estimator on pictures (bytes) and their depth.
+    """Train a depth estimator on images (bytes) and their depth.
 
     Args:
-        depths: of each picture, (pictures, height, width).
-        begin: an estimator to train; without it that of ``make_estimator``, from nothing.
-        dtype: what is computed in; the weights themselves are kept in float32.
+        depths: of each image, (images, height, width).
+        begin: an estimator to train; by default that of ``make_estimator``, untrained.
+        dtype: of the computation; the weights are kept in float32.
     """
     torch.manual_seed(seed)
     estimator = begin or make_estimator()
     stage = Stage("depth_estimator", {"depth_estimator": estimator}, minutes, 1.5e-3, folder, device, dtype)
     layers = estimator.head.head
-    last, layers[-1] = layers[-1], nn.Identity()  # a ReLU that, with half a picture at 0, would soon give 0 everywhere
+    last, layers[-1] = layers[-1], nn.Identity()  # a ReLU that would soon give 0 everywhere, as half an image is 0
 
     def loss_of(step: int) -> Tensor:
-        rows = np.random.default_rng((seed, step)).integers(len(pictures), size=batch)
-        shown, true = pictures[rows], torch.tensor(depths[rows], device=device)
+        rows = np.random.default_rng((seed, step)).integers(len(images), size=batch)
+        shown, true = images[rows], torch.tensor(depths[rows], device=device)
         if step % 2:
             shown, true = shown[..., ::-1], true.flip(-1)
-        return depth_loss(estimator(to_input(shown, device, stage.dtype)).predicted_depth.float(), true)
+        return depth_loss(estimator(to_input(shown, device, dtype)).predicted_depth.float(), true)
 
     stage.run(loss_of)
     layers[-1] = last
     return estimator
 
 
-def train_unet(
-    scenes: Sequence[Scene],
-    moments: Tensor,
-    depths: Tensor,
-    parts: tuple[UNetNAS, CLIPTextModel, CLIPTokenizer],
-    minutes: float,
-    folder: Path,
-    device: torch.device,
-    seed: int = 0,
-    batch: int = 32,
-    learning_rate: float = 5e-4,
-    dtype: torch.dtype = torch.bfloat16,
-) -> UNetNAS:
-    """Train a U-Net that sees depth, on the lessons of ``decinb.tiny.train.train_unet``; the text encoder stays.
-
-    Args:
-        scenes: each second one the twin of the one before it, and of the same depth.
-        moments: of their latents, as ``encode`` gives them.
-        depths: of each scene one or several, as ``prepare`` gives them: (several, scenes, 1, height, width).
-        parts: the U-Net to train, with five input channels, and the text encoder and tokenizer it listens to.
-        dtype: what is computed in; the weights themselves are kept in float32.
-    """
-    unet, text_encoder, tokenizer = parts
-    scheduler = make_scheduler()
-    stage = Stage("unet", {"unet": unet}, minutes, learning_rate, folder, device, dtype)
-    text_encoder = nn.Module.to(copy.deepcopy(text_encoder), device, dtype).requires_grad_(False)
-    weights = house_weights(scenes, moments.shape[-1]).to(moments.device)
-
-    def loss_of(step: int) -> Tensor:
-        rng = random.Random(f"{seed} {step}")
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        lessons = [Lesson.draw(scenes, rng, len(scheduler.alphas_cumprod), say) for _ in range(batch)]
-        latents, noise = noised(lessons, moments, scheduler, generator)
-        seen = [rng.randrange(len(depths)) for _ in lessons], [lesson.seen for lesson in lessons]
-        return unet_loss(
-            unet,
-            text_encoder,
-            scheduler,
-            latents.to(device),
-            noise.to(device),
-            to_tokens(tokenizer, [lesson.words for lesson in lessons]).to(device),
-            torch.tensor([lesson.timestep for lesson in lessons]),
-            weights[[lesson.target for lesson in lessons]],
-            depths[seen].to(device),
-        )
-
-    stage.run(loss_of)
-    return unet
-
-
 def train(
     folder: Path,
-    places: int,
+    scenes: int,
     estimator_minutes: float,
     unet_minutes: float,
     seed: int,
     device: torch.device,
     begin: str | Path = "tiny",
+    captions: int = 8,
+    batch: int | None = None,
+    workers: int | None = None,
 ) -> Path:
-    """Run both stages in ``folder`` and leave the new parts in ``folder/depth``.
+    """Run both stages in ``folder`` and save the new parts in ``folder/depth``.
 
     Args:
-        places: how many scenes to draw, each with a twin.
-        begin: the model whose parts are shared, and whose U-Net is begun with.
+        scenes: number of scenes to draw.
+        begin: the model whose parts are shared, and whose U-Net is finetuned.
+        captions: captions a scene.
+        batch: rows a step of the U-Net; by default 32 on a CPU, 256 on a GPU.
+        workers: processes that draw scenes; by default one for each core.
     """
+    dtype = fast_dtype(device)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"places": places, "estimator_minutes": estimator_minutes, "seed": seed, "begin": str(begin)}
-    check_same_run(folder / "settings.json", settings)
-    scenes = draw_places(places, seed)
-    print(f"drawing {len(scenes)} scenes", flush=True)
-    pictures = draw_all(scenes, folder / f"scenes-{seed}-{places}.npy")
-    depths = _depths(scenes, folder / f"depths-{seed}-{places}.npy")
-    estimator = train_estimator(pictures, depths, estimator_minutes, folder, device, seed)
+    check_same_run(folder / "settings.json", {"scenes": scenes, "seed": seed, "begin": str(begin)})
+    drawn = draw_scenes(scenes, seed)
+    print(f"drawing {scenes} scenes", flush=True)
+    images = draw_all(drawn, folder / f"scenes-{seed}-{scenes}.npy", workers=workers)
+    depths = _depths(drawn, folder / f"depths-{seed}-{scenes}.npy")
+    estimator = train_estimator(images, depths, estimator_minutes, folder, device, seed, dtype=dtype)
 
     parts = load_pipeline(begin, device="cpu").components
-    moments = encode_all(parts["vae"].to(device), pictures, folder / "moments.npy", device)
+    moments = encode_all(parts["vae"], images, folder / "moments.npy", device, dtype)
     print("estimating the depth of the scenes", flush=True)
     side = moments.shape[-1]
     true = prepare(torch.tensor(depths), side)
-    seen = prepare(estimate(estimator, pictures, device).cpu(), side)
-    given = with_depth(parts["unet"]), parts["text_encoder"], parts["tokenizer"]
-    unet = train_unet(scenes, moments, torch.stack([true, seen]), given, unet_minutes, folder, device, seed)
+    seen = prepare(estimate(estimator, images, device).cpu(), side)
+    text_encoder = copy.deepcopy(parts["text_encoder"]).requires_grad_(False)
+    tokens = draw_captions(drawn, parts["tokenizer"], captions, seed)
+    empty = draw_captions(drawn[:1], parts["tokenizer"], 1, seed, lambda scene, rng: "")[0, 0]
+    unet, _ = train_unet(
+        moments,
+        tokens,
+        (with_depth(parts["unet"]), text_encoder),
+        empty,
+        unet_minutes,
+        folder,
+        device,
+        seed,
+        batch or (32 if device.type == "cpu" else 256),
+        depths=torch.stack([true, seen]),
+        learning_rate=5e-4,
+        dtype=dtype,
+    )
     return save(folder / "depth", unet, estimator, make_feature_extractor())
 
 
 def _depths(scenes: Sequence[Scene], file: Path) -> np.ndarray:
-    """The depth of every scene, (scenes, height, width), kept in a file; twins share one, so half are drawn."""
+    """Return the depth of every scene, (scenes, height, width), from a file if it was drawn before."""
     if not file.exists():
         part = file.with_suffix(".part.npy")
-        np.save(part, np.stack([depth_map(scene) for scene in itertools.islice(scenes, 0, None, 2)]).repeat(2, axis=0))
+        np.save(part, np.stack([depth_map(scene) for scene in scenes]))
         os.replace(part, file)
     return np.load(file)
 
@@ -297,7 +228,7 @@ def _depths(scenes: Sequence[Scene], file: Path) -> np.ndarray:
 def save(
     folder: Path, unet: UNetNAS, depth_estimator: DPTForDepthEstimation, feature_extractor: DPTImageProcessor
 ) -> Path:
-    """Write the new parts as a diffusers folder has them, fp16 safetensors."""
+    """Save the new parts as a diffusers folder of fp16 safetensors."""
     with quiet():
         nn.Module.to(unet, torch.float16).save_pretrained(folder / "unet")
         nn.Module.to(depth_estimator, torch.float16).save_pretrained(folder / "depth_estimator")
@@ -312,25 +243,17 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/depth"), help="log, checkpoints and the finished parts"
     )
-    parser.add_argument(
-        "--places", type=int, default=4_000, help="how many scenes to draw, each with a twin (default %(default)s)"
-    )
-    parser.add_argument("--estimator-minutes", type=float, default=5, help="of the depth estimator (default 5)")
+    parser.add_argument("--scenes", type=int, default=10_000, help="how many to draw (default %(default)s)")
+    parser.add_argument("--estimator-minutes", type=float, default=10, help="of the depth estimator (default 10)")
     parser.add_argument("--unet-minutes", type=float, default=40, help="of the U-Net (default 40)")
     parser.add_argument("--begin", default="tiny", help="the model whose parts are shared (default %(default)s)")
+    parser.add_argument("--batch", type=int, help="rows a step of the U-Net (default 32 on a CPU, 256 on a GPU)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args()
-    parts = train(
-        given.folder,
-        given.places,
-        given.estimator_minutes,
-        given.unet_minutes,
-        given.seed,
-        torch.device(given.device),
-        given.begin,
-    )
-    print(table(measure(parts, given.begin, given.folder / "depth.json")))
+    parser.add_argument("--workers", type=int, help="processes that draw scenes (default: one for each core)")
+    given = vars(parser.parse_args())
+    parts = train(device=torch.device(given.pop("device")), **given)
+    print(table(measure(parts, given["begin"], given["folder"] / "depth.json")))
     print(f"wrote {parts}")
 
 
