@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from decinb.scenes import IMAGE_SIZE, Scene, random_scene, render, web_caption
-from decinb.tiny.networks import TOKENS
 
 
 def draw_scenes(count: int, seed: int) -> list[Scene]:
@@ -51,9 +50,9 @@ def to_input(images: np.ndarray | Tensor, device: torch.device, dtype: torch.dty
 
 
 def to_tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Return the tokens of texts, (texts, TOKENS), as a pipeline makes them."""
+    """Return the tokens of texts, (texts, longest the tokenizer allows), as a pipeline makes them."""
     return tokenizer(
-        list(texts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids
 
 
@@ -64,7 +63,7 @@ def draw_captions(
     seed: int,
     say: Callable[[Scene, random.Random], str] = web_caption,
 ) -> Tensor:
-    """Write several captions for each scene and return their tokens, (scenes, each, TOKENS), int16.
+    """Write several captions for each scene and return their tokens, (scenes, each, tokens), int16.
 
     Args:
         each: captions a scene.

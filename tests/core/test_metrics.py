@@ -11,9 +11,9 @@ from PIL import Image
 
 from decinb.errors import InputError
 from decinb.metrics import clipped_fraction, mean_abs_difference, oversaturated, psnr, ssim
+from decinb.scenes import ATTRIBUTES, Scene, caption, house_mask, random_scene, render
 from decinb.scenes.adherence import adherence, named_attributes
 from decinb.scenes.judge import VALUES, WEIGHTS, Judge, accuracy
-from decinb.scenes import ATTRIBUTES, Scene, caption, house_mask, random_scene, render
 from decinb.tiny.train_judge import damage
 
 FRESH = 0.98  # least share right of 200 unseen renders, in every attribute; the judge reaches 0.99 and more
