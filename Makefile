@@ -1,20 +1,27 @@
-# make demo   creates the environment, runs every notebook on the bundled model, says where the pictures are
-#             (notebook 07 trains a model for a minute there; MINUTES=5 gives it as long as it asks for)
-# make test   style, tests, and every notebook from its first cell to its last
-# make fuzz   a hundred times as many random inputs as `make test` tries (EXAMPLES=100000 for more yet)
+# make demo           create the environment, run every notebook on the bundled model, and say where the results are
+#                     (notebook 07 trains a model for one minute; MINUTES=5 gives it the full five)
+# make quick          style and the fast tests
+# make test           style, all tests, and every notebook (WORKERS=1 for one process instead of up to four)
+# make fuzz           a hundred times as many random inputs as `make test` (EXAMPLES=100000 for more)
+# make notebooks      run every notebook again, in place; look at the images before you commit them
+# make architecture   draw the picture in docs/architecture.md and update its table
 PYTHON ?= python3
 VENV   ?= .venv
 DEMO   := runs/demo
 MINUTES ?= 1
 EXAMPLES ?= 10000
+WORKERS ?= 4
 BIN    := $(VENV)/bin
 
-# glibc gives large blocks back to the system after every operation; told to keep them, it runs diffusion faster.
+# By default, glibc returns large blocks to the system after every operation. Keeping them makes diffusion faster.
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 export MALLOC_TOP_PAD_ := 268435456
 
-.PHONY: demo test fuzz notebooks environment clean
+# At most WORKERS processes, which share the cores. All tests of a file, and all cells of a notebook, run in one of them.
+PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses $(WORKERS) --dist loadfile
+
+.PHONY: demo quick test style fuzz notebooks architecture environment clean
 .DEFAULT_GOAL := demo
 
 environment: $(VENV)/ready
@@ -33,19 +40,29 @@ demo: environment
 		DECINB_MODEL=tiny DECINB_TRAIN_MINUTES=$(MINUTES) $(BIN)/papermill --log-level ERROR --no-progress-bar --cwd $(DEMO) \
 			$$notebook $(DEMO)/$$(basename $$notebook) || exit 1; \
 	done
-	@echo "done: the notebooks with their pictures are in $(DEMO)/*.ipynb, the grids in $(DEMO)/*.png"
+	@echo "done: the executed notebooks are in $(DEMO)/*.ipynb, the grids in $(DEMO)/*.png"
 
-test: environment
+# Threads that wait for work sleep, so that they do not take the cores from other processes.
+quick test fuzz: export OMP_WAIT_POLICY ?= PASSIVE
+
+style: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+
+quick: style
+	$(PYTEST) -m "not slow and not browser and not cuda" tests
+
+test: style
+	$(PYTEST)
 
 fuzz: environment
-	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -p no:nbval -o addopts= tests/guarantees/test_fuzz.py
+	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/guarantees/test_fuzz.py
 
-# Runs every notebook anew, in place. Look at the pictures before you commit them.
 notebooks: environment
-	$(BIN)/python docs/execute_notebooks.py
+	$(BIN)/python tools/execute_notebooks.py
+
+architecture: environment
+	$(BIN)/python -m tools.draw_architecture
 
 clean:
 	rm -rf $(VENV) runs

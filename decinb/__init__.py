@@ -6,13 +6,12 @@ import warnings
 
 import lazy_loader
 
-os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")  # diffusers reads it once, when it is first imported
+os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")  # diffusers reads it when it is imported
 
-# transformers mentions torchvision, which nothing here needs, whenever diffusers imports an image processor.
+# transformers logs that torchvision is missing, which nothing here needs, when diffusers imports an image processor.
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 
-# A name is looked for where it is first used, so that `import decinb` costs next to nothing: torch, diffusers and
-# matplotlib come when there is work for them.
+# Each name is imported when it is first used, so that `import decinb` is cheap: it loads neither torch nor diffusers.
 _lazy_getattr, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
@@ -34,7 +33,7 @@ _lazy_getattr, __dir__, __all__ = lazy_loader.attach(
         "plotting": ["plot_grid", "plot_images", "show_gallery"],
         "scenes.adherence": ["adherence", "named_attributes"],
         "sweep": ["Sweep", "SweepError", "load_sweep", "run_sweep"],
-        "unet_nas": ["ModelMixin", "UNetNAS"],  # diffusers looks for ModelMixin here, when it loads a saved pipeline
+        "unet_nas": ["ModelMixin", "UNetNAS"],  # diffusers looks for ModelMixin here when it loads a saved pipeline
     },
 )
 
@@ -42,9 +41,8 @@ _RENAMED = {"change": "mean_abs_difference", "saturated": "clipped_fraction"}
 
 
 def __getattr__(name: str) -> object:
+    # Import before the warning: torch changes the warning filters, and Python would then show the warning twice.
+    value = _lazy_getattr(_RENAMED.get(name, name))
     if name in _RENAMED:
-        warnings.warn(
-            f"decinb.{name} is now decinb.{_RENAMED[name]}; the old name will go", DeprecationWarning, stacklevel=2
-        )
-        name = _RENAMED[name]
-    return _lazy_getattr(name)
+        warnings.warn(f"decinb.{name} is deprecated: use decinb.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return value

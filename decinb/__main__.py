@@ -1,65 +1,74 @@
-"""``python -m decinb``: what a bug report needs. It holds no secret, no path and no user name."""
+"""Print what a bug report needs: ``python -m decinb``. The report has no secrets, paths or user names."""
 
 import os
 import platform
 import re
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from decinb.loading import is_here
-from decinb.models import MODELS
-from decinb.utils.environment import _dtype, total_memory
+from decinb.models import MODELS, Model
+from decinb.utils.device import choose_device, choose_dtype
+from decinb.utils.environment import versions
+from decinb.utils.memory import total_memory
 
 PACKAGES = ("decinb", "torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "safetensors", "Pillow")
-SWITCHES = re.compile("(HF|DIFFUSERS|TRANSFORMERS|DECINB|PYTORCH|CUDA|OMP|MKL)_")
+VARIABLES = re.compile("(HF|DIFFUSERS|TRANSFORMERS|DECINB|PYTORCH|CUDA|OMP|MKL)_")
 SECRET = re.compile("TOKEN|KEY|SECRET|PASS|AUTH", re.IGNORECASE)
-HARMLESS = re.compile(r"[\d.,:]{1,6}|true|false|yes|no|on|off", re.IGNORECASE)  # else it could be a path, or a name
+HARMLESS = re.compile(r"[\d.,:]{1,6}|true|false|yes|no|on|off", re.IGNORECASE)  # other values may be paths or names
 
 
 def report() -> str:
-    """A few lines about this installation and machine, to be pasted in public. Nothing is asked of any network."""
+    """Return a few lines about this installation and machine that can be posted in public. Makes no request."""
     return "\n".join(f"{name}: {value}" for name, value in _facts())
+
+
+def main() -> None:
+    print(report())
 
 
 def _facts() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    for package in PACKAGES:
-        yield package, _version(package)
-    device = _device(None)
-    yield "device", _device(device)
-    yield "memory", _memory()
+    yield from versions(PACKAGES).items()
+    device = choose_device()
+    yield "device", _describe_device(device)
+    yield "memory", _describe_memory()
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    yield "dtype", f"{str(_dtype(None, device)).removeprefix('torch.')}, unless another is asked for"
+    yield "dtype", f"{str(choose_dtype(None, device)).removeprefix('torch.')} by default"
     for name, model in MODELS.items():
-        where = "bundled" if model.is_bundled else "in a folder" if isinstance(model.source, Path) else ""
-        yield f"model {name}", where or ("cached" if is_here(model) else "not cached")
-    for name in sorted(filter(SWITCHES.match, os.environ)):
-        value = os.environ[name]
-        plain = (HARMLESS.fullmatch(value) or value in MODELS) and not SECRET.search(name)
-        yield name, value if plain else "set" if value else "empty"
+        yield f"model {name}", _describe_model(model)
+    for name in sorted(filter(VARIABLES.match, os.environ)):
+        yield name, _describe_variable(name, os.environ[name])
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _device(device: torch.device) -> str:
+def _describe_device(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
     return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda})"
 
 
-def _memory() -> str:
-    there = total_memory()
-    return "unknown" if there is None else f"{there / 2**30:.0f} GiB"
+def _describe_memory() -> str:
+    total = total_memory()
+    return "unknown" if total is None else f"{total / 2**30:.0f} GiB"
+
+
+def _describe_model(model: Model) -> str:
+    if model.is_bundled:
+        return "bundled"
+    if isinstance(model.source, Path):
+        return "in a folder"
+    return "cached" if is_here(model) else "not cached"
+
+
+def _describe_variable(name: str, value: str) -> str:
+    """Return the value of an environment variable where it is harmless, else only whether it is set."""
+    if (HARMLESS.fullmatch(value) or value in MODELS) and not SECRET.search(name):
+        return value
+    return "set" if value else "empty"
 
 
 if __name__ == "__main__":
-    print(report())
+    main()

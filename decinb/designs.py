@@ -1,6 +1,6 @@
-"""Designs: which settings to try. A cell is a dict with argument names of diffusers, a design is a list of cells.
+"""Designs: which settings to try. A cell is a dict of diffusers' arguments, and a design is a list of cells.
 
-Being plain lists, designs are joined with ``+``, thinned with a comprehension, and sampled with ``random.sample``.
+Designs are plain lists: join them with ``+``, filter them with a comprehension, sample them with ``random.sample``.
 """
 
 import itertools
@@ -14,11 +14,11 @@ from decinb.utils import validation
 
 Cell = dict[str, Any]
 
-MAX_CELLS = 100_000  # of a grid: weeks of work on any device, and more than memory should hold
+MAX_CELLS = 100_000  # of a grid: weeks of work on any device
 
 
 def grid(**axes: Sequence[Any]) -> list[Cell]:
-    """Every combination of the values given, the last argument changing fastest.
+    """Return every combination of the given values, with the last argument changing fastest.
 
     Example: ``grid(strength=[0.5, 0.75], guidance_scale=[5, 7.5])`` gives four cells.
 
@@ -33,44 +33,44 @@ def grid(**axes: Sequence[Any]) -> list[Cell]:
 
 
 def zipped(**axes: Sequence[Any]) -> list[Cell]:
-    """The first values together, then the second ones, and so on.
+    """Return one cell from the first values of all arguments, one from the second values, and so on.
 
     Example: ``zipped(strength=[0.5, 1.0], num_inference_steps=[30, 15])`` gives two cells of 15 steps each.
 
     Raises:
-        InputError: an axis is not a list of values, or is empty; the lists are not of one length.
+        InputError: an axis is not a list of values, or is empty; the lists differ in length.
     """
     lists = _lists(axes)
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise InputError(f"zipped takes lists of one length: {told}")
+        given = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise InputError(f"zipped takes lists of equal length: {given}")
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
 def one_at_a_time(base: Cell, **axes: Sequence[Any]) -> list[Cell]:
-    """A base cell, and from it each argument changed alone to each of its values.
+    """Return a base cell, and copies of it with one argument changed to each of its values.
 
     Example: ``one_at_a_time({"strength": 0.6, "guidance_scale": 5}, strength=[0.4, 0.8], guidance_scale=[2])`` gives
-    four cells, the base first.
+    four cells, the base cell first.
 
     Raises:
-        InputError: the base is not a dict, or does not name an argument that is to change.
+        InputError: the base is not a dict, or lacks an argument that changes; an axis is empty or not a list of values.
     """
     if not isinstance(base, dict):
         raise InputError(f"base must be a dict such as {{'strength': 0.6}}, got {validation.short_repr(base)}")
     lists = _lists(axes)
     if missing := [name for name in lists if name not in base]:
-        raise InputError(f"base must name {missing[0]}, which is to change from there: {base!r} does not")
+        raise InputError(f"base must name {missing[0]}, which is to be changed, got {validation.short_repr(base)}")
     changed = [{**base, name: value} for name, values in lists.items() for value in values]
     return [dict(base), *(cell for cell in changed if cell != base)]
 
 
 def random_design(n: int, seed: int = 0, **axes: Sequence[Any]) -> list[Cell]:
-    """``n`` different combinations of the values given, drawn evenly from all of them; the same for the same seed.
+    """Return ``n`` different combinations of the given values, drawn uniformly at random.
 
-    They are the cells that ``random.Random(seed).sample(grid(...), n)`` draws, without building the grid. An axis of
-    seeds is given by its plural, ``seeds=[...]``, since ``seed`` is that of the draw.
+    These are the cells that ``random.Random(seed).sample(grid(...), n)`` draws, but the grid is not built. To vary the
+    seed of the cells, use ``seeds=[...]``, because ``seed`` is that of the draw.
 
     Raises:
         InputError: ``n`` is not from 1 to the number of combinations; an axis is not a list of values, or is empty.
@@ -78,9 +78,7 @@ def random_design(n: int, seed: int = 0, **axes: Sequence[Any]) -> list[Cell]:
     lists = _lists({("seed" if name == "seeds" else name): values for name, values in axes.items()})
     total = math.prod(len(values) for values in lists.values())
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
-        raise InputError(
-            f"n must be a whole number from 1 to {total} (all combinations), got {validation.short_repr(n)}"
-        )
+        raise InputError(f"n must be an integer from 1 to {total} (all combinations), got {validation.short_repr(n)}")
     cells = []
     for place in random.Random(validation.seed(seed)).sample(range(total), n):
         values = []

@@ -1,9 +1,9 @@
-"""The two errors a user of decinb meets. Each message says what was given, what is allowed, and what to do next."""
+"""The two errors that decinb raises. Each message says what was given, what is allowed, and what to do next."""
 
 
 class InputError(ValueError):
-    """An argument that cannot be used, found before any work starts."""
+    """An argument cannot be used. Raised before any work starts."""
 
 
 class ModelError(OSError):
-    """A model that cannot be loaded: its folder, files, tensors or source. Or one that gives no numbers but NaN."""
+    """A model cannot be loaded (its folder, files, tensors or source), or its output is NaN."""

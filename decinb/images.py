@@ -1,8 +1,7 @@
-"""Images in and out.
+"""Read images that users give, and save images with the record of how they were made.
 
-In: whatever a user calls a picture (a sample's name, a path, a URL, bytes, an array, a PIL image) becomes an upright
-RGB picture of a size the model can take.
-Out: a PNG that is whole or not there at all, and that carries the record of how it was made.
+``load_image`` turns a sample's name, a path, a URL, bytes, an array, a tensor or a PIL image into an upright RGB image
+of a size that a model takes. ``save_image`` writes a PNG, complete or not at all, with a record inside.
 """
 
 import functools
@@ -11,7 +10,6 @@ import json
 import os
 import re
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from decinb.errors import InputError
 from decinb.scenes import Scene, render
 from decinb.utils import validation
+from decinb.utils.files import write_atomically
 from decinb.utils.url import fetch
 from decinb.utils.validation import MAX_SIDE, MIN_SIDE, MULTIPLE
 
@@ -34,44 +33,44 @@ SAMPLES: dict[str, tuple[Scene, int]] = {
     "sketch": (Scene(style="sketch", house="red", trees="pine", mountains=True, layout=17), 128),
     "valley": (Scene(house="red", trees="pine", mountains=True, layout=3), 512),
 }
-"""The bundled pictures, drawn when asked for: a scene, and its height and width in pixels."""
+"""The sample images by name, drawn when they are asked for: a scene, and its height and width in pixels."""
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 64_000_000  # a large phone photo; read from the header, before anything is decoded
-MAX_FILE = 250_000_000  # bytes: so many pixels, not compressed
-ROUNDING = 1e-4  # that floats of a picture may lie below 0 or above 1
-MAX_ASPECT = 4  # no model has seen a picture that is longer
+MAX_PIXELS = 64_000_000  # more than a phone photo; checked in the header, before anything is decoded
+MAX_FILE = 250_000_000  # bytes, of that many pixels without compression
+ROUNDING = 1e-4  # floats may lie this far below 0 or above 1
+MAX_ASPECT = 4  # models are not trained on longer images
 
 RECORD = "decinb"  # the PNG text chunk with the record
-INPUT = b"inPt"  # the PNG chunk with the input: by its capitals ancillary, private and safe to copy
+INPUT = b"inPt"  # the PNG chunk with the input image; the capitals say: ancillary, private, safe to copy
 
 Source = str | os.PathLike[str] | bytes | np.ndarray | torch.Tensor | Image.Image
-"""What a user may call a picture."""
+"""What ``load_image`` takes."""
 
 
 def load_image(source: Source, size: int | None = None, allow_private: bool = False) -> Image.Image:
-    """Read an image from the name of a sample, a path, a URL, bytes, an array, or a PIL image.
+    """Load an image from the name of a sample, a path, a URL, bytes, an array, a tensor or a PIL image.
 
-    The picture is turned upright, laid on white where it is transparent, and made RGB. It is never squashed: what does
-    not fit is cut off evenly at the edges.
+    The result is upright (as EXIF says) and RGB, with white where the image is transparent. The aspect ratio is kept:
+    what does not fit is cropped evenly at the edges.
 
     Args:
         source: a key of ``SAMPLES``, a path to a PNG, JPEG or WEBP file, an http(s) URL of one, its bytes, a PIL image,
-            an array (height, width, channels) or a tensor (channels, height, width); whole numbers from 0 to 255, or
-            floats from 0 to 1.
+            an array (height, width, channels) or a tensor (channels, height, width); integers from 0 to 255, or floats
+            from 0 to 1.
         size: height and width of the result in pixels, a multiple of 8 from 64 to 2048: the largest square in the
-            middle, scaled. Without it the picture keeps its size, cut to a multiple of 8, at most 2048.
-        allow_private: let a URL lead to an address inside the own network.
+            middle, scaled. None keeps the size of the image, cropped to a multiple of 8 and at most 2048.
+        allow_private: let a URL lead to a private address, one of this machine or its network.
 
     Raises:
-        InputError: there is no such sample or file, the picture is damaged, too large or too small, or the server
-            did not send a picture (at most 20 MB in 20 seconds).
+        InputError: there is no such sample or file, the image is damaged, too large or too small, or the server did
+            not send an image (at most 20 MB in 20 seconds).
     """
     return fit(read_image(source, size, allow_private), size)
 
 
 def read_image(source: Source, size: int | None = None, allow_private: bool = False) -> Image.Image:
-    """As ``load_image``, of the size that the picture has: a sample is drawn at the size that is asked for."""
+    """Read an image like ``load_image``, but keep its original size; ``size`` is that of a sample."""
     size = None if size is None else validation.side(size, "size")
     if isinstance(source, str) and source in SAMPLES:
         scene, own_size = SAMPLES[source]
@@ -81,24 +80,28 @@ def read_image(source: Source, size: int | None = None, allow_private: bool = Fa
     data, name = (b"", "image") if isinstance(source, Image.Image) else _bytes(source, allow_private)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of many pixels, for which there is a limit here, and of damaged EXIF
+            warnings.simplefilter("ignore")  # about many pixels, which are limited below, and about damaged EXIF
             image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(data), formats=FORMATS)
             return _upright_rgb(image, name)
     except UnidentifiedImageError:
-        raise InputError(f"{name} is not a {', '.join(FORMATS)} picture{_looks_like(data)}") from None
+        raise InputError(f"{name} is not a PNG, JPEG or WEBP image{_looks_like(data)}") from None
     except InputError:
         raise
     except (MemoryError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name} has more pixels than the {MAX_PIXELS // 10**6} million that are allowed") from error
-    except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to
+        raise InputError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels") from error
+    except Exception as error:  # Pillow's decoders may raise anything on damaged data
         raise InputError(f"{name} is damaged: {' '.join(str(error).split())}") from error
 
 
 def load_images(source: Source | list[Source], name: str = "image") -> list[Image.Image]:
-    """One picture or several of one size, each as ``load_image`` reads it; an array may hold them along its first axis.
+    """Load one image or several of the same size, each as ``load_image`` does.
+
+    Args:
+        source: one source, a list of them, or an array or tensor with the images along its first axis.
+        name: the argument that error messages name.
 
     Raises:
-        InputError: there is none, one cannot be used, or they differ in size.
+        InputError: the list is empty, an image cannot be loaded, or they differ in size.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 4:
         source = list(source)
@@ -116,18 +119,18 @@ def load_images(source: Source | list[Source], name: str = "image") -> list[Imag
         if one.size != made[0].size:
             raise InputError(
                 f"{name}[{i}] has {one.width} x {one.height} pixels and {name}[0] {made[0].width} x {made[0].height}: "
-                "those of one call must be of one size"
+                "the images of one call must have the same size"
             )
     return made
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB: laid on white where it is transparent, 16 bits and floats scaled to 8 bits."""
+    """Convert an image of any mode to RGB: white where it is transparent, 16 bits and floats scaled to 8 bits."""
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        # Pillow would cut off everything above 255; half grey must stay half grey.
+        # Pillow would clip everything above 255.
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode == "La":
-        image = image.convert("LA")  # the only mode that Pillow makes of it
+        image = image.convert("LA")  # the only mode that Pillow converts it to
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -135,47 +138,45 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path, record: dict[str, Any], input_image: Image.Image | None = None) -> None:
-    """Write a PNG with its record, and the picture it was made from, inside; no half-written file is ever found."""
-    text = PngInfo()
-    text.add_itxt(RECORD, json.dumps(record, allow_nan=False))
+    """Write a PNG with its record inside, and with the input image if one is given; complete or not at all.
+
+    Args:
+        image: what to save.
+        path: the file. Its folder must exist.
+        record: what the image was made from, as JSON.
+        input_image: the image that it was made from; saved without loss.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    info = PngInfo()
+    info.add_itxt(RECORD, json.dumps(record, allow_nan=False))
     if input_image is not None:
-        text.add(INPUT, _lossless(input_image))
-    try:
-        with open(part_of(path), "wb") as file:
-            image.save(file, "PNG", pnginfo=text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part_of(path), path)
-    except OSError:
-        with suppress(OSError):  # on a full disk the half would keep the room
-            part_of(path).unlink()
-        raise
-
-
-def part_of(path: Path) -> Path:
-    """Where a file is written before it gets its name: the same again after a kill, so that none is left behind."""
-    return path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.part")  # the processes of one run never share
+        info.add(INPUT, _lossless(input_image))
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=info)
+    write_atomically(path, file.getvalue())
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """The record inside a PNG that decinb wrote.
+    """Return the record inside a PNG that decinb saved.
 
     Raises:
-        InputError: the file is not such a PNG, or not a whole one.
+        InputError: the file is not such a PNG, or is damaged.
     """
     return _read(path)[0]
 
 
 def read_input(path: str | Path) -> Image.Image:
-    """The picture that a PNG of decinb was made from, which lies inside it.
+    """Return the input image inside a PNG that decinb saved.
 
     Raises:
-        InputError: the file is not such a PNG, or not a whole one.
+        InputError: the file is not such a PNG, is damaged, or was made without an input image.
     """
-    inside = _read(path)[1]
-    if inside is None:
-        raise InputError(f"{str(path)!r} does not hold the picture that it was made from")
-    return inside
+    image = _read(path)[1]
+    if image is None:
+        raise InputError(f"{str(path)!r} does not contain the image that it was made from")
+    return image
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], Image.Image | None]:
@@ -188,12 +189,12 @@ def _read(path: str | Path) -> tuple[dict[str, Any], Image.Image | None]:
             inside = next((chunk[1] for chunk in image.private_chunks if chunk[0] == INPUT), None)
         if inside is None:
             return record, None
-        with Image.open(io.BytesIO(inside), formats=("WEBP",)) as picture:
-            if picture.width > MAX_SIDE or picture.height > MAX_SIDE:
-                raise ValueError("the picture inside is too large")
-            return record, picture.convert("RGB")
+        with Image.open(io.BytesIO(inside), formats=("WEBP",)) as input_image:
+            if max(input_image.size) > MAX_SIDE:
+                raise ValueError("the image inside is too large")
+            return record, input_image.convert("RGB")
     except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{str(path)!r} is not a whole PNG with a record of decinb in it") from error
+        raise InputError(f"{str(path)!r} is not a PNG that decinb saved, or is damaged") from error
 
 
 @functools.lru_cache(8)
@@ -204,13 +205,13 @@ def _webp(size: tuple[int, int], pixels: bytes) -> bytes:
 
 
 def _lossless(image: Image.Image) -> bytes:
-    """A picture in few bytes that keep every pixel; a sweep asks for the same one again and again."""
+    """Compress an image without loss; cached, because a sweep saves the same input many times."""
     image = image.convert("RGB")
     return _webp(image.size, image.tobytes())
 
 
 def _bytes(source: Any, allow_private: bool) -> tuple[bytes, str]:
-    """What is to be decoded, and what to call it in an error."""
+    """Return the bytes to decode, and what error messages call them."""
     if isinstance(source, (bytes, bytearray)):
         return bytes(source), f"image of {len(source)} bytes"
     if not isinstance(source, (str, os.PathLike)):
@@ -231,7 +232,7 @@ def _bytes(source: Any, allow_private: bool) -> tuple[bytes, str]:
         if path.stat().st_size > MAX_FILE:
             raise InputError(f"{name} has {path.stat().st_size} bytes; at most {MAX_FILE} are allowed")
         return path.read_bytes(), name
-    except (OSError, RuntimeError, ValueError) as error:  # no right to read it, no such user, no possible name
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, no such user (~name), an impossible name
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name} cannot be read: {validation.short_repr(str(error))}") from error
@@ -252,7 +253,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
-    """A picture from numbers: (height, width), (height, width, channels), or of a tensor (channels, height, width)."""
+    """Convert an array (height, width[, channels]) or a tensor ([channels,] height, width)."""
     shape = tuple(array.shape)
     if isinstance(array, torch.Tensor):
         expected, channels = "(channels, height, width), CHW", shape[0] if len(shape) == 3 else 1
@@ -267,36 +268,36 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
         looks = f", which looks like {other}" if other and channels not in (1, 3, 4) else ""
         raise InputError(f"image must have the shape {expected} with 1, 3 or 4 channels, got {shape}{looks}")
     if channels == 4 and array.dtype != np.uint8:
-        raise InputError(f"image of {array.dtype} has 4 channels, as latents have: a picture has 1 or 3")
+        raise InputError(f"image of {array.dtype} has 4 channels like latents: an image has 1 or 3")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise InputError(f"image has the shape {shape}; at most {MAX_PIXELS // 10**6} million pixels are allowed")
     return as_rgb(Image.fromarray(_eight_bits(array.squeeze(-1) if array.ndim == 3 and channels == 1 else array)))
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Numbers of a picture as bytes: 16 bits, and floats from 0 to 1, are scaled."""
+    """Convert pixel values to bytes: 16 bits, and floats from 0 to 1, are scaled."""
     kind = values.dtype.kind
     if values.dtype == np.uint8:
         return values
     if kind == "b":
         return values.astype(np.uint8) * 255
     if kind not in "fiu":
-        raise InputError(f"image must hold whole numbers or floats, got {values.dtype}")
+        raise InputError(f"image must hold integers or floats, got {values.dtype}")
     low, high = values.min(), values.max()
     if kind == "f":
         if not (np.isfinite(low) and np.isfinite(high)):
             raise InputError("image holds NaN or infinity")
         if low < -ROUNDING or high > 1 + ROUNDING:
-            raise InputError(f"floats of an image must be from 0 to 1, got {low:g} to {high:g}; divide bytes by 255")
+            raise InputError(f"image of floats must be from 0 to 1, got {low:g} to {high:g}; divide bytes by 255")
         return (values.clip(0, 1) * 255).round().astype(np.uint8)
     if low < 0 or high > 65535:
-        raise InputError(f"whole numbers of an image must be from 0 to 255, or of 16 bits, got {low} to {high}")
+        raise InputError(f"image of integers must be from 0 to 255, or to 65535, got {low} to {high}")
     deep = high > 255 or values.dtype.itemsize == 2
     return (values // 257 if deep else values).astype(np.uint8)
 
 
 def fit(image: Image.Image, size: int | None = None) -> Image.Image:
-    """The middle of a picture in a size that a model can take: see ``load_image``."""
+    """Crop and scale an image to a size that a model takes, as ``load_image`` describes."""
     width, height = image.size
     if min(image.size) < MIN_SIDE:
         raise InputError(f"image must be at least {MIN_SIDE} x {MIN_SIDE} pixels, got {width} x {height}")
@@ -305,10 +306,12 @@ def fit(image: Image.Image, size: int | None = None) -> Image.Image:
     shrink = min(1, MAX_SIDE / max(image.size))
     if min(image.size) * shrink < MIN_SIDE:
         raise InputError(
-            f"image of {width} x {height} pixels is too long: at {MAX_SIDE}, its shorter side has less than {MIN_SIDE}"
+            f"image of {width} x {height} pixels is too long: at {MAX_SIDE}, the shorter side has less than {MIN_SIDE}"
         )
     if max(image.size) > MAX_ASPECT * min(image.size):
-        validation.warn(f"image of {width} x {height} pixels is longer than {MAX_ASPECT}:1, which no model has learnt")
+        validation.warn(
+            f"image of {width} x {height} pixels is longer than {MAX_ASPECT}:1: models are not trained on such images"
+        )
     width, height = (int(side * shrink) // MULTIPLE * MULTIPLE for side in image.size)
     if shrink < 1:
         return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

@@ -1,43 +1,32 @@
-"""Loading a model, ready to run: known ones by name, others from a folder or the hub.
+"""Load a model as a ready pipeline, from a known name, a folder or the hub.
 
-Every part is built by a class of diffusers, of transformers or of decinb. No code comes from a model's folder or from
-the hub, whatever its files say. Parts are loaded strictly: files are whole, tensors complete, numbers numbers.
+``load_pipeline`` identifies a model, locates its files, checks them, loads its components and assembles the pipeline.
+Every class comes from diffusers, transformers or decinb; no code from a model's files is ever run.
 """
 
 import difflib
 import os
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
-from decinb import models
-from decinb.checkpoints import hub
-from decinb.checkpoints.components import (
-    Contents,
-    Files,
-    Part,
-    check_tokenizers,
-    contents,
-    read_part,
-)
+from decinb.checkpoints import hub, sources
+from decinb.checkpoints.components import Component, Contents, Files, check_tokenizers, find_components, load_component
 from decinb.checkpoints.integrity import check_file, loaded_bytes
-from decinb.checkpoints.tasks import _check_complete, _class_for, _class_of_known, _for_task, _make
+from decinb.checkpoints.sources import Locations, locate
+from decinb.checkpoints.tasks import assemble, check_complete, known_pipeline_class, pipeline_class, switch_task
 from decinb.errors import InputError, ModelError
 from decinb.models import IMAGE_TO_IMAGE, MODELS, PUBLISHED, TASKS, Model
 from decinb.utils import acceleration, validation
-from decinb.utils.environment import _device, _dtype, total_memory
+from decinb.utils.device import choose_device, choose_dtype
+from decinb.utils.memory import total_memory
 from decinb.utils.quiet import quiet
 
-AUTO_TIMEOUT = 3.0  # seconds of silence from the hub before the bundled model is taken instead
-BESIDE_WEIGHTS = 1.15  # memory in all, for each byte of weights: what runs needs room too
-
-
-Places = list[tuple[str, Path]]
-"""The folders of a model, each with what the names of its parts begin with in the pipeline: ``""`` is the first's."""
+AUTO_TIMEOUT = 3.0  # seconds of silence from the hub after which the bundled model is used instead
+MEMORY_FACTOR = 1.15  # memory that a pipeline needs, in multiples of its weights
 
 
 def load_pipeline(
@@ -48,69 +37,73 @@ def load_pipeline(
     allow_pickle: bool = False,
     task: str = IMAGE_TO_IMAGE,
 ) -> DiffusionPipeline:
-    """Load a model, ready to run, and print one line that says which, where, in which numbers, and why.
+    """Load a model as a ready pipeline, and print one line that says what was loaded, where, and why.
 
     Args:
-        model: a name in ``MODELS``, a folder, or ``owner/name`` on the hub: DeciDiffusion, and all that the auto
-            pipelines of diffusers know. A pipeline that is loaded already gives its parts, as they are and where they
-            are, to one of another task, and nothing is printed.
-            None takes the published checkpoint on a CUDA GPU where it is cached or can be downloaded, and ``tiny``
-            everywhere else; or what the environment variable ``DECINB_MODEL`` names.
-        device: None takes CUDA (under ``accelerate launch`` the process's own), else Apple's MPS, else the CPU.
-        dtype: ``torch.float16`` or ``"fp16"``, and so on. None takes float16 on CUDA and float32 elsewhere.
-        compile: turn on what is faster on the device and keeps the pictures, but for rounding; see
-            ``decinb.utils.acceleration``.
-            It pays for long sweeps: the first call waits for the compiler.
-        allow_pickle: read weights that exist as ``.bin`` only. They are read as plain tensors, and refused if they hold
-            anything else. The published checkpoint has this permission by itself.
+        model: a name in ``MODELS``, a folder, or ``owner/name`` on the hub: DeciDiffusion, or any model that the auto
+            pipelines of diffusers support. Given a loaded pipeline, return one for another task that shares its
+            components, and print nothing.
+            None uses the environment variable ``DECINB_MODEL`` if it is set; else the published checkpoint on a CUDA
+            GPU if it is cached or can be downloaded; else ``tiny``.
+        device: None uses CUDA (under ``accelerate launch`` the GPU of the process), else Apple's MPS, else the CPU.
+        dtype: such as ``torch.float16`` or ``"fp16"``. None uses float16 on CUDA and float32 elsewhere.
+        compile: turn on what is faster on the device and changes images only by rounding; see
+            ``decinb.utils.acceleration``. It pays off for long sweeps: the first call waits for the compiler.
+        allow_pickle: read weights that exist only as ``.bin``. They are read as plain tensors only, and rejected if
+            they hold anything else. The published checkpoint does not need this argument.
         task: ``"image-to-image"`` or ``"text-to-image"``.
 
     Returns:
-        An ordinary diffusers pipeline. Images of ``image_size(pipe)`` pixels suit it best.
+        An ordinary diffusers pipeline. It works best on images of ``image_size(pipe)`` pixels.
 
     Raises:
-        InputError: the name is unknown, the folder is not there, the model cannot do the task, or the device or dtype
-            cannot be used.
-        ModelError: the model cannot be fetched, does not fit into the memory, or a part of it is missing, damaged or
-            does not belong.
+        InputError: the model is unknown, its folder does not exist, it cannot do the task, or the device or dtype is
+            not available.
+        ModelError: the model cannot be downloaded, does not fit into memory, or a component is missing, damaged or
+            does not match the others.
     """
     task = validation.choice(task, "task", TASKS)
     if isinstance(model, DiffusionPipeline):
         if device is not None or dtype is not None or compile:
             raise InputError(
-                "device, dtype and compile are of loading, and this pipeline is loaded: its parts are shared as they "
-                "are; move them with pipe.to(...), or load the model by its name"
+                "device, dtype and compile apply when a model is loaded, but this pipeline is already loaded: move it "
+                "with pipe.to(...), or load the model by its name"
             )
-        return _for_task(model, task)
-    device = _device(device)
-    dtype = _dtype(dtype, device)
-    name, places, why = _find(model, device, allow_pickle, task, dtype)
-    pipe = _load(name, places, task, device, dtype, allow_pickle).to(device)
+        return switch_task(model, task)
+
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    found = _find(model, task, device, dtype, allow_pickle)
+    pipe = _load(found, task, device, dtype, allow_pickle).to(device)
     if device.type == "cpu":
         acceleration.keep_freed_memory()
-    tuned = f", {acceleration.tune(pipe)}" if compile else ""
-    doing = "" if task == IMAGE_TO_IMAGE else f", {task}"
-    print(f"decinb: {name} on {device}, {str(dtype).removeprefix('torch.')}{doing}{tuned} ({why})")
+
+    details = [f"{found.name} on {device}", str(dtype).removeprefix("torch.")]
+    if task != IMAGE_TO_IMAGE:
+        details.append(task)
+    if compile:
+        details.append(acceleration.tune(pipe))
+    print(f"decinb: {', '.join(details)} ({found.reason})")
     return pipe
 
 
 def download(model: str = PUBLISHED, allow_pickle: bool = False) -> Path:
-    """Fetch a model ahead of its use, for a room without network. Run again, it goes on where it stopped.
+    """Download a model for later use without a network; interrupted downloads resume.
 
-    The hub is asked for the newest version, and every file, new or already here, is compared with the SHA-256 that the
-    hub gives for it; what differs is fetched again.
+    The hub is asked for the newest version. Every file, new or cached, is compared with the hash that the hub gives for
+    it, and downloaded again if it differs.
 
     Args:
         model: a name in ``MODELS``, or ``owner/name`` on the hub.
         allow_pickle: as for ``load_pipeline``.
 
     Returns:
-        The folder with the model, or with its first parts where they come from several places. ``load_pipeline`` finds
+        The folder of the model, or of its first components if they come from several sources. ``load_pipeline`` finds
         all of them by the model's name.
 
     Raises:
-        InputError: there is no such name.
-        ModelError: the model cannot be had, with the true cause, or arrives damaged twice.
+        InputError: the model is not a known name or a hub id.
+        ModelError: the model cannot be downloaded, or is damaged on arrival twice; the message says why.
     """
     if not (isinstance(model, str) and (model in MODELS or hub.is_model_id(model))):
         raise InputError(
@@ -118,219 +111,182 @@ def download(model: str = PUBLISHED, allow_pickle: bool = False) -> Path:
             f"got {validation.short_repr(model)}"
         )
     name = _known_name(model)
-    return _places(name, MODELS.get(name) or _model_on_hub(name), allow_pickle, fresh=True)[0][1]
+    return locate(name, MODELS.get(name) or _hub_model(name), allow_pickle, refresh=True)[0][1]
 
 
 def is_here(model: Model) -> bool:
-    """Whether a known model, or a copy of it, can be loaded without a network."""
-    return all(any(_here(one) for one in copies) for _, copies in _sources(model))
+    """Return whether a known model can be loaded without a network."""
+    return sources.is_local(model)
 
 
 def takes_published() -> bool:
-    """Whether published models are meant: on a CUDA GPU, unless the environment variable ``DECINB_MODEL`` names one."""
+    """Return whether to use published models: on a CUDA GPU, unless the environment sets ``DECINB_MODEL``."""
     return torch.cuda.is_available() and not os.environ.get("DECINB_MODEL")
 
 
 def fits(model: Model, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> bool:
-    """Whether a known model fits into the memory of a device; device and dtype as for ``load_pipeline``."""
-    device = _device(device)
-    there = total_memory(device)
-    return there is None or _needed(model, _dtype(dtype, device)) <= there
+    """Return whether a known model fits into the memory of a device; arguments as for ``load_pipeline``."""
+    device = choose_device(device)
+    available = total_memory(device)
+    return available is None or _required_memory(model, choose_dtype(dtype, device)) <= available
 
 
-def _model_on_hub(name: str) -> Model:
-    """What is known of a model of which only the id is known."""
-    return Model(name, "a model on the hub", 0)
+# --- which model, and where its files are -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A model whose files are on this machine, and why it was chosen."""
+
+    name: str
+    model: Model
+    locations: Locations
+    reason: str
+
+
+def _find(model: str | Path | None, task: str, device: torch.device, dtype: torch.dtype, allow_pickle: bool) -> _Found:
+    """Choose the model, and locate or download its files."""
+    if model is not None:
+        return _find_named(model, "as requested", task, device, dtype, allow_pickle)
+    if named := os.environ.get("DECINB_MODEL"):
+        return _find_named(named, "set by DECINB_MODEL", task, device, dtype, allow_pickle)
+    reason = "no CUDA GPU is used"
+    if device.type == "cuda":
+        published = MODELS[PUBLISHED]
+        try:
+            _check_memory(PUBLISHED, _required_memory(published, dtype), device, dtype)
+            locations = locate(PUBLISHED, published, timeout=AUTO_TIMEOUT)
+            return _Found(PUBLISHED, published, locations, "a CUDA GPU is used")
+        except ModelError as error:
+            reason = str(error)
+    return _Found("tiny", MODELS["tiny"], locate("tiny", MODELS["tiny"]), reason)
+
+
+def _find_named(
+    model: str | Path, reason: str, task: str, device: torch.device, dtype: torch.dtype, allow_pickle: bool
+) -> _Found:
+    """Locate or download a model that cannot be rejected by what is known of it."""
+    name, entry = _identify(model)
+    if name in MODELS:
+        known_pipeline_class(name, task)
+        _check_memory(name, _required_memory(entry, dtype), device, dtype)
+        return _Found(name, entry, locate(name, entry, allow_pickle), reason)
+
+    def check(contents: Contents) -> None:
+        check_complete(pipeline_class(contents, task, name), contents.components, name)
+
+    try:
+        return _Found(name, entry, locate(name, entry, allow_pickle, check=check), reason)
+    except hub.NotFoundError as error:
+        raise ModelError(f"{error} (and there is no folder {name!r} here)") from error
+
+
+def _identify(model: str | Path) -> tuple[str, Model]:
+    """Return the name and the entry of a known model, a folder, or a model on the hub.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    if not isinstance(model, (str, Path)):
+        raise InputError(f"model: give a name, a folder or a hub id, got {validation.short_repr(model)}")
+    name = str(model)
+    if name and name not in MODELS and (folder := Path(model).expanduser()).is_dir():
+        return name, Model(folder, "a model in a folder", image_size=0)
+    name = _known_name(name)
+    if name in MODELS:
+        return name, MODELS[name]
+    if isinstance(model, Path) or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
+        raise InputError(f"model: folder not found: {name!r}")
+    if hub.is_model_id(name):
+        return name, _hub_model(name)
+    close = difflib.get_close_matches(name.lower(), MODELS, n=1)
+    hint = f"did you mean {close[0]!r}? Otherwise " if close else ""
+    raise InputError(
+        f"model: {validation.short_repr(name)} is not known; {hint}give one of {', '.join(map(repr, MODELS))}, a "
+        "folder, or a hub id 'owner/name'"
+    )
 
 
 def _known_name(name: str) -> str:
-    """The name of the known model that lies under an id, or what was given: an id is the model's other name."""
+    """Return the name of the known model that has this hub id, else the name itself."""
     return next((known for known, model in MODELS.items() if model.source == name), name)
 
 
-def _find(
-    model: str | Path | None,
-    device: torch.device,
-    allow_pickle: bool = False,
-    task: str = IMAGE_TO_IMAGE,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[str, Places, str]:
-    """From what a user calls a model to its name, where its parts lie, and why it was taken."""
-    if model is None and os.environ.get("DECINB_MODEL"):
-        name, places, _ = _find(os.environ["DECINB_MODEL"], device, allow_pickle, task, dtype)
-        return name, places, "as DECINB_MODEL says"
-    if model is None:
-        why = "no CUDA GPU is used"
-        if device.type == "cuda":
-            try:
-                _check_room(PUBLISHED, _needed(MODELS[PUBLISHED], dtype), device, dtype)
-                return PUBLISHED, _places(PUBLISHED, MODELS[PUBLISHED], timeout=AUTO_TIMEOUT), "a CUDA GPU is used"
-            except ModelError as error:
-                why = str(error)
-        return "tiny", _places("tiny", MODELS["tiny"]), why
-
-    if not isinstance(model, (str, Path)):
-        raise InputError(f"model: give a name, a folder or a hub id, got {validation.short_repr(model)}")
-    name, asked = str(model), "as asked"
-    if name not in MODELS and name and (folder := Path(model).expanduser()).is_dir():
-        return name, [("", folder)], asked
-    name = _known_name(name)
-    if known := MODELS.get(name):
-        _class_of_known(name, task)
-        _check_room(name, _needed(known, dtype), device, dtype)
-        return name, _places(name, known, allow_pickle), asked
-    if isinstance(model, Path) or model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1:
-        raise InputError(f"model: folder not found: {name!r}")
-    if hub.is_model_id(name):
-
-        def check(found: Contents) -> None:
-            _check_complete(_class_for(found, task, name), found.parts, name)
-
-        try:
-            return name, _places(name, _model_on_hub(name), allow_pickle, check=check), asked
-        except hub.NotFoundError as error:
-            raise ModelError(f"{error} (and there is no folder {name!r} here)") from error
-    close = difflib.get_close_matches(name.lower(), MODELS, n=1)
-    hint = f"did you mean {close[0]!r}? Else " if close else ""
-    names = ", ".join(map(repr, MODELS))
-    raise InputError(
-        f"model: {validation.short_repr(name)} is not known; {hint}give one of {names}, a folder, "
-        "or a hub id 'owner/name'"
-    )
-
-
-# --- where it lies ----------------------------------------------------------------------------------------------------
-
-
-def _sources(model: Model) -> list[tuple[str, list[Model]]]:
-    """The places of a model's parts: what their names begin with, and the source there with copies of it."""
-    copies = [replace(model, source=mirror) for mirror in model.mirrors]
-    return [("", [model, *copies]), *((start, [replace(model, source=at)]) for start, at in model.extra_sources)]
-
-
-def _places(
-    name: str,
-    model: Model,
-    allow_pickle: bool = False,
-    timeout: float | None = None,
-    fresh: bool = False,
-    check: Callable[[Contents], None] | None = None,
-) -> Places:
-    """Where the parts of a model lie; from the hub where they are not here yet, or, ``fresh``, newer there.
-
-    A copy takes the place of a source that is gone, and of one that is not here where the copy is. ``check`` may refuse
-    the model once its settings are known, before its weights are fetched.
-    """
-
-    def fetch(one: Model) -> Path:
-        if isinstance(one.source, Path):
-            return one.source
-        if not hub.is_model_id(one.source):
-            raise InputError(
-                f"model: the source of {name!r}, {one.source!r}, is no hub id 'owner/name'; give a folder as a "
-                "pathlib.Path"
-            )
-        return hub.fetch(one.source, one.revision, _chooser(one, allow_pickle, check), timeout, fresh)
-
-    def place(source: Model, *copies: Model) -> Path:
-        if not fresh and copies and not _here(source) and (cached := next(filter(_here, copies), None)):
-            return fetch(cached)
-        try:
-            return fetch(source)
-        except hub.NotFoundError as gone:
-            if name not in MODELS:
-                raise
-            refused = [str(gone)]
-            for copy in copies:
-                try:
-                    folder = fetch(copy)
-                except ModelError as error:
-                    refused.append(str(error))
-                    continue
-                validation.warn(f"{name}: {source.source} is gone from the hub; its copy {copy.source} is used")
-                return folder
-            edit = f"if it has moved, edit {models.line_of(str(source.source))}"
-            raise ModelError(f"{name}: {'; '.join(refused)}; {edit}") from gone
-
-    return [(start, place(*copies)) for start, copies in _sources(model)]
-
-
-def _here(model: Model) -> bool:
-    return isinstance(model.source, Path) or hub.cached(str(model.source), model.revision, _chooser(model)) is not None
-
-
-def _chooser(model: Model, allow_pickle: bool = False, check: Callable[[Contents], None] | None = None) -> hub.Choose:
-    """What picks the files of a model that are used, of all that lie there."""
-
-    def choose(names: list[str], read: Callable[[str], Path]) -> list[str]:
-        found = contents(Files(str(model.source), names, read), allow_pickle or model.allow_pickle, model.variant)
-        if check:
-            check(found)
-        return found.files
-
-    return choose
-
-
-# --- what fits --------------------------------------------------------------------------------------------------------
-
-
-def _needed(known: Model, dtype: torch.dtype) -> float:
-    return 1e9 * known.memory * dtype.itemsize / torch.float16.itemsize * BESIDE_WEIGHTS
-
-
-def _check_room(name: str, needed: float, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a model before it is fetched or read, if the device can never hold it."""
-    there = total_memory(device)
-    if there is None or needed <= there:
-        return
-    lower = dtype == torch.float32 and "; dtype='bfloat16' takes half of that" if needed / 2 <= there else ""
-    raise ModelError(
-        f"{name} is too large for this machine: as {str(dtype).removeprefix('torch.')} it needs about "
-        f"{needed / 1e9:.1f} GB, and {device} has {there / 1e9:.1f} GB{lower}"
-    )
-
-
-# --- what does the task -----------------------------------------------------------------------------------------------
+def _hub_model(name: str) -> Model:
+    return Model(name, "a model on the hub", image_size=0)
 
 
 # --- from files to a pipeline -----------------------------------------------------------------------------------------
 
 
-def _load(
-    name: str, places: Places, task: str, device: torch.device, dtype: torch.dtype, allow_pickle: bool
-) -> DiffusionPipeline:
-    """A pipeline from the first place, and from further ones for what it lacks."""
-    known = MODELS.get(name)
-    index: dict[str, Any] = {}
-    found: dict[str, tuple[Path, Part]] = {}
-    for start, folder in places:
-        held = contents(
-            Files.of(folder),
-            allow_pickle or (known is not None and known.allow_pickle),
-            known.variant if known else None,
-        )
-        index = index or held.index
-        for component, part in held.parts.items():
-            found.setdefault(start + component, (folder, part))
-    where = str(places[0][1])
-    parts = {component: part for component, (_, part) in found.items()}
-    cls = _class_of_known(name, task) if known else _class_for(Contents(parts, index), task, where)
-    _check_complete(cls, parts, where)
-
-    from_hub = isinstance(known.source, str) if known else not Path(name).expanduser().is_dir()
-    repair = f"decinb.download({name!r}) fetches it anew" if from_hub else "bring it anew from where it came from"
-    weights = [(component, folder / file) for component, (folder, part) in found.items() for file in part.weights]
-    if pickles := [f"{file.parent.name}/{file.name}" for _, file in weights if file.suffix == ".bin"]:
-        validation.warn(f"{name} has no safetensors for {', '.join(pickles)}: read as plain tensors only")
-    for component, file in weights:
-        check_file(component, file, repair)
-    _check_room(name, BESIDE_WEIGHTS * sum(loaded_bytes(file, dtype) for _, file in weights), device, dtype)
-
+def _load(found: _Found, task: str, device: torch.device, dtype: torch.dtype, allow_pickle: bool) -> DiffusionPipeline:
+    """Check the files of a model, load its components, and assemble the pipeline."""
+    where = str(found.locations[0][1])
+    contents, folders = _read_contents(found, allow_pickle)
+    is_known = found.name in MODELS
+    cls = known_pipeline_class(found.name, task) if is_known else pipeline_class(contents, task, where)
+    check_complete(cls, contents.components, where)
+    _check_weights(found, contents, folders, device, dtype)
     with quiet():
         components = {
-            component: read_part(component, part, folder, dtype) for component, (folder, part) in found.items()
+            name: load_component(name, component, folders[name], dtype)
+            for name, component in contents.components.items()
         }
         check_tokenizers(components, where)
-        pipe = _make(cls, components, index, where)
-    pipe.register_to_config(_name_or_path=name)
+        pipe = assemble(cls, components, contents.index, where)
+    pipe.register_to_config(_name_or_path=found.name)
     return pipe
+
+
+def _read_contents(found: _Found, allow_pickle: bool) -> tuple[Contents, dict[str, Path]]:
+    """Return the components of a model and the folder of each; where two folders have one, take the first."""
+    model = found.model
+    index: dict[str, Any] = {}
+    components: dict[str, Component] = {}
+    folders: dict[str, Path] = {}
+    for prefix, folder in found.locations:
+        contents = find_components(Files.in_folder(folder), allow_pickle or model.allow_pickle, model.variant)
+        index = index or contents.index
+        for name, component in contents.components.items():
+            if prefix + name not in components:
+                components[prefix + name] = component
+                folders[prefix + name] = folder
+    return Contents(components, index), folders
+
+
+def _check_weights(
+    found: _Found, contents: Contents, folders: dict[str, Path], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Check that all weight files are intact and fit into memory, and warn if some are pickles."""
+    weights = [
+        (name, folders[name] / file) for name, component in contents.components.items() for file in component.weights
+    ]
+    if pickles := [f"{file.parent.name}/{file.name}" for _, file in weights if file.suffix == ".bin"]:
+        validation.warn(f"{found.name} has no safetensors for {', '.join(pickles)}: read as plain tensors only")
+    is_folder = isinstance(found.model.source, Path)
+    repair = "copy it from its source again" if is_folder else f"decinb.download({found.name!r}) downloads it again"
+    for name, file in weights:
+        check_file(name, file, repair)
+    required = MEMORY_FACTOR * sum(loaded_bytes(file, dtype) for _, file in weights)
+    _check_memory(found.name, required, device, dtype)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def _required_memory(model: Model, dtype: torch.dtype) -> float:
+    """Return about how many bytes a known model needs; ``Model.memory`` is in GB as float16."""
+    return 1e9 * model.memory * dtype.itemsize / torch.float16.itemsize * MEMORY_FACTOR
+
+
+def _check_memory(name: str, required: float, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise a ModelError if a model needs more memory than a device has in total."""
+    available = total_memory(device)
+    if available is None or required <= available:
+        return
+    half_fits = dtype == torch.float32 and required / 2 <= available
+    raise ModelError(
+        f"{name} is too large for this machine: as {str(dtype).removeprefix('torch.')} it needs about "
+        f"{required / 1e9:.1f} GB, and {device} has {available / 1e9:.1f} GB"
+        + ("; dtype='bfloat16' needs half of that" if half_fits else "")
+    )

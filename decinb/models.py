@@ -1,7 +1,7 @@
-"""The models that are known by name: where each lies, what it is, what it needs and what it can do.
+"""The models that decinb knows by name: where each is published, what it needs and what it can do.
 
-Adding a model is adding an entry to ``MODELS``; nothing else names one. To use another copy of a known model, change
-its ``source`` here, or for one session: ``MODELS["sd-v1-5"] = replace(MODELS["sd-v1-5"], source="owner/name")``.
+To add a model, add an entry to ``MODELS``; no other file names one. To use another copy of a known model, change its
+``source`` here, or for one session: ``MODELS["sd-v1-5"] = replace(MODELS["sd-v1-5"], source="owner/name")``.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ TEXT_TO_IMAGE = "text-to-image"
 TASKS = (IMAGE_TO_IMAGE, TEXT_TO_IMAGE)
 
 ASTRONAUT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
-"""The prompt of the guide's companions."""
+"""The prompt for the models that the guide compares with DeciDiffusion."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,21 @@ class Model:
     """A known model.
 
     Args:
-        source: its folder, a ``Path``, or its id on the hub.
-        about: what it is, in a few words.
+        source: a folder as a ``Path``, or an id on the hub.
+        about: a short description.
         image_size: height and width in pixels of the images that it was trained on.
-        example_image, example_prompt: something to try it on.
+        example_image, example_prompt: a sample and a prompt that suit it.
         revision: a branch, tag or commit on the hub; None is the main branch.
-        licence: what its publisher names.
-        pipelines: what it can do: the pipeline class of every task, from decinb or diffusers.
-        depth: whether it sees the depth of the input picture.
-        negative_prompt: whether it can be driven away from words.
-        variant: of the weights, where there are several; ``"fp16"`` is half the download.
-        memory: GB (10^9 bytes) that its weights fill as float16; as float32 it is twice as much.
-        mirrors: other ids of the same weights, tried in this order where the first is gone.
-        extra_sources: where the parts lie that the source lacks, each with what their names begin with in the pipeline.
-        allow_pickle: the permission of ``load_pipeline``, given once for a model that is known to need it.
+        licence: as its publisher names it.
+        pipelines: the name of the pipeline class for each task, in decinb or diffusers.
+        depth: whether it takes the depth of the input image.
+        negative_prompt: whether it takes a negative prompt.
+        variant: the variant of the weights to load if it exists; ``"fp16"`` halves the download.
+        memory: GB (10^9 bytes) of its weights as float16; float32 takes twice as much.
+        mirrors: ids of copies on the hub, tried in this order if the source is gone.
+        extra_sources: pairs of a prefix and a source for components that ``source`` lacks; the prefix begins their
+            names in the pipeline.
+        allow_pickle: as in ``load_pipeline``, for a model that is known to need it.
     """
 
     source: Path | str
@@ -61,7 +62,7 @@ class Model:
 
     @property
     def is_bundled(self) -> bool:
-        """Whether it came with decinb."""
+        """Whether it is part of decinb."""
         return isinstance(self.source, Path) and self.source.is_relative_to(TINY)
 
 
@@ -79,7 +80,7 @@ MODELS: dict[str, Model] = {
     ),
     "tiny-depth": Model(
         TINY / "depth",
-        "tiny, with a U-Net that also sees the depth of the input, bundled",
+        "tiny, with a U-Net that also takes the depth of the input image, bundled",
         128,
         "day",
         "a painting of a yellow house, round trees and mountains on sand at sunset",
@@ -94,13 +95,13 @@ MODELS: dict[str, Model] = {
         "the published checkpoint, 1.02 billion parameters",
         512,
         "valley",
-        "A cute baby dragon with blue and green scales, artstation painting",  # the guide's own
+        "A cute baby dragon with blue and green scales, artstation painting",  # from the guide
         licence="CreativeML Open RAIL++-M",
         memory=2.0,
-        allow_pickle=True,  # of 2023, when parts were still published as .bin alone; safetensors win where they exist
+        allow_pickle=True,  # some of its parts were published as .bin only
     ),
     "sd-v1-5": Model(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",  # runwayml's own was deleted in August 2024
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",  # runwayml deleted the original in August 2024
         "Stable Diffusion v1.5, 1.07 billion parameters",
         512,
         licence="CreativeML Open RAIL-M",
@@ -120,7 +121,7 @@ MODELS: dict[str, Model] = {
     ),
     "sdxl-refiner": Model(
         "stabilityai/stable-diffusion-xl-refiner-1.0",
-        "the second half of Stable Diffusion XL, which adds detail to a picture",
+        "the second stage of Stable Diffusion XL, which adds detail to an image",
         1024,
         licence="CreativeML Open RAIL++-M",
         pipelines={IMAGE_TO_IMAGE: "StableDiffusionXLImg2ImgPipeline"},
@@ -129,7 +130,7 @@ MODELS: dict[str, Model] = {
     ),
     "kandinsky-2-2": Model(
         "kandinsky-community/kandinsky-2-2-decoder",
-        "Kandinsky 2.2: words become an image embedding first, by a prior",
+        "Kandinsky 2.2: a prior turns the prompt into an image embedding first",
         512,
         licence="Apache-2.0",
         pipelines={
@@ -140,8 +141,8 @@ MODELS: dict[str, Model] = {
         extra_sources=(("prior_", "kandinsky-community/kandinsky-2-2-prior"),),
     ),
     "sd-2-depth": Model(
-        "sd2-community/stable-diffusion-2-depth",  # stabilityai's own was removed in November 2025
-        "Stable Diffusion 2 that also sees the depth of the input",
+        "sd2-community/stable-diffusion-2-depth",  # stabilityai removed the original in November 2025
+        "Stable Diffusion 2 that also takes the depth of the input image",
         512,
         licence="CreativeML Open RAIL++-M",
         pipelines={IMAGE_TO_IMAGE: "StableDiffusionDepth2ImgPipeline"},
@@ -153,17 +154,18 @@ MODELS: dict[str, Model] = {
 }
 
 PUBLISHED = "decidiffusion-v1-0"
+"""The model that ``load_pipeline`` takes by default on a GPU."""
 
 
 def line_of(source: str) -> str:
-    """Where in this file a source stands: what to edit where it has moved."""
+    """Return the file and line of a source, to be edited if the model has moved."""
     lines = Path(__file__).read_text(encoding="utf-8").splitlines()
     found = next((i for i, line in enumerate(lines, 1) if f'"{source}"' in line), None)
     return f"decinb/models.py, line {found}" if found else "its entry in decinb.MODELS"
 
 
 def image_size(pipe: DiffusionPipeline) -> int:
-    """Height and width in pixels of the images that a pipeline's model was trained on."""
+    """Return the height and width in pixels of the images that a pipeline's model was trained on."""
     if known := MODELS.get(str(pipe.config.get("_name_or_path"))):
         return known.image_size
     network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
@@ -174,7 +176,7 @@ def image_size(pipe: DiffusionPipeline) -> int:
 
 
 def example(pipe: DiffusionPipeline) -> tuple[str, str]:
-    """A sample's name and a prompt to try a pipeline on: its own if it is a known model, else those of the nearest."""
+    """Return a sample's name and a prompt for a pipeline: of its model, or of the known model nearest in image size."""
     side = image_size(pipe)
     name = str(pipe.config.get("_name_or_path"))
     known = MODELS.get(name) or min(MODELS.values(), key=lambda model: abs(model.image_size - side))

@@ -1,7 +1,7 @@
-"""The pipelines around a U-Net-NAS: diffusers' own, with the publisher's defaults and a door that says what is wrong.
+"""The DeciDiffusion pipelines: diffusers' own with a U-Net-NAS, the publisher's defaults, and input validation.
 
-One for each task. They are made of the same parts, which ``from_pipe`` and ``load_pipeline(pipe, task=...)`` hand from
-one to the other: nothing is loaded twice.
+There is one for each task. They share their components: ``from_pipe`` and ``load_pipeline(pipe, task=...)`` make one
+pipeline from another without loading anything twice.
 """
 
 import inspect
@@ -30,13 +30,22 @@ from decinb.utils import validation
 from decinb.utils.locks import pipeline_lock
 from decinb.utils.quiet import quiet
 
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+BATCHED = ("image", "prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "depth_map")
+"""The arguments of which a call takes one, or one for each image."""
+
 
 class _DeciDiffusion:
-    """What all of them add to diffusers' pipeline, which comes after this class in the order of their bases."""
+    """What all DeciDiffusion pipelines add to the diffusers pipeline that they also inherit from.
+
+    A call validates each argument, then brings all of them to the same number of images, then warns about settings
+    that may surprise, and then runs the call of diffusers.
+    """
 
     deci_default_number_of_iterations = 30
+    """The publisher's default of ``num_inference_steps``."""
     deci_default_guidance_rescale = 0.7
-    """The publisher's defaults. The second is of text to image: image to image has no such argument."""
+    """The publisher's default of ``guidance_rescale``, which only text to image takes."""
 
     @property
     def image_size(self) -> int:
@@ -45,141 +54,145 @@ class _DeciDiffusion:
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """As diffusers does, but without a word, and the shared parts keep their dtype: its own makes them float32."""
+        """Create a pipeline from the components of another, as in diffusers, but silently and with the same dtype.
+
+        diffusers alone would convert the shared components to float32.
+        """
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", pipeline.dtype)
         with quiet():
             return super().from_pipe(pipeline, **kwargs)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers does, which logs page after page of a long prompt: what is cut off was told at the door."""
+        """Encode a prompt as diffusers does, but silently: the call has already warned if it is too long."""
         with quiet():
             return super().encode_prompt(*args, **kwargs)
 
     def to_json_string(self) -> str:
-        """The config, for the saved index. It names diffusers' class: its own loaders know no other."""
+        """Return the configuration for ``model_index.json``, under the class name that diffusers itself can load."""
         index = json.loads(super().to_json_string())
         index["_class_name"] = self._stock.__name__
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     @property
     def _stock(self) -> type[DiffusionPipeline]:
-        """The class of diffusers that this one goes by."""
+        """The pipeline class of diffusers that this one is built on."""
         mro = type(self).__mro__
         return mro[mro.index(_DeciDiffusion) + 1]
 
-    def _checked_call(self, *given: Any, **named: Any) -> Any:
-        """The stock call, with arguments that can run, and with what it leaves out filled in."""
+    def _checked_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the call of diffusers with arguments that are known to be valid."""
         signature = inspect.signature(self._stock.__call__)
-        arguments = [name for name in signature.parameters if name not in ("self", "kwargs")]
-        validation.known(named, arguments)
-        bound = signature.bind(self, *given, **named)
+        names = [name for name in signature.parameters if name not in ("self", "kwargs")]
+        validation.known(kwargs, names)
+        bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        return self._watched(**self._understood({name: bound.arguments[name] for name in arguments}))
+        arguments = {name: bound.arguments[name] for name in names}
+        arguments = self._broadcast(self._validate(arguments))
+        self._warn(arguments)
+        return self._run(arguments)
 
-    def _understood(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call as plain values that can run, with a warning of what will surprise."""
-        # A schedule of the user's own, where the task takes one.
-        own = given.get("sigmas") if given.get("timesteps") is None else given["timesteps"]
-        steps = given["num_inference_steps"] if own is None else len(own)
-        steps = validation.num_inference_steps(self.deci_default_number_of_iterations if steps is None else steps)
-        scale = validation.guidance_scale(given["guidance_scale"])
-        per_prompt = validation.count(given["num_images_per_prompt"], "num_images_per_prompt")
-        read: dict[str, list[Any]] = {}
-        plain: dict[str, Any] = {}
-        if "image" in given:
-            plain["strength"] = validation.strength(given["strength"])
-            validation.steps_run(steps, plain["strength"])
-            latents = validation.latents(given["image"], self.vae.config.latent_channels)
-            if latents is not None and "depth_map" in given:
-                raise InputError("image must be a picture here, not latents: its depth is seen in it")
-            read["image"] = load_images(given["image"]) if latents is None else list(latents.split(1))
-        else:
-            plain |= {
-                name: validation.side(given[name], name) for name in ("height", "width") if given[name] is not None
-            }
-            plain["guidance_rescale"] = validation.fraction(given["guidance_rescale"], "guidance_rescale")
-        for name in ("prompt", "negative_prompt"):
-            if given[name] is not None or (name == "prompt" and given["prompt_embeds"] is None):
-                read[name] = validation.texts(given[name], name)
-        embeds = [name for name in ("prompt_embeds", "negative_prompt_embeds") if given[name] is not None]
+    def _validate(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments with each of them validated by itself; prompts become lists."""
+        valid = dict(arguments)
+        schedule, steps = _custom_schedule(arguments), arguments["num_inference_steps"]
+        if schedule is not None:
+            steps = len(schedule)
+        elif steps is None:
+            steps = self.deci_default_number_of_iterations
+        valid["num_inference_steps"] = validation.num_inference_steps(steps)
+        valid["guidance_scale"] = validation.guidance_scale(arguments["guidance_scale"])
+        valid["num_images_per_prompt"] = validation.count(arguments["num_images_per_prompt"], "num_images_per_prompt")
+        valid["eta"] = validation.fraction(arguments["eta"], "eta")
+        valid["output_type"] = validation.choice(arguments["output_type"], "output_type", OUTPUT_TYPES)
+        return valid | self._validate_prompts(arguments)
+
+    def _validate_prompts(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the prompts as lists and their embeddings as tensors, those that are given."""
+        valid: dict[str, Any] = {}
+        if arguments["prompt"] is not None or arguments["prompt_embeds"] is None:
+            valid["prompt"] = validation.texts(arguments["prompt"], "prompt")
+        if arguments["negative_prompt"] is not None:
+            valid["negative_prompt"] = validation.texts(arguments["negative_prompt"], "negative_prompt")
         width = self.unet.config.get("configurations", self.unet.config)["cross_attention_dim"]
-        for name in embeds:
-            plain[name] = validation.embeds(given[name], name, width)
-        if len({tuple(given[name].shape[1:]) for name in embeds}) > 1:
-            shapes = " and ".join(f"{name} {tuple(given[name].shape)}" for name in embeds)
+        given = [name for name in ("prompt_embeds", "negative_prompt_embeds") if arguments[name] is not None]
+        embeds = {name: validation.embeds(arguments[name], name, width) for name in given}
+        if len({value.shape[1] for value in embeds.values()}) > 1:
+            shapes = " and ".join(f"{name} {tuple(value.shape)}" for name, value in embeds.items())
             raise InputError(
-                f"prompt_embeds and negative_prompt_embeds must have as many tokens of one width, got {shapes}"
+                f"prompt_embeds and negative_prompt_embeds must have the same number of tokens, got {shapes}"
             )
-        lengths = {name: len(values) for name, values in read.items()} | {name: len(given[name]) for name in embeds}
-        if given.get("depth_map") is not None:
-            lengths["depth_map"] = len(validation.depth_map(given["depth_map"]))
-        most = validation.together(**lengths)
-        validation.generators(given["generator"], most * per_prompt)
+        return valid | embeds
 
+    def _validate_image(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the validated arguments of image to image; images become a list, latents stay a tensor."""
+        strength = validation.strength(arguments["strength"])
+        validation.steps_run(arguments["num_inference_steps"], strength)
+        latents = validation.latents(arguments["image"], self.vae.config.latent_channels)
+        return {"strength": strength, "image": load_images(arguments["image"]) if latents is None else latents}
+
+    def _broadcast(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments with as many images as prompts: one serves for any number of the others."""
+        batched = {name: arguments[name] for name in BATCHED if arguments.get(name) is not None}
+        size = validation.batch_size(**{name: len(values) for name, values in batched.items()})
+        validation.generators(arguments["generator"], size * arguments["num_images_per_prompt"])
+        return arguments | {name: _repeat(values, size) for name, values in batched.items()}
+
+    def _warn(self, arguments: dict[str, Any]) -> None:
+        """Warn about settings that can run, but may surprise."""
+        scale, steps = arguments["guidance_scale"], arguments["num_inference_steps"]
+        prompts = {name: _distinct(arguments[name]) for name in ("prompt", "negative_prompt")}
         notes = [validation.high_guidance(scale)]
-        if own is None:
+        if _custom_schedule(arguments) is None:
             notes.append(validation.late_start(steps, self.scheduler))
-        if scale <= 1 and any(read.get("negative_prompt", [])):
-            notes.append(validation.unused_negative(scale))
-        for name in ("prompt", "negative_prompt") if scale > 1 else ("prompt",):
-            for words in dict.fromkeys(read.get(name, [])):
-                if lost := validation.lost_words(words, self.tokenizer):
-                    notes.append(validation.lost(name, lost))
+        if scale <= 1:
+            notes += [validation.unused_negative(scale)] if any(prompts.pop("negative_prompt")) else []
+        for name, texts in prompts.items():
+            cut = [validation.lost_words(text, self.tokenizer) for text in texts]
+            notes += [validation.lost(name, words) for words in cut if words]
         for note in filter(None, notes):
             validation.warn(note)
 
-        for name, values in read.items():
-            as_many = values * (most // len(values))
-            plain[name] = torch.cat(as_many) if torch.is_tensor(values[0]) else values[0] if most == 1 else as_many
-        return given | {
-            **plain,
-            **{name: plain[name].expand(most, -1, -1) for name in embeds},
-            "guidance_scale": scale,
-            "num_inference_steps": steps,
-            "num_images_per_prompt": per_prompt,
-            "eta": validation.fraction(given["eta"], "eta"),
-            "output_type": validation.choice(given["output_type"], "output_type", ("pil", "np", "pt", "latent")),
-        }
-
-    def _watched(self, **named: Any) -> Any:
-        """The stock call, one thread at a time, and with an error where it would make NaN a black picture."""
-        theirs = named.get("callback_on_step_end")
+    def _run(self, arguments: dict[str, Any]) -> Any:
+        """Run the call of diffusers, one thread at a time; raise a ModelError instead of returning a black image."""
+        callback = arguments.get("callback_on_step_end")
         wanted = (
-            getattr(theirs, "tensor_inputs", None) or named.get("callback_on_step_end_tensor_inputs") or ["latents"]
+            getattr(callback, "tensor_inputs", None)
+            or arguments.get("callback_on_step_end_tensor_inputs")
+            or ["latents"]
         )
-        finite: list[Tensor] = []  # a flag a step, read at the end: until then a GPU need not wait
+        finite: list[Tensor] = []  # one flag a step, read only at the end so that a GPU need not wait
         decoded: list[Tensor] = []
 
-        def watch(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            changed = theirs(pipe, step, timestep, {name: tensors[name] for name in wanted}) if theirs else None
+        def check_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            changed = callback(pipe, step, timestep, {name: tensors[name] for name in wanted}) if callback else None
             finite.append({**tensors, **(changed or {})}["latents"].isfinite().all())
             return changed or {}
 
-        def look(decoder: nn.Module, given: Any, pixels: Tensor) -> Tensor:
+        def check_pixels(decoder: nn.Module, args: Any, pixels: Tensor) -> Tensor:
             decoded.append(pixels.isfinite().all())
             return pixels.nan_to_num()
 
+        checks = {"callback_on_step_end": check_step, "callback_on_step_end_tensor_inputs": [*wanted, "latents"]}
         with pipeline_lock(self):
-            hook = self.vae.decoder.register_forward_hook(look)
+            hook = self.vae.decoder.register_forward_hook(check_pixels)
             try:
-                watched = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": [*wanted, "latents"]}
-                made = super().__call__(**{**named, **watched})
+                output = super().__call__(**{**arguments, **checks})
             finally:
                 hook.remove()
         if not all(finite) or not all(decoded):
-            lost = next((step for step, fine in enumerate(finite, 1) if not fine), None)
-            where = f"the U-Net or its guidance, at step {lost}" if lost else "the VAE's decoder, after step"
-            where += f" of {len(finite)}" if lost else f" {len(finite)} of {len(finite)}"
+            first = next((step for step, is_finite in enumerate(finite, 1) if not is_finite), None)
+            after = f"the VAE's decoder, after step {len(finite)} of {len(finite)}"
+            where = f"the U-Net or guidance, at step {first} of {len(finite)}" if first else after
             raise ModelError(
-                f"no picture was made, only NaN or infinity, by {where}: lower guidance_scale, or load_pipeline with "
+                f"no image was made, only NaN or infinity, by {where}: lower guidance_scale, or load the model with "
                 "dtype='float32'"
             )
-        return made
+        return output
 
 
 class _WithoutSafetyChecker(_DeciDiffusion):
-    """The constructor of the two that have room for a safety checker, which DeciDiffusion was published without."""
+    """A constructor without a safety checker by default: DeciDiffusion was published without one."""
 
     def __init__(
         self,
@@ -207,10 +220,11 @@ class _WithoutSafetyChecker(_DeciDiffusion):
 
 
 class DeciDiffusionImg2ImgPipeline(_WithoutSafetyChecker, StableDiffusionImg2ImgPipeline):
-    """Image to image with DeciDiffusion: diffusers' own pipeline, the publisher's defaults, no safety checker.
+    """Pipeline for text-guided image to image with DeciDiffusion.
 
-    What it saves is an ordinary diffusers folder: this class loads it again, and so do, once decinb is imported,
-    ``DiffusionPipeline`` and ``AutoPipelineForImage2Image``.
+    It inherits from [`StableDiffusionImg2ImgPipeline`], with the publisher's default of 30 steps and without a safety
+    checker. ``save_pretrained`` writes an ordinary diffusers folder. This class loads it again, and so do
+    ``DiffusionPipeline`` and ``AutoPipelineForImage2Image`` once decinb is imported.
     """
 
     def __call__(
@@ -222,25 +236,42 @@ class DeciDiffusionImg2ImgPipeline(_WithoutSafetyChecker, StableDiffusionImg2Img
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As ``StableDiffusionImg2ImgPipeline``, with 30 for ``num_inference_steps`` where none is given.
+        """Generate images from images and prompts.
 
-        Pictures are read as ``load_image`` reads them, so a path or an array will do, and are cut to a multiple of 8.
-        Latents, (images, 4, height / 8, width / 8), are taken as another pipeline with ``output_type="latent"`` gave
-        them. One prompt serves for several pictures, and one picture for several prompts.
+        One image serves for several prompts, and one prompt for several images.
+
+        Args:
+            prompt: at most 4,000 characters; a text encoder reads 75 tokens, about 300 characters.
+            image: whatever ``load_image`` takes, a list of such images of the same size, or latents (images, 4,
+                height / 8, width / 8) from a call with ``output_type="latent"``.
+            strength: how much of the image to replace: above 0, at most 1.
+            num_inference_steps: the steps for a strength of 1, 1 to 999. Defaults to 30.
+            args, kwargs: the other arguments of ``StableDiffusionImg2ImgPipeline.__call__``.
+
+        Returns:
+            What ``StableDiffusionImg2ImgPipeline.__call__`` returns.
 
         Raises:
-            InputError: an argument cannot be used, or its name is not known; the message says what is allowed.
-            ModelError: NaN or infinity came out.
+            InputError: an argument is unknown or cannot be used; the message says what is allowed.
+            ModelError: the model gave NaN or infinity.
         """
         return self._checked_call(prompt, image, strength, num_inference_steps, *args, **kwargs)
 
+    def _validate(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        valid = super()._validate(arguments)
+        return valid | self._validate_image(valid)
+
 
 DeciDiffusionPipeline_img2img = DeciDiffusionImg2ImgPipeline
-"""The name that the guide gives the class."""
+"""The guide's name for the class."""
 
 
 class DeciDiffusionPipeline(_WithoutSafetyChecker, StableDiffusionPipeline):
-    """Text to image with DeciDiffusion: diffusers' own pipeline, the publisher's defaults, no safety checker."""
+    """Pipeline for text to image with DeciDiffusion.
+
+    It inherits from [`StableDiffusionPipeline`], with the publisher's defaults of 30 steps and a guidance rescale of
+    0.7, and without a safety checker.
+    """
 
     def __call__(
         self,
@@ -252,20 +283,38 @@ class DeciDiffusionPipeline(_WithoutSafetyChecker, StableDiffusionPipeline):
         guidance_rescale: float = _DeciDiffusion.deci_default_guidance_rescale,
         **kwargs: Any,
     ) -> Any:
-        """As ``StableDiffusionPipeline``, with 30 steps and a guidance rescale of 0.7 where they are not given.
+        """Generate images from prompts.
 
-        ``height`` and ``width`` are in pixels, multiples of 8 from 64 to 2048; by default what the model knows.
+        Args:
+            prompt: at most 4,000 characters; a text encoder reads 75 tokens, about 300 characters.
+            height, width: of the images in pixels, multiples of 8 from 64 to 2048. Default to ``image_size``.
+            num_inference_steps: 1 to 999. Defaults to 30.
+            args, kwargs: the other arguments of ``StableDiffusionPipeline.__call__``.
+            guidance_rescale: how far to rescale the guided prediction to the spread of the unguided one, 0 to 1
+                (https://huggingface.co/papers/2305.08891).
+
+        Returns:
+            What ``StableDiffusionPipeline.__call__`` returns.
 
         Raises:
-            InputError: an argument cannot be used, or its name is not known; the message says what is allowed.
-            ModelError: NaN or infinity came out.
+            InputError: an argument is unknown or cannot be used; the message says what is allowed.
+            ModelError: the model gave NaN or infinity.
         """
         kwargs["guidance_rescale"] = guidance_rescale
         return self._checked_call(prompt, height, width, num_inference_steps, *args, **kwargs)
 
+    def _validate(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        valid = super()._validate(arguments)
+        valid["guidance_rescale"] = validation.fraction(arguments["guidance_rescale"], "guidance_rescale")
+        sides = [name for name in ("height", "width") if arguments[name] is not None]
+        return valid | {name: validation.side(arguments[name], name) for name in sides}
+
 
 class DeciDiffusionDepth2ImgPipeline(_DeciDiffusion, StableDiffusionDepth2ImgPipeline):
-    """Depth to image with a U-Net-NAS that sees the depth of the input in a fifth channel."""
+    """Pipeline for depth-guided image to image with a U-Net-NAS whose fifth input channel is the depth of the image.
+
+    It inherits from [`StableDiffusionDepth2ImgPipeline`], with a default of 30 steps.
+    """
 
     def __call__(
         self,
@@ -277,29 +326,64 @@ class DeciDiffusionDepth2ImgPipeline(_DeciDiffusion, StableDiffusionDepth2ImgPip
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As ``StableDiffusionDepth2ImgPipeline``, with 30 for ``num_inference_steps`` where none is given.
+        """Generate images from images, their depth, and prompts.
 
-        ``depth_map`` is (images, height, width) of any size, larger where it is nearer; without one, the model's own
-        estimator looks at the picture.
+        Args:
+            prompt: at most 4,000 characters; a text encoder reads 75 tokens, about 300 characters.
+            image: whatever ``load_image`` takes, or a list of such images of the same size.
+            depth_map: a float tensor (images, height, width) of any size, larger where it is nearer. By default the
+                pipeline's depth estimator makes it from the image.
+            strength: how much of the image to replace: above 0, at most 1.
+            num_inference_steps: the steps for a strength of 1, 1 to 999. Defaults to 30.
+            args, kwargs: the other arguments of ``StableDiffusionDepth2ImgPipeline.__call__``.
+
+        Returns:
+            What ``StableDiffusionDepth2ImgPipeline.__call__`` returns.
 
         Raises:
-            InputError: an argument cannot be used, or its name is not known; the message says what is allowed.
-            ModelError: NaN or infinity came out.
+            InputError: an argument is unknown or cannot be used; the message says what is allowed.
+            ModelError: the model gave NaN or infinity.
         """
         return self._checked_call(prompt, image, depth_map, strength, num_inference_steps, *args, **kwargs)
 
     def prepare_depth_map(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As diffusers does, which asks for half precision on any device, and for float32 where that is meant."""
+        """Prepare the depth as diffusers does, without torch's warning about half precision on the CPU."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "In CPU autocast", UserWarning)
             return super().prepare_depth_map(*args, **kwargs)
 
+    def _validate(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        valid = super()._validate(arguments)
+        valid |= self._validate_image(valid)
+        if torch.is_tensor(valid["image"]):
+            raise InputError("image must not be latents here: depth is estimated from pixels")
+        if arguments["depth_map"] is not None:
+            valid["depth_map"] = validation.depth_map(arguments["depth_map"])
+        return valid
 
-# The auto pipelines of diffusers find them by their names here, when one hands its parts to the other.
+
+# diffusers' auto pipelines look the classes up here, in from_pipe and from_pretrained.
 auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["decidiffusion"] = DeciDiffusionImg2ImgPipeline
 auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["decidiffusion"] = DeciDiffusionPipeline
 
 
 def is_decidiffusion(pipe: DiffusionPipeline) -> bool:
-    """Whether it is one of the pipelines above, whose calls look at their arguments themselves."""
+    """Return whether a pipeline is one of the above, whose calls validate their arguments themselves."""
     return isinstance(pipe, _DeciDiffusion)
+
+
+def _custom_schedule(arguments: dict[str, Any]) -> Any:
+    """Return the timesteps or sigmas that a call gives; None if it leaves the schedule to the scheduler."""
+    return arguments.get("sigmas") if arguments.get("timesteps") is None else arguments["timesteps"]
+
+
+def _repeat(values: Any, size: int) -> Any:
+    """Return a list or tensor with as many items, and the item itself of a list with one."""
+    if torch.is_tensor(values):
+        return values.expand(size, *values.shape[1:])
+    return values[0] if size == 1 else values * (size // len(values))
+
+
+def _distinct(texts: str | list[str] | None) -> list[str]:
+    """Return the different texts among an argument that is one text, a list or None."""
+    return list(dict.fromkeys([texts] if isinstance(texts, str) else texts or []))

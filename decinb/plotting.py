@@ -1,11 +1,10 @@
-"""Pictures of pictures: the guide's row of images, labelled grids of a sweep. Draws what others have made."""
+"""Plot images: the guide's row, a plain grid, a gallery, and the labelled grids of sweeps, plans and chains."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from decinb.errors import InputError
-from decinb.figures.layout import Axis, Layout, Record, either, lay_out
-from decinb.figures.page import Sheet, Tile, finish, shrunk
+from decinb.figures.layout import Axis, CellValues, either, lay_out
+from decinb.figures.page import Tile, compose, finish, shrunk
 from decinb.images import load_image, read_input
 from decinb.utils.environment import in_notebook
 from decinb.utils.labels import describe, plain, wrap
@@ -27,26 +26,26 @@ if TYPE_CHECKING:
     from decinb.sweep import Sweep
 
 PAGE = 12  # rows and columns of one figure
-TITLE = 34  # letters in a line above a picture
-UNBROKEN = str.maketrans({" ": "\u00a0", "-": "\u2011"})  # no line of a tab's name ends there
-MAX_PAGE = 40  # at their smallest, pictures of so many rows and columns still make a figure that can be opened
+MAX_PAGE = 40  # a figure of more rows or columns is too large to open, even with images at their smallest
+TITLE = 34  # characters in a line of a link's title
+UNBREAKABLE = str.maketrans({" ": "\u00a0", "-": "\u2011"})  # keeps the name of a tab on one line
 
 
 def plot_images(images: Sequence[Image.Image], values: Sequence[Any], title: str) -> None:
     """Show images side by side, each under ``title: value``, and save the row as ``{title}_experiments.png``.
 
-    This is the helper of Deci's guide: the same arguments, the same picture.
+    This is the helper of Deci's guide, with the same arguments and the same result.
 
     Raises:
-        InputError: there are no images, or not as many values as images.
+        InputError: there are no images, or the number of values differs from that of images.
     """
     _check(images, values, "values")
     import matplotlib.pyplot as plt
 
-    name = title.rstrip(": ")  # the guide calls one of them "Steps:", which is no file name everywhere
+    name = title.rstrip(": ")  # the guide has a title "Steps:", and not every system allows a colon in a file name
     figure, axes = plt.subplots(1, len(values), figsize=(15, 5), squeeze=False)
     for ax, image, value in zip(axes[0], images, values, strict=True):
-        _put(ax, image, f"{name}: {plain(value)}")
+        _show(ax, image, f"{name}: {plain(value)}")
     figure.tight_layout()
     finish(figure, f"{name}_experiments.png")
 
@@ -57,7 +56,11 @@ def plot_grid(
     columns: int = 3,
     file: str | Path | None = None,
 ) -> None:
-    """Show images in rows of ``columns``, each under its own title, and save the grid if a file is named."""
+    """Show images in rows of ``columns``, each under its own title, and save the grid if a file is named.
+
+    Raises:
+        InputError: there are no images, or the number of titles differs from that of images.
+    """
     _check(images, titles, "titles")
     import matplotlib.pyplot as plt
 
@@ -66,38 +69,38 @@ def plot_grid(
     for ax in axes.flat:
         ax.axis("off")
     for ax, image, title in zip(axes.flat, images, titles, strict=False):
-        _put(ax, image, title)
+        _show(ax, image, title)
     finish(figure, file)
 
 
 def show_gallery(
     images: Sequence[Image.Image], groups: Sequence[str], titles: Sequence[str] | None = None, width: int = 150
 ) -> None:
-    """Show many images in a notebook, a tab for each group, with ipyplot; without either, one labelled grid.
+    """Show many images in a notebook, one tab for each group; outside a notebook or without ipyplot, one labelled grid.
 
     Args:
-        images: of any size; the notebook keeps them as JPEG, no wider than twice ``width``.
-        groups: the name of the tab that each belongs to. Tabs come in the order in which they are named first.
-        titles: a line above each image, under its number.
+        images: of any size; the notebook stores them as JPEG, at most twice ``width`` wide.
+        groups: for each image, the name of its tab. Tabs appear in the order in which they are first named.
+        titles: a line above each image, below its number.
         width: of an image in the page, in pixels.
 
     Raises:
-        InputError: there are no images, or not as many groups or titles as images.
+        InputError: there are no images, or the number of groups or titles differs from that of images.
     """
     _check(images, groups, "groups")
     if titles is not None:
         _check(images, titles, "titles")
     if not in_notebook() or find_spec("ipyplot") is None:
-        told = groups if titles is None else [f"{one}\n{title}" for one, title in zip(groups, titles, strict=True)]
-        plot_grid(images, told, columns=6)
+        labels = groups if titles is None else [f"{one}\n{title}" for one, title in zip(groups, titles, strict=True)]
+        plot_grid(images, labels, columns=6)
         return
     import ipyplot
     from IPython.utils.capture import capture_output
 
-    tabs = [group.translate(UNBROKEN) for group in groups]
-    with capture_output() as shown:  # it shows all twice: as a page, and as the source of that page
+    tabs = [group.translate(UNBREAKABLE) for group in groups]
+    with capture_output() as captured:  # ipyplot displays everything twice: as a page, and as the page's source
         ipyplot.plot_class_tabs(
-            [_jpeg(image, 2 * width) for image in images],
+            [_data_url(image, 2 * width) for image in images],
             tabs,
             tabs_order=list(dict.fromkeys(tabs)),
             custom_texts=None if titles is None else list(titles),
@@ -105,16 +108,7 @@ def show_gallery(
             img_width=width,
             show_url=False,
         )
-    shown.outputs[-1].display()
-
-
-def _jpeg(image: Image.Image, widest: int) -> str:
-    """A picture as the address of itself, in few letters."""
-    image = image.convert("RGB")
-    image.thumbnail((widest, 4 * widest))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    captured.outputs[-1].display()
 
 
 def plot_sweep(
@@ -127,32 +121,32 @@ def plot_sweep(
     file: str | Path | None = None,
     page: int = PAGE,
 ) -> None:
-    """Show a sweep as a table of pictures: arguments down the side and along the top, the input before them.
+    """Show a sweep as a table of images, with arguments down the side and along the top, and the input first.
 
     Args:
         sweep: from ``run_sweep``.
-        rows, cols: the name of an argument, or a pair of names, the slower one first. With neither, the arguments that
-            the cells differ in are taken, the one with more values along the top; with one, the other takes the rest.
-            Where those are more than four, or most places would stay empty, the cells are shown one after another.
+        rows, cols: the name of an argument, or a pair of names, the slower one first. With neither, the arguments in
+            which the cells differ are used, the one with more values along the top; with one, the other side takes the
+            rest. If there are more than four, or most places would be empty, the cells are shown one after another.
         where: which cells to show, such as ``{"seed": 0, "strength": [0.5, 0.75]}``.
-        show_input: put the input picture before the others.
-        seconds: say under each picture how long it took.
-        file: where to save the picture, if anywhere; several pages become ``name-1.png``, ``name-2.png`` and so on.
+        show_input: put the input image first.
+        seconds: write below each image how long it took.
+        file: where to save the figure; several pages become ``name-1.png``, ``name-2.png`` and so on.
         page: the most rows and columns of one figure, 1 to 40.
 
     Raises:
-        InputError: the sweep is empty, a name is unknown or comes twice, ``where`` leaves nothing, two cells would fall
-            on one place, or the page is too large.
+        InputError: the sweep is empty, a name is unknown or named twice, ``where`` leaves no cell, two different cells
+            would share a place, or the page is too large.
     """
     if not len(sweep):
         raise InputError("the sweep has no finished cell to show")
     if where is not None and not isinstance(where, Mapping):
         raise InputError(f"where must be a dict such as {{'seed': 0}}, got {where!r}")
     if where:
-        there, sweep = sweep, sweep.select(**where)
+        all_cells, sweep = sweep, sweep.select(**where)
         if not len(sweep):
-            has = "; ".join(f"{name} is {either(record[name] for record in there.records)}" for name in where)
-            raise InputError(f"where={where!r} leaves no cell: {has}")
+            values = "; ".join(f"{name} is {either(record[name] for record in all_cells.records)}" for name in where)
+            raise InputError(f"where={where!r} leaves no cell: {values}")
     records = sweep.records
 
     def tile(index: int) -> Tile:
@@ -171,7 +165,7 @@ def plot_plan(
     file: str | Path | None = None,
     page: int = PAGE,
 ) -> None:
-    """Show the grid that a sweep will fill: an empty box for every cell, and in it how many steps will run.
+    """Show the grid that a sweep will fill: an empty box for every cell, with the number of steps that will run.
 
     Args:
         plan: from ``plan``.
@@ -193,39 +187,54 @@ def plot_plan(
 def plot_chain(
     chain: Chain, columns: int | None = None, show_input: bool = True, file: str | Path | None = None
 ) -> None:
-    """Show the pictures of a chain one after the other, each under what its link was told.
+    """Show the images of a chain one after another, each under the prompt and the strength of its link.
 
     Args:
         chain: from ``run_chain``.
-        columns: pictures in a row; None puts up to four there.
-        show_input: put the input picture, where there was one, before the others.
-        file: where to save the picture, if anywhere.
+        columns: images in a row; by default all of them, up to four.
+        show_input: put the input image first, if there was one.
+        file: where to save the figure.
 
     Raises:
         InputError: no link of the chain was finished.
     """
     if not len(chain):
         raise InputError("the chain has no finished link to show")
-    images, titles = list(chain.images), [_of_link(record["chain"][-1]) for record in chain.records]
+    images, titles = list(chain.images), [_link_title(record["chain"][-1]) for record in chain.records]
     if show_input and chain.image is not None:
         images, titles = [chain.image, *images], ["input", *titles]
     plot_grid(images, titles, columns or min(len(images), 4), file)
 
 
-def _of_link(link: Record) -> str:
-    """What a link was told, and what it was handed, in a few lines."""
-    lines = wrap(link["prompt"], lambda line: len(line) <= TITLE, most=3)
-    if link["strength"] is None:
-        return "\n".join([*lines, "text to image"])
-    return "\n".join([*lines, f"{describe('strength', link['strength'])}, from the {link['takes']}"])
+def _plot(
+    cells: Sequence[CellValues],
+    rows: Axis,
+    cols: Axis,
+    tile: Callable[[int], Tile],
+    inputs: Mapping[str, Image.Image],
+    file: str | Path | None,
+    page: int,
+) -> None:
+    """Lay out cells and draw them, on as many figures as they need."""
+    if isinstance(page, bool) or not isinstance(page, int) or not 1 <= page <= MAX_PAGE:
+        raise InputError(f"page must be an integer from 1 to {MAX_PAGE}, got {page!r}")
+    import matplotlib.pyplot as plt
+
+    layout = lay_out(cells, rows, cols, free=1 if len(inputs) == 1 else 0)
+    parts = list(layout.pages(page))
+    for number, part in enumerate(parts, 1):
+        several = len(parts) > 1
+        composed = compose(part, cells, tile, inputs, f"page {number} of {len(parts)}" if several else "")
+        numbered = Path(file).with_stem(f"{Path(file).stem}-{number}") if file and several else file
+        finish(composed.draw(plt.figure()), numbered)
 
 
 def _inputs(sweep: Sweep) -> dict[str, Image.Image]:
-    """The input pictures by their names in the records."""
+    """Return the input images by their names in the records."""
     inputs: dict[str, Image.Image] = {}
     sources = getattr(sweep.images, "sources", sweep.images)
     for record, cell, source in zip(sweep.records, sweep.cells, sources, strict=True):
-        if record["image"] in inputs or record["image"] is None:  # or made from text alone
+        if record["image"] in inputs or record["image"] is None:  # None for text to image
             continue
         if isinstance(source, Path):
             inputs[record["image"]] = read_input(source)
@@ -234,57 +243,31 @@ def _inputs(sweep: Sweep) -> dict[str, Image.Image]:
     return inputs
 
 
-def _plot(
-    records: Sequence[Record],
-    rows: Axis,
-    cols: Axis,
-    tile: Callable[[int], Tile],
-    inputs: Mapping[str, Image.Image],
-    file: str | Path | None,
-    page: int,
-) -> None:
-    if isinstance(page, bool) or not isinstance(page, int) or not 1 <= page <= MAX_PAGE:
-        raise InputError(f"page must be a whole number from 1 to {MAX_PAGE}, got {page!r}")
-    layout = lay_out(records, rows, cols, free=1 if len(inputs) == 1 else 0)
-    parts = list(layout.pages(page))
-    for number, part in enumerate(parts, 1):
-        sheet = _sheet(part, records, tile, inputs)
-        if len(parts) == 1:
-            finish(sheet.draw(), file)
-        else:
-            numbered = file and Path(file).with_stem(f"{Path(file).stem}-{number}")
-            finish(sheet.draw(f"page {number} of {len(parts)}"), numbered)
+def _link_title(link: CellValues) -> str:
+    """Describe a link in a few lines: its prompt, its strength, and what it started from."""
+    lines = wrap(link["prompt"], lambda line: len(line) <= TITLE, most=3)
+    if link["strength"] is None:
+        return "\n".join([*lines, "text to image"])
+    return "\n".join([*lines, f"{describe('strength', link['strength'])}, from the {link['takes']}"])
 
 
-def _sheet(
-    part: Layout, records: Sequence[Record], tile: Callable[[int], Tile], inputs: Mapping[str, Image.Image]
-) -> Sheet:
-    """One page with its pictures, and with the inputs along a side on which each of them stays the same."""
-    tiles = {place: tile(index) for place, index in part.places.items()}
-    if part.titles is not None:
-        tiles = {place: replace(tiles[place], title=part.titles[index]) for place, index in part.places.items()}
-        if len(inputs) == 1 and (0, 0) not in tiles:
-            tiles[0, 0] = Tile(*inputs.values(), title="input")
-        return Sheet(part.rows, part.columns, tiles)
-    sheet = Sheet(part.rows, part.columns, tiles)
-    for side in (0, 1) if inputs else ():
-        names: dict[int, set[str]] = {}
-        for place, index in sorted(part.places.items()):
-            names.setdefault(place[side], set()).add(records[index]["image"])
-        if all(len(some) == 1 for some in names.values()):
-            first = {name: at for at, (name,) in sorted(names.items(), reverse=True)}
-            return sheet.with_inputs(side, {at: Tile(inputs[name]) for name, at in first.items() if name in inputs})
-    return sheet
+def _data_url(image: Image.Image, max_width: int) -> str:
+    """Encode an image as a data URL, as a small JPEG."""
+    image = image.convert("RGB")
+    image.thumbnail((max_width, 4 * max_width))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _put(ax: Axes, image: Image.Image, title: str) -> None:
+def _show(ax: Axes, image: Image.Image, title: str) -> None:
     ax.imshow(image)
     ax.set_title(title, fontsize=9 if len(title) > 14 or "\n" in title else None)
     ax.axis("off")
 
 
-def _check(images: Sequence[Image.Image], told: Sequence[Any], name: str) -> None:
+def _check(images: Sequence[Image.Image], labels: Sequence[Any], name: str) -> None:
     if not images:
         raise InputError("images is empty: there is nothing to show")
-    if len(images) != len(told):
-        raise InputError(f"{name} must be as many as images: got {len(told)} for {len(images)}")
+    if len(images) != len(labels):
+        raise InputError(f"{name} must have one entry for each image: got {len(labels)} for {len(images)} images")

@@ -1,11 +1,11 @@
-"""A sweep: an image and a prompt, run once for every cell of a design, planned first and denoised together.
+"""A sweep: one image for every cell of a design, validated and planned first, then run together.
 
-``run_sweep`` makes the images, ``load_sweep`` brings back what a folder holds, and ``replay`` makes one image again
-from its file.
+``run_sweep`` makes the images, ``load_sweep`` reads them back from a folder, and ``replay`` makes one again from its
+file.
 """
 
-import csv
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,15 @@ from PIL import Image
 
 from decinb.designs import Cell
 from decinb.errors import InputError
-from decinb.execution.plan import plan
-from decinb.execution.provenance import Record
-from decinb.execution.runner import _is_shared, _Run
+from decinb.execution.plan import make_plan
+from decinb.execution.provenance import ImageRecord
+from decinb.execution.runner import Runner, is_shared
 from decinb.execution.store import Images, Store
+from decinb.figures import viewer
 from decinb.images import Source
-from decinb.sampling.adapters import check_pipe
+from decinb.sampling.adapters import adapter_of
 from decinb.utils import validation
+from decinb.utils.files import write_atomically
 from decinb.utils.labels import ARGUMENTS, label
 from decinb.utils.locks import pipeline_lock
 
@@ -31,23 +33,28 @@ if TYPE_CHECKING:
 
 @dataclass
 class Sweep:
-    """What came out: cells as they were given, records of everything (arguments, steps, seconds), images; in one order.
+    """The finished cells of a sweep.
 
-    ``images`` is a sequence; where the sweep has a folder, each is read from there when it is asked for.
+    Attributes:
+        image, prompt: of all cells that do not name their own.
+        cells: as they were given.
+        images: of the cells, in the same order; with a folder, each is read from there whenever it is accessed.
+        records: of the images, in the same order: all arguments, the steps run, the seconds taken.
+        folder: where the images are saved, or None.
     """
 
     image: Image.Image | None
     prompt: str
     cells: list[Cell] = field(default_factory=list)
     images: Sequence[Image.Image] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
+    records: list[ImageRecord] = field(default_factory=list)
     folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.cells)
 
     def select(self, **where: Any) -> "Sweep":
-        """The part of the sweep with these values: ``select(seed=0, strength=[0.5, 0.75])``.
+        """Return the part of the sweep with these values, as in ``select(seed=0, strength=[0.5, 0.75])``.
 
         Raises:
             InputError: an argument is not known.
@@ -55,7 +62,11 @@ class Sweep:
         validation.known(where, [*ARGUMENTS, "steps_run"])
         several = (list, tuple, set, range)
         wanted = {name: value if isinstance(value, several) else [value] for name, value in where.items()}
-        kept = [i for i, r in enumerate(self.records) if all(_among(r[name], some) for name, some in wanted.items())]
+        kept = [
+            i
+            for i, record in enumerate(self.records)
+            if all(_is_among(record[name], values) for name, values in wanted.items())
+        ]
         sources = self.images.sources if isinstance(self.images, Images) else self.images
         return Sweep(
             self.image,
@@ -67,21 +78,17 @@ class Sweep:
         )
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """The records as a table of pandas, a row for each image."""
-        import pandas  # takes longer to import than everything else, and only this needs it
+        """Return the records as a pandas DataFrame with one row per image."""
+        import pandas  # slower to import than everything else, and needed only here
 
-        return pandas.DataFrame([_flat(record) for record in self.records])
+        rows = [_flatten(record) for record in self.records]
+        return pandas.DataFrame(rows, columns=None if rows else list(ARGUMENTS))
 
     def to_csv(self, file: str | Path) -> Path:
-        """Write the records as a CSV file with a header, a row for each image."""
+        """Write the records as a UTF-8 CSV file with a header and one row per image; return its path."""
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        rows = [_flat(record) for record in self.records]
-        with open(file, "w", newline="", encoding="utf-8") as out:
-            columns = dict.fromkeys(name for row in rows for name in row)  # records of several tasks differ in theirs
-            writer = csv.DictWriter(out, list(columns or ARGUMENTS))
-            writer.writeheader()
-            writer.writerows(rows)
+        self.to_dataframe().to_csv(file, index=False)
         return file
 
     def plot(self, *args: Any, **kwargs: Any) -> None:
@@ -90,9 +97,39 @@ class Sweep:
 
         plot_sweep(self, *args, **kwargs)
 
+    def explore(self, scores: Mapping[str, Sequence[float]] | None = None) -> viewer.Fragment:
+        """Return a viewer for a notebook's output: a slider for each axis, a comparison of any two images, play.
+
+        It needs no kernel, and where a notebook is not trusted, labelled images remain.
+
+        Args:
+            scores: more numbers to show of each cell, by name: one value per image, such as
+                ``{"adherence": decinb.adherence(sweep.images, prompt)}``.
+
+        Raises:
+            InputError: the sweep is empty, or scores do not fit its images.
+        """
+        return viewer.Fragment(viewer.viewer(self.images, self.records, self.image, scores))
+
+    def to_html(self, file: str | Path, scores: Mapping[str, Sequence[float]] | None = None) -> Path:
+        """Write the viewer as one HTML file that needs no network and holds the exact pixels; return its path.
+
+        Args:
+            file: where to write; its folder is created.
+            scores: as for ``explore``.
+
+        Raises:
+            InputError: the sweep is empty, or scores do not fit its images.
+        """
+        file = Path(file)
+        fragment = viewer.viewer(self.images, self.records, self.image, scores, lossless=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, viewer.page(self.prompt or file.stem, fragment).encode())
+        return file
+
 
 class SweepError(RuntimeError):
-    """A sweep broke while it ran. ``sweep`` holds everything that was finished before."""
+    """A sweep failed while it ran. Its ``sweep`` holds everything that was finished before."""
 
     def __init__(self, message: str, sweep: Sweep):
         super().__init__(message)
@@ -109,75 +146,64 @@ def run_sweep(
     folder: str | Path | None = None,
     progress: bool = True,
     guidance_rescale: float | None = None,
-    pack: int | None = None,
+    max_rows: int | None = None,
     show: bool = False,
+    *,
+    pack: int | None = None,
 ) -> Sweep:
-    """Make one image for every cell, many in each U-Net call, each as if it had been made alone.
+    """Make one image for every cell, many in each U-Net call, each exactly as if it had been made alone.
 
-    Each cell starts from a fresh ``torch.Generator().manual_seed(seed)`` on the CPU, so any of them can be made again
-    alone. All cells are checked before the first one runs; cells that come to the same computation run once. With a
-    folder, each image is written there the moment it is finished, and what is there already is not made again: call
-    it again after an interruption, or with more cells. Stopping the notebook cell returns what is done. Where the
-    folder cannot be written to, a warning says so, and the images stay in memory.
+    Each cell starts from its own ``torch.Generator().manual_seed(seed)`` on the CPU, so every image can be made again
+    alone. All cells are checked before the first one runs, and cells with the same result are computed once.
 
-    Under ``accelerate launch`` the processes share the cells, and ``folder`` is where they meet. Otherwise a second
-    thread with the same pipeline, and a second process in the same folder, wait until the first is done.
+    With a folder, each image is saved as soon as it is finished, and images that are there already are not computed
+    again: after an interruption, or to add cells, call this again. Interrupting the notebook cell returns what is
+    done. If the folder cannot be written to, a warning says so and images stay in memory.
+
+    Under ``accelerate launch``, all processes share the cells through ``folder``. Otherwise a second thread with the
+    same pipeline, or a second process in the same folder, waits until the first is done.
 
     Args:
-        pipe: from ``load_pipeline``, or any other that makes images from text, or from text and an image. Those of
-            Stable Diffusion's kind (1, 2, XL, with depth) are packed; any other makes its images one after the other,
-            by its own call, and the sweep says so.
-        image: from ``load_image``, or what it takes; None where the pipeline makes images from text alone.
-        prompt: what the picture should become; a cell's own ``prompt`` goes before it.
-        cells: dicts with any of ``strength`` (above 0, at most 1), ``guidance_scale`` (0 or more; 1 or less switches
-            guidance off), ``num_inference_steps`` (1 to 999), ``prompt``, ``negative_prompt``, ``image``, and ``seed``
-            (0 to 2**63 - 1). Text to image has no strength and no image.
-        seed: of every cell that names none.
-        negative_prompt: of every cell that names none.
-        folder: where every finished image is written at once, as a PNG with its record and its input inside.
-        progress: show a bar.
-        guidance_rescale: 0 to 1; None is the pipeline's own: 0.7 for text to image with DeciDiffusion, nothing else.
-        pack: the most rows in a U-Net call; None suits it to the device and the images' size.
-        show: in a notebook, show a grid that fills while the sweep runs, with previews where there is an input.
+        pipe: from ``load_pipeline``, or any diffusers pipeline that makes images from text, or from text and an
+            image. Stable Diffusion pipelines (1, 2, XL, depth) are batched; any other makes one image after the
+            other by its own call, and the sweep says so.
+        image: anything that ``load_image`` takes; None for text to image.
+        prompt: of all cells that do not name their own.
+        cells: dicts with any of ``strength`` (above 0, at most 1), ``guidance_scale`` (0 to 10,000; 1 or less turns
+            guidance off), ``num_inference_steps`` (1 to 999), ``prompt``, ``negative_prompt``, ``image`` and ``seed``
+            (0 to 2**63 - 1). Text to image takes no strength and no image.
+        seed: of all cells that do not name their own.
+        negative_prompt: of all cells that do not name their own.
+        folder: where every image is saved, as a PNG that also holds its record and its input.
+        progress: show a progress bar.
+        guidance_rescale: 0 to 1; None is the pipeline's default: 0.7 for text to image with DeciDiffusion, else 0.
+        max_rows: the most rows in one U-Net call, 1 to 1,000; None chooses for the device and the image size.
+        show: in a notebook, show a grid that fills while the sweep runs, with previews if there is an input.
+        pack: the old name of ``max_rows``.
 
     Raises:
-        InputError: a cell cannot run; the message names it.
-        SweepError: the sweep broke while running; what was finished before is in its ``sweep``.
+        InputError: an argument or a cell cannot be used; the message names it.
+        SweepError: the sweep failed while it ran; its ``sweep`` holds what was finished before.
     """
-    if folder is None and _is_shared():
-        raise InputError("folder must be given where several processes share a sweep: it is where they meet")
     if pack is not None:
-        pack = validation.count(pack, "pack")
+        warnings.warn(
+            "run_sweep: pack is now called max_rows; the old name will be removed", DeprecationWarning, stacklevel=2
+        )
+        max_rows = validation.count(pack, "pack")
+    elif max_rows is not None:
+        max_rows = validation.count(max_rows, "max_rows")
+    if folder is None and is_shared():
+        raise InputError("folder must be given when several processes share a sweep: they exchange images through it")
     store = None if folder is None else Store(validation.folder(folder))
-    check_pipe(pipe)
-    with pipeline_lock(pipe):  # planning too: it reads the scheduler
-        planned = plan(pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, timed=False)
-        return _run(_Run(pipe, planned, store, pack, progress, show))
-
-
-def _run(run: "_Run") -> Sweep:
-    planned = run.plan
-    try:
-        run.go()
-    except KeyboardInterrupt:
-        print(f"stopped: {len(run.made)} of {len(planned.cells)} cells are done")
-    except Exception as error:
-        if isinstance(error, InputError) and not run.made:  # found at the last door: the folder, or the U-Net
-            raise
-        sweep = run.result()
-        under_way = "; ".join(f"cell {i} ({label(planned.records[i])})" for i in run.under_way[:3])
-        more = f" and {len(run.under_way) - 3} more" if len(run.under_way) > 3 else ""
-        done = f"{len(sweep)} of {len(planned.cells)} cells were done and are in this error's `sweep`"
-        raise SweepError(f"{under_way or 'the sweep'}{more} failed: {error}; {done}", sweep) from error
-    finally:
-        if run.grid:
-            with run._only_shown():
-                run.grid.close()
-    return run.result()
+    adapter = adapter_of(pipe)
+    given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
+    with pipeline_lock(pipe):  # for planning too, which reads the scheduler
+        plan = make_plan(adapter, cells, given, guidance_rescale, store)
+        return _run(Runner(adapter, plan, store, max_rows, progress, show))
 
 
 def load_sweep(folder: str | Path) -> Sweep:
-    """Bring back what a folder of ``run_sweep`` holds: every finished image, in the order it was asked for.
+    """Read a folder of ``run_sweep``: every finished image, in the order in which the cells were given.
 
     Raises:
         InputError: the folder holds no sweep, or none of its images is finished.
@@ -187,19 +213,42 @@ def load_sweep(folder: str | Path) -> Sweep:
     return Sweep(image, records[0]["prompt"], [r["cell"] for r in records], Images(paths), records, store.folder)
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
+def _run(runner: Runner) -> Sweep:
+    """Run a plan and return its sweep: complete, or what was done when the user interrupted it."""
+    try:
+        runner.run()
+    except KeyboardInterrupt:
+        print(f"stopped: {len(runner.results)} of {len(runner.plan.cells)} cells are done")
+    except Exception as error:
+        if isinstance(error, InputError) and not len(runner.results):  # refused late, by the folder or the U-Net
+            raise
+        raise SweepError(_describe_failure(runner, error), _to_sweep(runner)) from error
+    return _to_sweep(runner)
 
 
-def _flat(record: Record) -> dict[str, Any]:
-    """The part of a record that fits into a table."""
-    kept = {name: value for name, value in record.items() if _is_plain(value)}
-    return {**kept, **{f"{name}_version": version for name, version in record.get("versions", {}).items()}}
+def _to_sweep(runner: Runner) -> Sweep:
+    folder = None if runner.store is None else runner.store.folder
+    return Sweep(runner.plan.image, runner.plan.prompt, *runner.results.in_order(), folder)
 
 
-def _among(value: Any, wanted: Iterable[Any]) -> bool:
-    numeric = isinstance(value, float)
-    return any(abs(value - one) < 1e-6 if numeric and isinstance(one, (int, float)) else value == one for one in wanted)
+def _describe_failure(runner: Runner, error: Exception) -> str:
+    cells = runner.in_progress
+    named = "; ".join(f"cell {i} ({label(runner.plan.records[i])})" for i in cells[:3]) or "the sweep"
+    more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
+    done = f"{len(runner.results)} of {len(runner.plan.cells)} cells are done and are in this error's `sweep`"
+    return f"{named}{more} failed: {error}; {done}"
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
+def _flatten(record: ImageRecord) -> dict[str, Any]:
+    """Return the plain values of a record, and the versions of libraries, as one table row."""
+    plain = {
+        name: value for name, value in record.items() if value is None or isinstance(value, (bool, int, float, str))
+    }
+    return {**plain, **{f"{name}_version": version for name, version in record.get("versions", {}).items()}}
+
+
+def _is_among(value: Any, wanted: Iterable[Any]) -> bool:
+    """Return whether a value is one of those wanted; floats may differ by rounding."""
+    if not isinstance(value, float):
+        return any(value == one for one in wanted)
+    return any(abs(value - one) < 1e-6 if isinstance(one, (int, float)) else value == one for one in wanted)

@@ -3,42 +3,62 @@
 import os
 from importlib.metadata import Distribution
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["DECINB_MODEL"] = "tiny"  # reaches the notebooks' kernels too
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("DECINB_TRAIN_MINUTES", "0.2")  # notebook 07 takes five where it is read
 os.environ.setdefault("MPLBACKEND", "agg")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Workers share the processors. torch reads this when it is imported, here and in the notebooks' kernels.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import pytest
 
 import decinb
-from tests.helpers.guarantees import Seen
+from tests.helpers.guarantees import Observed
+
+if TYPE_CHECKING:
+    from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 
 ROOT = Path(__file__).parents[1]
 
 
 def pytest_sessionstart() -> None:
-    """The kernels of the notebooks import what is installed: that must be what is tested here."""
+    """Check that the notebooks' kernels, which import the installed package, get the package of this checkout."""
     Distribution.from_name("decinb")
     assert Path(decinb.__file__).parent == ROOT / "decinb", "run `pip install -e .` in this checkout first"
 
 
-_seen = Seen()
+_observed = Observed()
 
 
 @pytest.fixture
-def happened():
-    """Tells of one of the promised cases: ``happened("E1", str(error))``."""
-    return _seen.happened
+def happened(request: pytest.FixtureRequest):
+    """Record the outcome of one of the guaranteed cases: ``happened("E1", str(error))``."""
+
+    def record(case: str, outcome: str) -> None:
+        _observed.record(case, outcome, request.node.nodeid)
+
+    return record
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if exitstatus == pytest.ExitCode.OK:
-        _seen.write()
+    """Write the table of the guarantees, or, in a worker of pytest-xdist, hand what was seen to the main process."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["observed"] = _observed.outcomes
+    elif exitstatus == pytest.ExitCode.OK:
+        _observed.write()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Gather what a worker of pytest-xdist has seen."""
+    _observed.outcomes += getattr(node, "workeroutput", {}).get("observed", [])
 
 
 @pytest.fixture(scope="session")
-def tiny() -> decinb.DeciDiffusionImg2ImgPipeline:
+def tiny() -> "DeciDiffusionImg2ImgPipeline":
     pipe = decinb.load_pipeline("tiny", device="cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,1 +1,1 @@
-"""Measure what networks and sweeps cost. Nothing else imports this package."""
+"""Count and measure what networks and sweeps cost. No other package imports this one."""

@@ -1,47 +1,52 @@
-"""Time a packed sweep beside the guide's loop, or the options of a pipeline: ``python -m decinb.benchmark``."""
+"""Time packed sweeps against a loop over the pipeline, or a pipeline's options: ``python -m decinb.benchmark``."""
 
 import argparse
 import os
 import tempfile
+from collections.abc import Sequence
 
-from decinb.benchmark import latency, options
-from decinb.benchmark.packing import DESIGNS, compare, options_table, picture_call, random_pipeline, table
+from decinb.benchmark import latency, options, packing
 from decinb.loading import load_pipeline
 from decinb.utils import acceleration
-from decinb.utils.environment import choose
+from decinb.utils.device import choose_workload
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m decinb.benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", default="sweep", choices=("sweep", "options"), help="what is compared")
-    parser.add_argument("--model", default="tiny", help="what load_pipeline takes; or random: full size")
-    parser.add_argument("--device", help="cuda, mps or cpu; by default the best there is")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark that the command line asks for, print a table, and write the measurement as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m decinb.benchmark", description=__doc__)
+    parser.add_argument("what", nargs="?", default="sweep", choices=("sweep", "options"), help="what to compare")
+    parser.add_argument("--model", default="tiny", help="a model for load_pipeline, or random: full size")
+    parser.add_argument("--device", help="cuda, mps or cpu; by default the best available")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default what suits the device")
-    parser.add_argument("--designs", nargs="+", choices=DESIGNS, help="by default all; mixed for random")
-    parser.add_argument("--options", nargs="+", help="of decinb.benchmark.options.options; by default all")
-    parser.add_argument("--steps", type=int, default=10, help="of the picture that options are timed on")
+    parser.add_argument("--designs", nargs="+", choices=packing.DESIGNS, help="by default all; for random only mixed")
+    parser.add_argument("--options", nargs="+", help="names of options; by default all")
+    parser.add_argument("--steps", type=int, default=10, help="steps of the image that options are timed on")
     parser.add_argument("--rounds", type=int, default=4, help="how often each way is timed (default %(default)s)")
-    parser.add_argument("--pack", type=int, help="the most rows in a U-Net call; by default what suits the device")
+    parser.add_argument("--max-rows", type=int, help="the most rows in a U-Net call; by default what suits the device")
     parser.add_argument("--folder", default="results", help="where to write the JSON (default %(default)s)")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
+
     if given.model == "random":
-        device, dtype, _ = choose(given.device, given.dtype)
-        pipe = random_pipeline(device, dtype)
+        device, dtype, _ = choose_workload(given.device, given.dtype)
+        pipe = packing.random_pipeline(device, dtype)
         acceleration.keep_freed_memory()
     else:
         pipe = load_pipeline(given.model, given.device, given.dtype)
+
     if given.what == "options":
-        names = given.options or list(options.options(pipe))
-        call = picture_call(pipe, given.steps)
-        with tempfile.TemporaryDirectory() as fresh:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = fresh  # a compilation is to cost here what it costs the first time
-            record = options.compare_options(pipe, call, names, given.rounds, given.model)
-        print(options_table(record))
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty, so that the first call pays for its compilation
+            names = given.options or list(options.options(pipe))
+            call = options.example_call(pipe, given.steps)
+            measurement = options.compare_options(pipe, call, names, given.rounds, given.model)
+        print(options.table(measurement))
+        print("written to", latency.save(measurement, given.folder, "options"))
     else:
-        names = given.designs or (["mixed"] if given.model == "random" else list(DESIGNS))
-        record = compare(pipe, {name: DESIGNS[name] for name in names}, given.rounds, given.pack, given.model)
-        print(table(record))
-    print("written to", latency.save(record, given.folder, "benchmark" if given.what == "sweep" else "options"))
+        names = given.designs or (["mixed"] if given.model == "random" else list(packing.DESIGNS))
+        designs = {name: packing.DESIGNS[name] for name in names}
+        measurement = packing.compare(pipe, designs, given.rounds, given.max_rows, given.model)
+        print(packing.table(measurement))
+        print("written to", latency.save(measurement, given.folder, "benchmark"))
 
 
 if __name__ == "__main__":

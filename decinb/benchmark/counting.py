@@ -1,7 +1,7 @@
-"""What a network costs, counted: parameters and FLOPs block by block, and the calls that a pipeline makes of its U-Net.
+"""Count the parameters and FLOPs of a network, block by block, and the U-Net calls of a pipeline.
 
-Counting runs on torch's meta device, which does no arithmetic: it takes half a second and no memory. One FLOP is one
-addition or one multiplication; torch counts those of matrix products, convolutions and attention, which are nearly all.
+FLOPs are counted on torch's meta device, which does no arithmetic, so it takes half a second and no memory. One FLOP is
+one addition or one multiplication; torch counts those of matrix products, convolutions and attention, nearly all.
 """
 
 import itertools
@@ -25,14 +25,14 @@ from decinb.unet_nas import UNetNAS
 
 
 def sd15_unet() -> UNet2DConditionModel:
-    """The U-Net of Stable Diffusion v1.5."""
+    """Return the U-Net of Stable Diffusion v1.5."""
     return UNet2DConditionModel(
         sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
     )
 
 
 def sd15_vae() -> AutoencoderKL:
-    """The VAE of Stable Diffusion v1.5, which DeciDiffusion shares."""
+    """Return the VAE of Stable Diffusion v1.5, which DeciDiffusion also uses."""
     return AutoencoderKL(
         sample_size=512,
         block_out_channels=(128, 256, 512, 512),
@@ -43,29 +43,33 @@ def sd15_vae() -> AutoencoderKL:
 
 
 def sd15_text_encoder() -> CLIPTextModel:
-    """The text encoder of Stable Diffusion v1.5, which DeciDiffusion shares: that of CLIP ViT-L/14."""
+    """Return the text encoder of Stable Diffusion v1.5, that of CLIP ViT-L/14, which DeciDiffusion also uses."""
     return CLIPTextModel(
         CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     )
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"U-Net-NAS": UNetNAS, "SD v1.5": sd15_unet}
-"""The two U-Nets that are compared: a name, and what builds it."""
+"""Functions that build the two U-Nets that are compared, by name."""
 
 
 def random_model(
     factory: Callable[[], nn.Module], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """Build a network with random weights in seconds, in the memory it needs and no more.
+    """Return a network with random weights, built in seconds and without extra memory.
 
-    Weights are normal with a variance of one over the inputs of a layer, norms are 1 and biases 0, so that numbers keep
-    their size on the way through, as in a trained network: nothing overflows, and nothing sinks to slow denormals.
+    Weights are normal with a variance of 1 / inputs of the layer, norms are 1 and biases 0, so that activations keep
+    their scale, as in a trained network: none overflows, and none becomes a denormal, which would be slow.
+
+    Args:
+        factory: a function that builds the network.
+        device, dtype: where and with which precision.
     """
     with torch.device("meta"):
         model = factory()
-    nn.Module.to(model, dtype)  # diffusers' own `to` warns here of layers to keep in float32, though there are none
+    nn.Module.to(model, dtype)  # diffusers' own `to` warns about layers to keep in float32, of which there are none
     model.to_empty(device=device).eval().requires_grad_(False)
-    # Numbers cost more to draw than to copy: a pool of them is drawn once and laid out again and again.
+    # Random numbers take longer to draw than to copy, so a pool of them is drawn once and copied repeatedly.
     pool = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     for name, weight in model.named_parameters():
         if weight.dim() < 2:
@@ -82,9 +86,9 @@ def random_model(
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a network: what stands in it and what it costs in one row of a forward call.
+    """One block of a network: how many ResNets and Transformers it has, and the cost of one row of a forward call.
 
-    ``side`` is the height and width at which the block works, in pixels of the latent; 0 for ``rest``.
+    ``side`` is the height and width of its feature maps, in latent pixels; 0 for the block ``rest``.
     """
 
     name: str
@@ -99,7 +103,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs in one row of a forward call: in all, and block by block as they run, the ``rest`` last."""
+    """The cost of one row of a forward call: in total, and of each block in the order they run, ``rest`` last."""
 
     parameters: int
     flops: int
@@ -109,13 +113,13 @@ class Cost:
 def count(
     model: nn.Module | Callable[[], nn.Module], size: int = 64, tokens: int = 77, inputs: tuple | None = None
 ) -> Cost:
-    """Count parameters, and the FLOPs of one row of a forward call, without doing the arithmetic.
+    """Count the parameters of a network, and the FLOPs of one row of a forward call.
 
     Args:
-        model: a network, which is left as it is, or what builds one, which then needs no memory.
+        model: a network, which is not changed, or a function that builds one, which then takes no memory.
         size: height and width of a U-Net's latent.
-        tokens: length of its text embedding.
-        inputs: of a network that is no U-Net: tensors on the meta device, with a batch of one.
+        tokens: the length of its prompt embedding.
+        inputs: the inputs of a network other than a U-Net: tensors on the meta device, with a batch of one.
     """
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
@@ -132,14 +136,14 @@ def count(
             hook.remove()
 
     spent = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
-    blocks = [_block(model, name, side, spent) for name, side in sides.items()]  # in the order in which they ran
+    blocks = [_block(model, name, side, spent) for name, side in sides.items()]  # in the order they ran
     parameters, flops = _parameters(model), counter.get_total_flops()
     others = parameters - sum(b.parameters for b in blocks), flops - sum(b.flops for b in blocks)
     return Cost(parameters, flops, (*blocks, Block("rest", 0, 0, 0, *others, 0, 0)))
 
 
 def _blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The parts one level down, lists opened, in which ResNets or Transformers stand."""
+    """Return the children that contain ResNets or Transformers, by name; of a list, its elements."""
     parts = {}
     for name, child in model.named_children():
         opened = {f"{name}.{i}": c for i, c in enumerate(child)} if isinstance(child, nn.ModuleList) else {name: child}
@@ -156,7 +160,7 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _note_side(block: nn.Module, name: str, sides: dict[str, int]) -> Any:
-    # A ResNet keeps the size of what it is given, a block need not: its last layer may be a sampler.
+    # A ResNet keeps the size of its input; a block may end in a down- or upsampler.
     def note(module: nn.Module, args: tuple, output: Tensor) -> None:
         sides[name] = output.shape[-1]
 
@@ -179,18 +183,20 @@ def _block(model: nn.Module, name: str, side: int, spent: dict[str, int]) -> Blo
 
 
 def unet_inputs(unet: nn.Module, rows: int, size: int, tokens: int, device: torch.device | str) -> tuple[Tensor, ...]:
+    """Return random inputs of a U-Net: latents (rows, channels, size, size), timesteps, and prompt embeddings."""
     kind = {"device": device, "dtype": next(unet.parameters()).dtype}
     latent = torch.randn(rows, unet.config["in_channels"], size, size, **kind)
     return latent, torch.full((rows,), 500, device=device), torch.randn(rows, tokens, text_width(unet), **kind)
 
 
 def text_width(unet: nn.Module) -> int:
+    """Return the width of the prompt embeddings that a U-Net takes."""
     return unet.config.get("configurations", unet.config)["cross_attention_dim"]
 
 
 @dataclass
 class UNetCalls:
-    """How often a U-Net was called, and how many rows it was given in all: two a call with guidance, else one."""
+    """How often a U-Net was called, and with how many rows in total: two per image with guidance, else one."""
 
     calls: int = 0
     rows: int = 0
@@ -198,7 +204,7 @@ class UNetCalls:
 
 @contextmanager
 def count_unet_calls(pipe: Any) -> Iterator[UNetCalls]:
-    """Count the calls of a pipeline's U-Net while the ``with`` block runs: what was done, not what was asked for."""
+    """Count the calls of a pipeline's U-Net while the ``with`` block runs; they can differ from the requested steps."""
     counted = UNetCalls()
 
     def note(module: nn.Module, args: tuple, output: Any) -> None:

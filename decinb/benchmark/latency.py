@@ -1,7 +1,6 @@
-"""What a network costs, measured: seconds and memory, models in turns, with all that a number depends on beside it.
+"""Measure the seconds and the memory that networks take, in turns, and store them with what they depend on.
 
-What is measured has its full size and random weights where no checkpoint is at hand: a matrix product takes as long for
-random numbers as for trained ones.
+``compare`` measures networks of full size with random weights: they take as long as trained ones, and need no download.
 """
 
 import argparse
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from decinb.benchmark.counting import NETWORKS, random_model, sd15_vae, text_width, unet_inputs
 from decinb.errors import InputError
 from decinb.utils.acceleration import keep_freed_memory
-from decinb.utils.environment import choose, environment
+from decinb.utils.device import choose_workload
+from decinb.utils.environment import environment
 
 PUBLISHED: dict[tuple[str, str, int], float] = {
     ("U-Net-NAS", "PyTorch", 50): 2.11,
@@ -34,10 +34,10 @@ PUBLISHED: dict[tuple[str, str, int], float] = {
     ("U-Net-NAS", "PyTorch", 30): 1.29,
     ("U-Net-NAS", "Infery", 30): 0.98,
 }
-"""Seconds an image by (U-Net, runtime, steps), as Deci published them for DeciDiffusion 1.0: text to image of 512 x 512
+"""Seconds per image by (U-Net, runtime, steps), as Deci published them for DeciDiffusion 1.0: text to image, 512 x 512
 pixels, float16, one image at a time, on an NVIDIA A10. Infery is Deci's own compiled runtime."""
 
-RESULTS = Path(__file__).parents[2] / "results"  # of the repository, with what was measured on other machines
+RESULTS = Path(__file__).parents[2] / "results"  # of the repository, with measurements from other machines
 
 PUBLISHED_SOURCE = "https://huggingface.co/Deci/DeciDiffusion-v1-0"
 
@@ -47,7 +47,7 @@ PUBLISHED_SOURCE = "https://huggingface.co/Deci/DeciDiffusion-v1-0"
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of the same work in seconds, in the order they were taken, and on CUDA the most bytes held meanwhile."""
+    """Times of the same work in seconds, in the order they were taken, and on CUDA the peak memory in bytes."""
 
     seconds: tuple[float, ...]
     peak_bytes: int | None = None
@@ -64,6 +64,10 @@ class Timing:
     def slowest(self) -> float:
         return max(self.seconds)
 
+    def per(self, count: int) -> "Timing":
+        """Return the times divided by ``count``, such as the seconds per row of a call with several rows."""
+        return Timing(tuple(second / count for second in self.seconds), self.peak_bytes)
+
 
 def measure(
     functions: Mapping[str, Callable[[], object]],
@@ -72,20 +76,20 @@ def measure(
     synchronize: Callable[[], None] | None = None,
     prepare: Callable[[str], object] | None = None,
 ) -> dict[str, Timing]:
-    """Time functions against each other, in turns: A B B A A B B A, so that a slow spell of the machine hits all alike.
+    """Time functions in turns, as A B B A A B B A, so that a slow phase of the machine affects all of them alike.
 
     Args:
-        functions: what to time, by name.
-        repeats: times each function is timed, 1 or more. Even is fairer: then each goes first equally often.
-        warmup: untimed calls of each function beforehand, 0 or more.
-        synchronize: waits until the device has done what it was given; by default for the GPU, if torch has one.
-        prepare: is called with a name before each call of its function, and not timed.
+        functions: the functions to time, by name.
+        repeats: how often each function is timed, 1 or more. With an even number, each goes first equally often.
+        warmup: untimed calls of each function before that, 0 or more.
+        synchronize: waits until the device has finished; by default it waits for the GPU, if torch has one.
+        prepare: called with a name before each call of its function; not timed.
 
     Returns:
-        The times of every function; time i of one stands next to time i of the others.
+        The times of every function; time i of one function was taken next to time i of the others.
 
     Raises:
-        InputError: there is nothing to time, or a number is out of range.
+        InputError: ``functions`` is empty, or a number is out of range.
     """
     if not functions:
         raise InputError("functions is empty: there is nothing to measure")
@@ -101,7 +105,7 @@ def measure(
     for turn in range(repeats):
         for name in functions if turn % 2 == 0 else reversed(functions):
             prepare(name)
-            synchronize()  # a GPU is only told what to do: without this, the clock would stop before the work does
+            synchronize()  # a GPU works asynchronously: without this, the clock would stop before the work does
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
@@ -127,7 +131,7 @@ def _synchronize() -> None:
 
 @contextmanager
 def time_parts(pipe: Any) -> Iterator[dict[str, float]]:
-    """Add up the seconds that the parts of a pipeline take while the ``with`` block runs, each waited for.
+    """Add up the seconds that each network of a pipeline takes while the ``with`` block runs.
 
     Yields:
         Seconds of ``text`` (the text encoder), ``encode`` and ``decode`` (the VAE) and ``denoise`` (the U-Net).
@@ -156,13 +160,13 @@ def time_parts(pipe: Any) -> Iterator[dict[str, float]]:
 
 
 def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
-    """How many times longer one took than the other, turn by turn: the least, the median and the most."""
+    """Return how many times longer one took than the other, turn by turn: the least, the median and the most."""
     ratios = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
     return min(ratios), statistics.median(ratios), max(ratios)
 
 
 def unet_call(unet: nn.Module, rows: int = 1, size: int = 64, tokens: int = 77) -> Callable[[], Tensor]:
-    """One U-Net call on random inputs, ready to be timed: ``rows`` latents of ``size`` x ``size``."""
+    """Return a function that calls a U-Net once, on ``rows`` random latents of ``size`` x ``size``, to be timed."""
     inputs = unet_inputs(unet, rows, size, tokens, next(unet.parameters()).device)
 
     @torch.inference_mode()
@@ -173,9 +177,10 @@ def unet_call(unet: nn.Module, rows: int = 1, size: int = 64, tokens: int = 77) 
 
 
 def image_call(unet: nn.Module, vae: AutoencoderKL, steps: int, size: int = 64, tokens: int = 77) -> Callable[[], Any]:
-    """One whole image-to-image call, ready to be timed: encode, ``steps`` guided DDIM steps, decode, one PIL image.
+    """Return a function that makes one PIL image from another, to be timed: encode, ``steps`` DDIM steps, decode.
 
-    The prompt's embedding is given, at random: the text encoder is left out, some 4 % of one U-Net row.
+    The steps are guided. The prompt embeddings are random, without a text encoder, which would cost about 4 % of one
+    U-Net row.
     """
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -205,12 +210,12 @@ def image_call(unet: nn.Module, vae: AutoencoderKL, steps: int, size: int = 64, 
     return call
 
 
-# --- the comparison, and its record -----------------------------------------------------------------------------------
+# --- the comparison, and its storage ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Times with all that is needed to read them: ``timings[work][network]``, settings, and where they were taken."""
+    """Times as ``timings[work][network]``, the settings they depend on, and the machine and versions used."""
 
     timings: dict[str, dict[str, Timing]]
     settings: dict[str, Any]
@@ -228,25 +233,27 @@ def compare(
     networks: Mapping[str, Callable[[], nn.Module]] = NETWORKS,
     vae: Callable[[], AutoencoderKL] = sd15_vae,
 ) -> Measurement:
-    """Measure U-Nets of full size with random weights: calls of a number of rows, and on a GPU whole images.
+    """Measure U-Nets of full size with random weights: single calls, and on a GPU whole images.
 
     Args:
-        device, dtype, size: where, in what numbers, and the side of the latent; see ``choose``.
-        repeats, warmup: see ``measure``.
-        rows: calls of these numbers of rows are measured: one latent each, and a guided step has two.
-        steps: whole image-to-image calls of these numbers of steps are measured too; by default 30 and 50 on a GPU,
-            and none on a CPU, where one takes minutes.
-        networks, vae: what is compared, by name, and the VAE of whole images: what builds them.
+        device, dtype: where and with which precision to run; None chooses what suits the machine.
+        size: height and width of the latent, a multiple of 8; None takes 64, or 32 on a slow CPU.
+        repeats, warmup: as for ``measure``.
+        rows: the numbers of rows of the U-Net calls to measure. A row is one latent; a guided step has two.
+        steps: the numbers of steps of the image-to-image calls to measure; None takes 30 and 50 on a GPU, and none on a
+            CPU, where one call takes minutes.
+        networks: functions that build the U-Nets to compare, by name.
+        vae: a function that builds the VAE of the image-to-image calls.
 
     Raises:
-        InputError: an argument cannot be used on this machine.
+        InputError: an argument is out of range, or not possible on this machine.
     """
-    device, dtype, size = choose(device, dtype, size)
+    device, dtype, size = choose_workload(device, dtype, size)
     steps = ((30, 50) if device.type == "cuda" else ()) if steps is None else steps
     _check_turns(repeats, warmup)
     for name, numbers in {"rows": rows, "steps": steps}.items():
         if any(number < 1 for number in numbers):
-            raise InputError(f"{name} must be numbers of at least 1, got {tuple(numbers)}")
+            raise InputError(f"{name} must be integers of at least 1, got {tuple(numbers)}")
     where = environment(device, dtype)
     if device.type == "cpu":
         keep_freed_memory()
@@ -262,25 +269,25 @@ def compare(
     return Measurement(timings, {"size": size, "tokens": 77, "repeats": repeats, "warmup": warmup}, where)
 
 
-def save(record: Measurement, folder: str | Path = "results", name: str = "latency") -> Path:
-    """Write a record as JSON under ``folder``, in a folder of its machine, and return the file's path."""
-    where = record.environment
+def save(measurement: Measurement, folder: str | Path = "results", name: str = "latency") -> Path:
+    """Write a measurement as JSON to ``folder/<machine>/<name>-<date>.json``, and return the path."""
+    where = measurement.environment
     device = re.sub(r"\((r|tm)\)", "", where["device"].lower())
-    # A GPU is the same machine however many threads feed it, a CPU is not.
+    # The number of threads matters on a CPU, not on a GPU.
     machine = device if where["driver"] else f"{device} {where['threads']} threads"
     machine = re.sub(r"[^a-z0-9]+", "-", machine).strip("-")
     moment = re.sub(r"\D", "", where["date"][:19])
     path = Path(folder) / machine / f"{name}-{moment}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(record), indent=2) + "\n")
+    path.write_text(json.dumps(asdict(measurement), indent=2) + "\n")
     return path
 
 
 def load(path: str | Path) -> Measurement:
-    """Read a record that ``save`` wrote.
+    """Read a measurement that ``save`` wrote.
 
     Raises:
-        InputError: there is no such file, or it is no such record.
+        InputError: there is no such file, or it is not a measurement.
     """
     try:
         found = json.loads(Path(path).read_text())
@@ -290,45 +297,50 @@ def load(path: str | Path) -> Measurement:
         }
         return Measurement(timings, found["settings"], found["environment"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"path: {str(path)!r} is not a latency record: {error}") from error
+        raise InputError(f"path: {str(path)!r} is not a measurement: {error}") from error
 
 
 def stored(name: str = "latency") -> dict[str, Measurement]:
-    """The newest record of that name of every machine, by device and dtype, that lies in the repository's ``results``.
+    """Return the newest measurement of a name for every device and dtype in the repository's ``results``.
 
-    Empty where decinb was installed without its repository.
+    Args:
+        name: ``"latency"``, ``"benchmark"``, ``"options"`` or ``"loading"``.
+
+    Returns:
+        Measurements by ``"<device>, <dtype>"``; empty if decinb was installed without its repository.
     """
-    records = [load(path) for path in sorted(RESULTS.glob(f"*/{name}-*.json"))]
-    return {f"{one.environment['device']}, {one.environment['dtype']}": one for one in records}
+    oldest_first = [load(path) for path in sorted(RESULTS.glob(f"*/{name}-*.json"))]
+    return {f"{one.environment['device']}, {one.environment['dtype']}": one for one in oldest_first}
 
 
-def table(record: Measurement) -> str:
-    """Say a record in plain text: where it was taken, then a line for every time."""
-    where = record.environment
-    told = {"latent": record.settings["size"], "threads": where["threads"], "load": where["load"]}
+def table(measurement: Measurement) -> str:
+    """Return a measurement as text: the machine, then a line for every network and its work."""
+    where = measurement.environment
     lines = [
-        ", ".join([where["device"], where["dtype"], *(f"{name} {value}" for name, value in told.items())]),
+        f"{where['device']}, {where['dtype']}, latent {measurement.settings['size']}, threads {where['threads']}, "
+        f"load {where['load']}",
         f"{'work':16}{'U-Net':12}{'median s':>10}{'fastest':>10}{'slowest':>10}",
     ]
-    for work, timings in record.timings.items():
+    for work, timings in measurement.timings.items():
         for name, t in timings.items():
             lines.append(f"{work:16}{name:12}{t.median:10.3f}{t.fastest:10.3f}{t.slowest:10.3f}")
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure as the command line asks, print a table, and write the measurement as JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m decinb.benchmark.latency", description=compare.__doc__.splitlines()[0]
     )
-    parser.add_argument("--device", help="cpu, cuda or mps; by default the best there is")
+    parser.add_argument("--device", help="cuda, mps or cpu; by default the best available")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default what suits the device")
     parser.add_argument("--size", type=int, help="height and width of the latent; by default 64, or 32 on a slow CPU")
     parser.add_argument("--repeats", type=int, default=6, help="how often each call is timed")
     parser.add_argument("--folder", default="results", help="where to write the JSON")
-    given = parser.parse_args()
-    record = compare(given.device, given.dtype, given.size, given.repeats)
-    print(table(record))
-    print("written to", save(record, given.folder))
+    given = parser.parse_args(arguments)
+    measurement = compare(given.device, given.dtype, given.size, given.repeats)
+    print(table(measurement))
+    print("written to", save(measurement, given.folder))
 
 
 if __name__ == "__main__":

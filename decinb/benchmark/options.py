@@ -1,7 +1,7 @@
-"""Ways to run the same network faster, which leave its pictures as they are, but for rounding.
+"""Time single ways to run a pipeline faster that change its images only by rounding.
 
-``tune`` is the one-word switch behind ``load_pipeline(..., compile=True)``. ``options`` lists every single way for a
-pipeline's device, also those that are on from the start, so that each can be timed with and without.
+Also those that are on from the start, so that each can be timed with and without. ``decinb.utils.acceleration.tune``,
+behind ``load_pipeline(..., compile=True)``, turns on the ones that pay off.
 """
 
 import time
@@ -11,21 +11,32 @@ from dataclasses import dataclass
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from PIL import Image
 from torch import nn
 
-from decinb.benchmark.latency import Measurement, measure
+from decinb.benchmark.latency import Measurement, measure, ratio
 from decinb.errors import InputError
+from decinb.images import load_image
 from decinb.metrics import psnr
-from decinb.utils.acceleration import GIVEN_BACK, KEPT, _compile, _lay_out, _uncompile, has_compiler, set_malloc
+from decinb.models import example
+from decinb.utils.acceleration import (
+    GIVEN_BACK,
+    KEPT,
+    compile_network,
+    has_compiler,
+    set_malloc,
+    set_memory_format,
+    uncompile_network,
+)
 from decinb.utils.environment import environment
 
 AS_LOADED = "as loaded"
-EQUAL = 150.0  # dB: of two equal pictures the ratio is infinite, which JSON cannot say
+MAX_PSNR = 150.0  # dB, for equal images: their ratio is infinite, which JSON does not have
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run a pipeline: how to turn it on and off again, and what it is."""
+    """A way to run a pipeline: what it is, how to turn it on and off, and whether it compiles."""
 
     about: str
     on: Callable[[], object]
@@ -34,18 +45,18 @@ class Option:
 
 
 def options(pipe: StableDiffusionImg2ImgPipeline) -> dict[str, Option]:
-    """Every option that leaves a picture as it is, by name, for the device that a pipeline is on."""
-    unet, kind = pipe.unet, pipe.device.type
+    """Return all options for the device of a pipeline, by name."""
+    unet, device = pipe.unet, pipe.device.type
     found = {
         "plain attention": Option(
-            "attention as written down, without PyTorch's fused kernel (SDPA), which is on from the start",
+            "attention as matrix products and a softmax, without PyTorch's fused kernel (SDPA), the default",
             lambda: unet.set_attn_processor(AttnProcessor()),
             lambda: unet.set_attn_processor(AttnProcessor2_0()),
         ),
         "channels last": Option(
-            "the colours of a pixel lie side by side in memory",
-            lambda: _lay_out(pipe, torch.channels_last),
-            lambda: _lay_out(pipe, torch.contiguous_format),
+            "the channels of a pixel are adjacent in memory",
+            lambda: set_memory_format(pipe, torch.channels_last),
+            lambda: set_memory_format(pipe, torch.contiguous_format),
         ),
         "fused QKV": Option(
             "queries, keys and values in one matrix product",
@@ -53,29 +64,44 @@ def options(pipe: StableDiffusionImg2ImgPipeline) -> dict[str, Option]:
             lambda: _unfuse(unet),
         ),
     }
-    if kind == "cpu":
+    if device == "cpu":
         threads = torch.get_num_threads()
         found["one thread"] = Option(
-            f"one core instead of {threads}", lambda: torch.set_num_threads(1), lambda: torch.set_num_threads(threads)
+            f"one thread instead of {threads}", lambda: torch.set_num_threads(1), lambda: torch.set_num_threads(threads)
         )
         if set_malloc(KEPT):
             found["memory given back"] = Option(
-                "freed memory goes back to the system, as it does unless decinb keeps it",
+                "freed memory is returned to the system, as by default; decinb keeps it",
                 lambda: set_malloc(GIVEN_BACK),
                 lambda: set_malloc(KEPT),
             )
-    if kind == "cuda" or (kind == "cpu" and has_compiler()):
+    if device == "cuda" or (device == "cpu" and has_compiler()):
         found["torch.compile"] = Option(
-            "kernels written for this network", lambda: _compile(unet), lambda: _uncompile(unet), compiles=True
+            "kernels generated for this network",
+            lambda: compile_network(unet),
+            lambda: uncompile_network(unet),
+            compiles=True,
         )
-    if kind == "cuda":
+    if device == "cuda":
         found["CUDA graphs"] = Option(
-            "compiled, and all kernels of a call started at once",
-            lambda: _compile(unet, "reduce-overhead"),
-            lambda: _uncompile(unet),
+            "compiled, and all kernels of a call launched at once",
+            lambda: compile_network(unet, "reduce-overhead"),
+            lambda: uncompile_network(unet),
             compiles=True,
         )
     return found
+
+
+def example_call(pipe: StableDiffusionImg2ImgPipeline, steps: int) -> Callable[[], Image.Image]:
+    """Return a function that makes one guided image in ``steps`` steps from the pipeline's example, to be timed."""
+    pipe.set_progress_bar_config(disable=True)
+    sample, prompt = example(pipe)
+    image = load_image(sample)
+
+    def call() -> Image.Image:
+        return pipe(prompt, image, 1.0, steps, generator=torch.Generator().manual_seed(0)).images[0]
+
+    return call
 
 
 def compare_options(
@@ -85,58 +111,81 @@ def compare_options(
     repeats: int = 4,
     model: str = "unnamed",
 ) -> Measurement:
-    """Time every option beside the pipeline as it was loaded, in turns, and compare the pictures.
+    """Time every option against the pipeline as it was loaded, in turns, and compare the images.
 
     Args:
-        pipe: the options are turned on and off in it.
-        call: makes one picture with it, always from the same seed, and returns it as a PIL image.
-        names: of ``options(pipe)``; None takes those that need no compilation.
-        repeats: how often each is timed; even is fairer.
-        model: what the record calls the pipeline.
+        pipe: the pipeline in which the options are turned on and off.
+        call: makes one image with it, always from the same seed, and returns it as a PIL image.
+        names: names from ``options(pipe)``; None takes all that need no compilation.
+        repeats: how often each is timed; an even number is fairer.
+        model: the name of the model, for the settings.
 
     Returns:
-        ``timings[option]`` holds the option's times and those as loaded; ``settings["options"][option]`` has ``psnr``
-        (dB between the two pictures, at most 150) and ``first`` (seconds of the first call, with the compilation).
+        ``timings[option]`` has the times with the option and as loaded. ``settings["options"][option]`` has ``psnr``
+        (dB between the two images, at most 150) and ``first`` (seconds of the first call, with the compilation).
 
     Raises:
         InputError: there is no such option on this device.
     """
-    known = options(pipe)
-    names = [name for name, option in known.items() if not option.compiles] if names is None else list(names)
+    available = options(pipe)
+    if names is None:
+        names = [name for name, option in available.items() if not option.compiles]
+    names = list(names)
     for name in names:
-        if name not in known:
-            raise InputError(f"names: {name!r} is no option on {pipe.device.type}; known are {', '.join(known)}")
+        if name not in available:
+            raise InputError(
+                f"names: there is no option {name!r} on {pipe.device.type}; there are {', '.join(available)}"
+            )
     where = environment(pipe.device, pipe.dtype)
     expected = call()
     timings, settings = {}, {}
     for name in names:
-        option, prepare = known[name], _switch(known[name])
+        option, switch = available[name], _switch(available[name])
         try:
-            prepare(name)
-            started = time.perf_counter()
-            ratio = min(psnr(call(), expected), EQUAL)
-            settings[name] = {"psnr": ratio, "first": time.perf_counter() - started, "about": option.about}
-            timings[name] = measure({AS_LOADED: call, name: call}, repeats, prepare=prepare)
+            switch(name)
+            start = time.perf_counter()
+            similarity = min(psnr(call(), expected), MAX_PSNR)
+            settings[name] = {"psnr": similarity, "first": time.perf_counter() - start, "about": option.about}
+            timings[name] = measure({AS_LOADED: call, name: call}, repeats, prepare=switch)
         finally:
-            prepare(AS_LOADED)
+            switch(AS_LOADED)
     return Measurement(timings, {"model": model, "repeats": repeats, "options": settings}, where)
 
 
+def table(measurement: Measurement) -> str:
+    """Return what ``compare_options`` measured as text: the machine, then a line for each option."""
+    where, settings = measurement.environment, measurement.settings
+    lines = [
+        f"{where['device']}, {where['dtype']}, threads {where['threads']}, load {where['load']}; {settings['model']}",
+        f"{'option':20}{'as loaded s':>12}{'with s':>9}{'faster':>8}{'PSNR dB':>9}{'first s':>9}",
+    ]
+    for name, timings in measurement.timings.items():
+        found, (before, after) = settings["options"][name], timings.values()
+        lines.append(
+            f"{name:20}{before.median:12.3f}{after.median:9.3f}{ratio(before, after)[1]:8.2f}"
+            f"{found['psnr']:9.1f}{found['first']:9.1f}"
+        )
+    return "\n".join(lines)
+
+
 def _switch(option: Option) -> Callable[[str], None]:
-    """Turns an option on, or off for the name ``AS_LOADED``; only where it changes, since not all can be on twice."""
+    """Return a function that turns an option on, or off for the name ``AS_LOADED``.
+
+    It does nothing if the option already is in that state, since some options cannot be turned on twice.
+    """
     is_on = False
 
-    def prepare(which: str) -> None:
+    def switch(name: str) -> None:
         nonlocal is_on
-        if is_on != (which != AS_LOADED):
+        if is_on != (name != AS_LOADED):
             is_on = not is_on
             (option.on if is_on else option.off)()
 
-    return prepare
+    return switch
 
 
 def _unfuse(unet: nn.Module) -> None:
-    # diffusers leaves the fused matrices in the network, which could then not be saved and loaded again.
+    # diffusers leaves the fused weights in the network, which could then not be saved and loaded again.
     unet.unfuse_qkv_projections()
     for module in unet.modules():
         if isinstance(module, Attention):

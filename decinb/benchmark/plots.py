@@ -1,4 +1,4 @@
-"""Pictures of what ``decinb.benchmark.latency`` counts and measures. Draws what it is given, and computes nothing."""
+"""Plot what the other modules of ``decinb.benchmark`` count and measure."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import matplotlib.pyplot as plt
+
+from decinb.benchmark.latency import ratio
+from decinb.benchmark.options import MAX_PSNR
 from decinb.figures.page import finish
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from decinb.benchmark.counting import Block, Cost
     from decinb.benchmark.latency import Measurement, Timing
 
@@ -17,12 +23,14 @@ KINDS = {"ResNets": "#7a9cc6", "Transformers": "#d9843b", "samplers": "#b5b5b5"}
 
 
 def plot_blocks(costs: Mapping[str, Cost]) -> None:
-    """Show where each U-Net spends its FLOPs: a bar for every block, from the image down and back up.
+    """Plot the FLOPs of every block of each U-Net as bars, from the input down and back up.
 
-    Blocks of the same size stand side by side; at each bar, how many ResNets (R) and Transformers (T) are in it.
+    Blocks of the same size are at the same height; each bar is labelled with its number of ResNets (R) and
+    Transformers (T).
+
+    Args:
+        costs: what ``counting.count`` returns, by U-Net.
     """
-    import matplotlib.pyplot as plt
-
     stages = list(dict.fromkeys(stage for cost in costs.values() for stage, _ in _staged(cost)))
     stages.sort(
         key=lambda stage: (("down", "middle", "up").index(stage[0]), stage[1] * (1 if stage[0] == "up" else -1))
@@ -43,13 +51,13 @@ def plot_blocks(costs: Mapping[str, Cost]) -> None:
 
 
 def _staged(cost: Cost) -> list[tuple[tuple[str, int], Block]]:
-    """Every block with its place on the way: down, middle or up, and its size."""
+    """Return every block with its stage: down, middle or up, and its size."""
     blocks = [block for block in cost.blocks if block.side]
     way = {"d": "down", "m": "middle", "u": "up"}
     return [((way[block.name[0]], block.side), block) for block in blocks]
 
 
-def _stack(ax, place: int, block: Block) -> None:
+def _stack(ax: Axes, place: int, block: Block) -> None:
     other = block.flops - block.resnet_flops - block.transformer_flops
     left = 0.0
     for part, colour in zip((block.resnet_flops, block.transformer_flops, other), KINDS.values(), strict=True):
@@ -59,9 +67,11 @@ def _stack(ax, place: int, block: Block) -> None:
 
 
 def plot_timings(timings: Mapping[str, Mapping[str, Timing]]) -> None:
-    """Show measured times: a bar as high as the median, a line from fastest to slowest, a dot for every time."""
-    import matplotlib.pyplot as plt
+    """Plot measured times: a bar for the median, a line from the fastest to the slowest, and a dot for every time.
 
+    Args:
+        timings: times by work, then by network.
+    """
     figure, axes = plt.subplots(
         1, len(timings), figsize=(3.6 * len(timings) + 0.6, 3.6), squeeze=False, layout="constrained"
     )
@@ -81,9 +91,11 @@ def plot_timings(timings: Mapping[str, Mapping[str, Timing]]) -> None:
 
 
 def plot_chain(seconds: Mapping[str, float]) -> None:
-    """Show times that shrink from one to the next, with what each step divides them by."""
-    import matplotlib.pyplot as plt
+    """Plot times in a row, and between two of them the factor by which the second is faster.
 
+    Args:
+        seconds: seconds per image, by name.
+    """
     figure, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
     values = list(seconds.values())
     bars = ax.bar(
@@ -93,20 +105,22 @@ def plot_chain(seconds: Mapping[str, float]) -> None:
     for place, (before, after) in enumerate(pairwise(values)):
         ax.text(place + 0.5, after / 2, f"÷ {before / after:.2f}", ha="center", fontsize=11)
     ax.set_xticks(range(len(values)), seconds)
-    ax.set_ylabel("seconds an image")
+    ax.set_ylabel("seconds per image")
     ax.margins(y=0.12)
     ax.spines[["top", "right"]].set_visible(False)
     finish(figure)
 
 
 def plot_ratios(ratios: Mapping[str, Sequence[float]]) -> None:
-    """Show how many times more SD v1.5 takes: a dot for one number, a dot on a line for (least, median, most)."""
-    import matplotlib.pyplot as plt
+    """Plot how many times longer SD v1.5 takes: a dot, or a dot on a line.
 
+    Args:
+        ratios: by name, one number, or the least, the median and the most.
+    """
     figure, ax = plt.subplots(figsize=(8, 0.5 * len(ratios) + 1), layout="constrained")
-    for place, ratio in enumerate(ratios.values()):
-        middle = ratio[len(ratio) // 2]
-        ax.plot([ratio[0], ratio[-1]], [place, place], color="#888888", linewidth=2)
+    for place, found in enumerate(ratios.values()):
+        middle = found[len(found) // 2]
+        ax.plot([found[0], found[-1]], [place, place], color="#888888", linewidth=2)
         ax.plot(middle, place, "o", color=COLOURS["U-Net-NAS"])
         ax.annotate(f"{middle:.2f}", (middle, place), (0, 6), textcoords="offset points", ha="center", fontsize=9)
     ax.axvline(1, color="black", linewidth=0.8)
@@ -119,52 +133,52 @@ def plot_ratios(ratios: Mapping[str, Sequence[float]]) -> None:
 
 
 def plot_rows(timings: Mapping[str, Mapping[str, Timing]]) -> None:
-    """Show what a row costs in calls of more and more rows: a line a U-Net, from works named ``<number> row(s)``."""
-    import matplotlib.pyplot as plt
+    """Plot the seconds per row against the number of rows in a call, one line per U-Net.
 
+    Args:
+        timings: times by work, then by U-Net; only works named ``<number> row(s)`` are plotted.
+    """
     figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
     works = {int(work.split()[0]): by_name for work, by_name in timings.items() if work.split()[1].startswith("row")}
     for name in next(iter(works.values())):
-        each = {rows: [second / rows for second in by_name[name].seconds] for rows, by_name in works.items()}
-        middle = [by_name[name].median / rows for rows, by_name in works.items()]
-        ax.plot(list(works), middle, "o-", color=COLOURS.get(name), label=name)
-        ax.vlines(
-            list(works), [min(e) for e in each.values()], [max(e) for e in each.values()], color=COLOURS.get(name)
-        )
+        per_row = [by_name[name].per(rows) for rows, by_name in works.items()]
+        colour = COLOURS.get(name)
+        ax.plot(list(works), [timing.median for timing in per_row], "o-", color=colour, label=name)
+        ax.vlines(list(works), [t.fastest for t in per_row], [t.slowest for t in per_row], color=colour)
     ax.set_xscale("log", base=2)
     ax.set_xticks(list(works), list(works))
-    ax.set(xlabel="rows in a U-Net call", ylabel="seconds a row", ylim=(0, None))
+    ax.set(xlabel="rows in a U-Net call", ylabel="seconds per row", ylim=(0, None))
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     finish(figure)
 
 
 def plot_whole_calls(timings: Mapping[str, Mapping[str, Timing]], lines: Mapping[str, tuple[float, float]]) -> None:
-    """Show whole image-to-image calls over the steps they ran: dots measured, and each U-Net's line up to 50 steps.
+    """Plot the seconds of image-to-image calls against their steps: measured dots, and a line per U-Net to 50 steps.
 
     Args:
-        timings: works named ``image, <number> step(s)``.
-        lines: by U-Net, seconds a step and seconds apart from the steps.
+        timings: times by work, then by U-Net; only works named ``image, <number> step(s)`` are plotted.
+        lines: by U-Net, the seconds per step, and the seconds that do not depend on the steps.
     """
-    import matplotlib.pyplot as plt
-
     figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
     works = {int(work.split()[1]): by_name for work, by_name in timings.items() if work.startswith("image")}
-    for name, (a_step, apart) in lines.items():
-        ax.plot([0, 50], [apart, apart + 50 * a_step], color=COLOURS.get(name), linewidth=1, label=name)
+    for name, (per_step, constant) in lines.items():
+        ax.plot([0, 50], [constant, constant + 50 * per_step], color=COLOURS.get(name), linewidth=1, label=name)
         for steps, by_name in works.items():
             taken = by_name[name].seconds
             ax.plot([steps] * len(taken), taken, "o", color=COLOURS.get(name), markersize=4)
-    ax.set(xlabel="steps that run", ylabel="seconds of a whole call", xlim=(0, None), ylim=(0, None))
+    ax.set(xlabel="steps that run", ylabel="seconds per call", xlim=(0, None), ylim=(0, None))
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     finish(figure)
 
 
 def plot_parts(seconds: Mapping[str, float]) -> None:
-    """Show where the seconds of a call go, as one bar in parts."""
-    import matplotlib.pyplot as plt
+    """Plot what the seconds of a call are spent on, as one stacked bar.
 
+    Args:
+        seconds: seconds by name.
+    """
     figure, ax = plt.subplots(figsize=(8, 1.5), layout="constrained")
     left = 0.0
     for part, taken in seconds.items():
@@ -177,49 +191,52 @@ def plot_parts(seconds: Mapping[str, float]) -> None:
     finish(figure)
 
 
-def plot_options(records: Mapping[str, Measurement]) -> None:
-    """Show how many times faster each option is than the pipeline as it was loaded: a group of bars a record."""
-    import matplotlib.pyplot as plt
+def plot_options(measurements: Mapping[str, Measurement]) -> None:
+    """Plot how many times faster each option is than the pipeline as it was loaded.
 
-    names = list(dict.fromkeys(name for record in records.values() for name in record.timings))
-    figure, ax = plt.subplots(figsize=(8, 0.32 * len(names) * len(records) + 1.6), layout="constrained")
-    height = 0.8 / len(records)
-    for i, (title, record) in enumerate(records.items()):
-        for j, name in enumerate(names):
-            if name not in record.timings:
-                continue
-            before, after = record.timings[name].values()
-            faster = sorted(a / b for a, b in zip(before.seconds, after.seconds, strict=True))
-            place, found = j + (i - (len(records) - 1) / 2) * height, record.settings["options"][name]
-            ax.barh(
-                place,
-                faster[len(faster) // 2],
-                height * 0.9,
-                color=f"C{i}",
-                label=title if name == next(iter(record.timings)) else None,
-            )
-            ax.plot([faster[0], faster[-1]], [place, place], color="black", linewidth=1)
-            told = f"{found['psnr']:.0f} dB" if found["psnr"] < 150 else "equal"
-            first = f", first call {found['first']:.0f} s" if found["first"] > 3 * after.median else ""
-            ax.text(faster[-1] + 0.03, place, told + first, va="center", fontsize=8)
+    Args:
+        measurements: what ``options.compare_options`` returns, by title; each gets a colour.
+    """
+    names = list(dict.fromkeys(name for measurement in measurements.values() for name in measurement.timings))
+    figure, ax = plt.subplots(figsize=(8, 0.32 * len(names) * len(measurements) + 1.6), layout="constrained")
+    height = 0.8 / len(measurements)
+    for i, (title, measurement) in enumerate(measurements.items()):
+        label: str | None = title  # on the first bar only
+        for name, timings in measurement.timings.items():
+            before, after = timings.values()
+            least, median, most = ratio(before, after)
+            place = names.index(name) + (i - (len(measurements) - 1) / 2) * height
+            ax.barh(place, median, height * 0.9, color=f"C{i}", label=label)
+            ax.plot([least, most], [place, place], color="black", linewidth=1)
+            found = measurement.settings["options"][name]
+            ax.text(most + 0.03, place, _describe(found, after), va="center", fontsize=8)
+            label = None
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
-    ax.set_xlabel("times faster than as loaded; beside each bar how alike the two pictures are")
+    ax.set_xlabel("times faster than as loaded; the PSNR compares the images with and without the option")
     ax.margins(x=0.25)
     figure.legend(loc="outside upper center", frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     finish(figure)
 
 
-def plot_calls(strengths: Sequence[float], calls: Mapping[int, Sequence[int]]) -> None:
-    """Show counted U-Net calls over ``strength`` as dots, and ``strength`` x steps as a line, by number of steps."""
-    import matplotlib.pyplot as plt
+def _describe(found: Mapping[str, float], timing: Timing) -> str:
+    similarity = f"{found['psnr']:.0f} dB" if found["psnr"] < MAX_PSNR else "equal"
+    return similarity + (f", first call {found['first']:.0f} s" if found["first"] > 3 * timing.median else "")
 
+
+def plot_calls(strengths: Sequence[float], calls: Mapping[int, Sequence[int]]) -> None:
+    """Plot counted U-Net calls against strength as dots, and strength x steps as a line.
+
+    Args:
+        strengths: the strengths, in the order of the counts.
+        calls: the counted calls, by number of requested steps.
+    """
     figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for steps, counted in calls.items():
         line = ax.plot([0, 1], [0, steps], linewidth=1, alpha=0.6)[0]
-        ax.plot(strengths, counted, "o", color=line.get_color(), label=f"{steps} steps asked for")
+        ax.plot(strengths, counted, "o", color=line.get_color(), label=f"{steps} steps requested")
     ax.set_xlabel("strength")
     ax.set_ylabel("U-Net calls counted")
     ax.legend(frameon=False)

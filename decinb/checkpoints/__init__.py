@@ -1,1 +1,1 @@
-"""Find, verify and read the files of a model."""
+"""The files of a model: locate and download them, check them, and load its components."""

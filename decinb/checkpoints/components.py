@@ -1,7 +1,7 @@
-"""What a model's files hold: its parts, the class of each and the files it is made of, and a part read from them.
+"""Find the components of a model among its files, and load them.
 
-A class comes from diffusers, transformers or decinb, whatever the files say. Which files are used is known from their
-names and a few small settings, so that a model can be refused before its weights are fetched or read.
+Every class comes from diffusers, transformers or decinb, whatever the files say. File names and a few small
+configurations show which files are needed, so a model can be rejected before its weights are downloaded or read.
 """
 
 import json
@@ -28,14 +28,15 @@ from transformers import (
 )
 
 from decinb.checkpoints import hub
-from decinb.checkpoints.integrity import check_numbers
+from decinb.checkpoints.integrity import check_finite
 from decinb.errors import ModelError
 from decinb.unet_nas import UNetNAS, refuse_partial
 from decinb.utils import validation
 from decinb.utils.quiet import quiet
 
 INDEX = "model_index.json"
-INCOMPLETE = "the model is incomplete; fetch it anew, or take another copy of it"
+INCOMPLETE = "the model is incomplete; download it again, or use another copy"
+NO_REMOTE_CODE = "decinb runs no code from a model's repository; use a model that diffusers supports"
 
 DECIDIFFUSION: dict[str, type] = {
     "unet": UNetNAS,
@@ -44,11 +45,11 @@ DECIDIFFUSION: dict[str, type] = {
     "tokenizer": CLIPTokenizer,
     "scheduler": DDIMScheduler,
 }
-"""The parts of DeciDiffusion. Its own index asks for code from its repository, so it is not read."""
+"""The components of DeciDiffusion. Its own index refers to code in its repository, so it is not read."""
 
 PROCESSORS = (PreTrainedTokenizerBase, ImageProcessingMixin, FeatureExtractionMixin, ProcessorMixin)
-KINDS = (ModelMixin, PreTrainedModel, SchedulerMixin, *PROCESSORS)
-"""What a part can be. transformers' Auto classes are none of these: they look for code beside the weights."""
+ALLOWED_CLASSES = (ModelMixin, PreTrainedModel, SchedulerMixin, *PROCESSORS)
+"""Base classes of a component. transformers' Auto classes have none of these: they can load code from a repository."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Files:
     """The files of a model, in a folder or on the hub.
 
     Args:
-        where: the folder or the id, for messages.
-        names: all of them, ``unet/config.json``.
-        read: from a name to the file; from the hub it is fetched.
+        where: the folder or the hub id, for messages.
+        names: all file names, such as ``"unet/config.json"``.
+        read: return the local path of a file, given its name; on the hub, this downloads it.
     """
 
     where: str
@@ -66,12 +67,12 @@ class Files:
     read: Callable[[str], Path]
 
     @classmethod
-    def of(cls, folder: Path) -> "Files":
-        """Those of a folder."""
-        return cls(str(folder), hub.names_in(folder), folder.joinpath)
+    def in_folder(cls, folder: Path) -> "Files":
+        """Return the files of a local folder."""
+        return cls(str(folder), hub.list_files(folder), folder.joinpath)
 
-    def need(self, name: str) -> str:
-        """The name, if there is such a file.
+    def require(self, name: str) -> str:
+        """Return ``name`` if there is such a file.
 
         Raises:
             ModelError: there is none.
@@ -81,22 +82,22 @@ class Files:
         return name
 
     def json(self, name: str) -> dict[str, Any]:
-        """What a small file says.
+        """Return the content of a JSON file.
 
         Raises:
-            ModelError: there is none, or it is no JSON.
+            ModelError: there is no such file, or it holds no JSON object.
         """
-        return read_json(self.read(self.need(name)))
+        return read_json(self.read(self.require(name)))
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a pipeline.
+class Component:
+    """A component of a pipeline, before it is loaded.
 
     Args:
-        cls: its class, one of ``KINDS``.
-        files: the names of the files that it is made of, settings first.
-        variant: of its weights, as ``"fp16"``.
+        cls: its class, a subclass of one of ``ALLOWED_CLASSES``.
+        files: the names of its files, the configuration first.
+        variant: the variant of its weights, such as ``"fp16"``.
     """
 
     cls: type
@@ -105,90 +106,97 @@ class Part:
 
     @property
     def weights(self) -> list[str]:
-        """The files of numbers, without the list of them."""
+        """The names of its weight files, without the index of shards."""
         return [file for file in self.files if file.endswith((".safetensors", ".bin"))]
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a model's files hold: its parts by name, and what its index says, nothing where it is not read."""
+    """The components of a model by name, and its ``model_index.json``, empty where that is not read."""
 
-    parts: dict[str, Part]
+    components: dict[str, Component]
     index: dict[str, Any]
 
     @property
     def files(self) -> list[str]:
         """The names of all files that are used."""
-        return [*([INDEX] if self.index else []), *(name for part in self.parts.values() for name in part.files)]
+        names = [name for component in self.components.values() for name in component.files]
+        return [INDEX, *names] if self.index else names
 
 
-def contents(files: Files, allow_pickle: bool = False, variant: str | None = None) -> Contents:
-    """Find the parts of a model.
+def find_components(files: Files, allow_pickle: bool = False, variant: str | None = None) -> Contents:
+    """Find the components of a model.
 
     Args:
-        files: those there are.
-        allow_pickle: take weights that exist as ``.bin`` only.
-        variant: of the weights, preferred where there is one.
+        files: the files of the model.
+        allow_pickle: accept weights that exist only as ``.bin``.
+        variant: the variant of the weights to prefer, such as ``"fp16"``.
 
     Raises:
-        ModelError: it is no model of diffusers, a file is missing, or a class is none that is installed here.
+        ModelError: the files are not a diffusers model, one is missing, or a class is not available here.
     """
-    has_flexible = any(name.startswith("flexible_unet/") for name in files.names)
-    if has_flexible or _is_plain_decidiffusion(files):
+    has_flexible_unet = any(name.startswith("flexible_unet/") for name in files.names)
+    if has_flexible_unet or _is_saved_decidiffusion(files):
         index, classes = {}, DECIDIFFUSION
     elif INDEX in files.names:
         index = files.json(INDEX)
         classes = _classes(index, files.where)
     else:
         raise ModelError(
-            f"{files.where} has no flexible_unet and no {INDEX}: it is no model of diffusers; give the folder, or the "
-            f"id, in which {INDEX} lies"
+            f"{files.where} has no flexible_unet and no {INDEX}: it is not a diffusers model; give the folder or hub "
+            f"id that contains {INDEX}"
         )
-    found = {}
+    components = {}
     for name, cls in classes.items():
-        folder = "flexible_unet" if name == "unet" and has_flexible else name
+        folder = "flexible_unet" if name == "unet" and has_flexible_unet else name
         if issubclass(cls, nn.Module):
-            found[name] = _network(files, folder, cls, allow_pickle, variant)
+            components[name] = _network(files, folder, cls, allow_pickle, variant)
         else:
-            found[name] = Part(cls, _settings(files, folder, cls))
-    return Contents(found, index)
+            components[name] = Component(cls, _configuration(files, folder, cls))
+    return Contents(components, index)
 
 
-def read_part(name: str, part: Part, folder: Path, dtype: torch.dtype) -> Any:
-    """Read one part from a folder, with all of its numbers.
+def load_component(name: str, component: Component, folder: Path, dtype: torch.dtype) -> Any:
+    """Load one component from the folder of its model.
+
+    Args:
+        name: the component's name in the pipeline, for messages.
+        component: what to load.
+        folder: the folder of the model.
+        dtype: the dtype of a network's weights.
 
     Raises:
-        ModelError: its files are damaged, or tensors are missing, extra, of another shape, or no numbers.
+        ModelError: the files are damaged, or a tensor is missing, unexpected, of another shape, or not finite.
     """
-    where = (folder / part.files[0]).parent
-    if issubclass(part.cls, SchedulerMixin):
-        return _scheduler(folder / part.files[0], part.cls)
-    if not issubclass(part.cls, nn.Module):
-        with blaming(f"{name}: cannot be loaded from {where}"):
-            return part.cls.from_pretrained(str(where), local_files_only=True)
-    pickled = part.weights[0].endswith(".bin")
-    # What a library says of a refused pickle is how to run its code after all: that is left out.
-    reason = "the .bin is damaged, or more than plain tensors, or torch is older than 2.6" if pickled else None
-    with blaming(f"{name}: cannot be loaded from {where}", reason):
-        loaded, info = part.cls.from_pretrained(
+    where = (folder / component.files[0]).parent
+    if issubclass(component.cls, SchedulerMixin):
+        return _scheduler(folder / component.files[0], component.cls)
+    if not issubclass(component.cls, nn.Module):
+        with as_model_error(f"{name}: cannot be loaded from {where}"):
+            return component.cls.from_pretrained(str(where), local_files_only=True)
+    is_pickle = component.weights[0].endswith(".bin")
+    # The library's own message about a rejected pickle explains how to run its code anyway, so it is not shown.
+    reason = "the .bin is damaged or holds more than plain tensors, or torch is older than 2.6" if is_pickle else None
+    with as_model_error(f"{name}: cannot be loaded from {where}", reason):
+        model, info = component.cls.from_pretrained(
             str(where),
             local_files_only=True,
-            use_safetensors=not pickled,
-            variant=part.variant,
+            use_safetensors=not is_pickle,
+            variant=component.variant,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the info instead, by name
+            ignore_mismatched_sizes=True,  # they are listed in the info instead, and rejected below
             dtype=dtype,
         )
     refuse_partial(info, where)
-    check_numbers(name, loaded, where)
-    return loaded
+    check_finite(name, model, where)
+    return model
 
 
 def check_tokenizers(components: Mapping[str, Any], where: str) -> None:
-    """Refuse a tokenizer that gives its text encoder tokens, or lengths, that it does not know.
+    """Check that each CLIP tokenizer fits the vocabulary and the length of its text encoder.
 
     Raises:
-        ModelError: naming both sizes.
+        ModelError: one does not; the message gives both sizes.
     """
     for name, tokenizer in components.items():
         encoder = components.get(name.replace("tokenizer", "text_encoder"))
@@ -197,50 +205,58 @@ def check_tokenizers(components: Mapping[str, Any], where: str) -> None:
         config = encoder.config
         if len(tokenizer) != config.vocab_size or tokenizer.model_max_length > config.max_position_embeddings:
             raise ModelError(
-                f"{name}: that of {where} knows {len(tokenizer)} tokens, {tokenizer.model_max_length} a text, the text "
-                f"encoder {config.vocab_size} tokens, {config.max_position_embeddings} a text: they do not belong "
-                "together; bring both from one model"
+                f"{name}: the tokenizer of {where} has {len(tokenizer)} tokens and a maximum length of "
+                f"{tokenizer.model_max_length}, but the text encoder has {config.vocab_size} tokens and a maximum "
+                f"length of {config.max_position_embeddings}: they do not belong together; take both from one model"
             )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file of settings says.
+    """Read a JSON object from a file.
 
     Raises:
-        ModelError: it is no JSON, or no table.
+        ModelError: the file is not valid JSON, or not a JSON object.
     """
-    with blaming(f"{path} is not valid JSON"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} is no table but {validation.short_repr(found)}")
-    return found
+    with as_model_error(f"{path} is not valid JSON"):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object but {validation.short_repr(value)}")
+    return value
 
 
 @contextmanager
-def blaming(part: str, reason: str | None = None) -> Iterator[None]:
-    """Turn what a library raises inside into a ModelError: the part, then the reason given or the library's own."""
+def as_model_error(what: str, reason: str | None = None) -> Iterator[None]:
+    """Raise any error of the ``with`` block as a one-line ModelError.
+
+    Args:
+        what: the start of the message.
+        reason: the rest of the message; by default the text of the original error.
+    """
     try:
         yield
     except ModelError:
         raise
     except Exception as error:
         if reason is not None:
-            raise ModelError(f"{part}: {reason}") from None
-        raise ModelError(f"{part}: {' '.join(str(error).split())}") from error
+            raise ModelError(f"{what}: {reason}") from None
+        raise ModelError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 # --- which classes ----------------------------------------------------------------------------------------------------
 
 
-def _is_plain_decidiffusion(files: Files) -> bool:
-    """Whether it is as decinb saves the five parts of DeciDiffusion; with an estimator of depth its index is read."""
+def _is_saved_decidiffusion(files: Files) -> bool:
+    """Return whether these are DeciDiffusion's five components, as decinb saves them.
+
+    A model with a depth estimator has more components, so its index is read instead.
+    """
     if "unet/config.json" not in files.names or any(name.startswith("depth_estimator/") for name in files.names):
         return False
     return "configurations" in files.json("unet/config.json")
 
 
 def _classes(index: Mapping[str, Any], where: str) -> dict[str, type]:
-    """The class of every part that an index lists: one that is installed here, or an error."""
+    """Return the class of every component that an index lists."""
     return {
         name: _class(name, *map(str, entry), where)
         for name, entry in index.items()
@@ -249,110 +265,113 @@ def _classes(index: Mapping[str, Any], where: str) -> dict[str, type]:
 
 
 def _class(name: str, library: str, cls: str, where: str) -> type:
+    """Return the installed class of a component; raise a ModelError if it is not an allowed one."""
     if library in ("decinb", "decinb.unet_nas") and cls == UNetNAS.__name__:
         return UNetNAS
-    home: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
-    if home is None and library.isidentifier():
-        home = getattr(diffusers.pipelines, library, None)  # a checker lies with its pipeline
-        if not (isinstance(home, ModuleType) and home.__name__ == f"diffusers.pipelines.{library}"):
-            home = None
-    if home is None:
-        raise ModelError(
-            f"{name}: {where} asks for {cls!r} of {library!r}, which is not a part of diffusers: no code of a model's "
-            "own is run; take a model that diffusers knows"
-        )
+    module: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    if module is None and library.isidentifier():
+        module = getattr(diffusers.pipelines, library, None)  # a safety checker is defined next to its pipeline
+        if not (isinstance(module, ModuleType) and module.__name__ == f"diffusers.pipelines.{library}"):
+            module = None
+    if module is None:
+        raise ModelError(f"{name}: {where} asks for {cls!r} of {library!r}, not a part of diffusers: {NO_REMOTE_CODE}")
     with quiet():
-        # What prepared pictures was a FeatureExtractor when older models were published.
-        found = getattr(home, cls, None) or getattr(home, cls.replace("FeatureExtractor", "ImageProcessor"), None)
+        # Image processors were called feature extractors when older models were published.
+        found = getattr(module, cls, None) or getattr(module, cls.replace("FeatureExtractor", "ImageProcessor"), None)
     if not isinstance(found, type):
+        version = (transformers if library == "transformers" else diffusers).__version__
         raise ModelError(
-            f"{name}: {library} {_version(library)} has no {cls!r}, which {where} asks for: take a model that it knows"
+            f"{name}: {where} asks for {cls!r}, which {library} {version} does not have: use a model that it supports"
         )
-    if not issubclass(found, KINDS):
+    if not issubclass(found, ALLOWED_CLASSES):
         raise ModelError(
             f"{name}: {where} asks for {cls!r} of {library!r}, which is neither a network nor a scheduler, a tokenizer "
-            "or an image processor; take a model that diffusers knows"
+            "or an image processor; use a model that diffusers supports"
         )
     return found
-
-
-def _version(library: str) -> str:
-    return (transformers if library == "transformers" else diffusers).__version__
 
 
 # --- which files ------------------------------------------------------------------------------------------------------
 
 
-def _network(files: Files, folder: str, cls: type, allow_pickle: bool, variant: str | None) -> Part:
-    """A network: safetensors before pickles, the wanted variant before the plain one."""
-    settings = files.need(f"{folder}/config.json")
-    config = files.json(settings)
-    if cls is UNetNAS and "configurations" not in config:
-        raise ModelError(
-            f"{files.where} has no flexible_unet, and its {folder} is no U-Net-NAS: it is not a DeciDiffusion model"
-        )
-    if any("/" in kernel for kernel in _kernels(config)):  # transformers would fetch that, and run it
-        raise ModelError(f"{folder}: {files.where} asks for code from the hub, {_kernels(config)[0]!r}: none is run")
-    if f"{folder}/adapter_config.json" in files.names:  # transformers would go to the model that it names
-        raise ModelError(
-            f"{folder}: {files.where} holds an adapter, not a model: load the model that it is for, then the adapter "
-            "with the pipeline's load_lora_weights"
-        )
-    stem = "model" if issubclass(cls, PreTrainedModel) else "diffusion_pytorch_model"
-    pickle_stem = "pytorch_model" if issubclass(cls, PreTrainedModel) else "diffusion_pytorch_model"
+def _network(files: Files, folder: str, cls: type, allow_pickle: bool, variant: str | None) -> Component:
+    """Return a network with its weight files: safetensors before pickles, the variant before the plain weights."""
+    configuration = files.require(f"{folder}/config.json")
+    _check_network(files, folder, cls)
+    is_transformers = issubclass(cls, PreTrainedModel)
+    stem = "model" if is_transformers else "diffusion_pytorch_model"
+    pickle_stem = "pytorch_model" if is_transformers else "diffusion_pytorch_model"
     for start, ending in ((stem, "safetensors"), (pickle_stem, "bin")):
         for kind in dict.fromkeys((variant, None, "fp16")):
-            whole = f"{folder}/{start}.{kind}.{ending}" if kind else f"{folder}/{start}.{ending}"
-            index = f"{folder}/{start}.{ending}.index" + (f".{kind}.json" if kind else ".json")
-            if whole not in files.names and index not in files.names:
+            single = f"{folder}/{start}.{kind}.{ending}" if kind else f"{folder}/{start}.{ending}"
+            shard_index = f"{folder}/{start}.{ending}.index" + (f".{kind}.json" if kind else ".json")
+            if single not in files.names and shard_index not in files.names:
                 continue
             if ending == "bin" and not allow_pickle:
                 raise ModelError(
-                    f"{folder}: {files.where} has no safetensors but {whole}, a pickle, which can hold code: look for "
-                    "a copy in safetensors, or give load_pipeline allow_pickle=True to read plain tensors from it"
+                    f"{folder}: {files.where} has no safetensors but {single}, a pickle, which can hold code: look for "
+                    "a copy in safetensors, or pass allow_pickle=True to load_pipeline to read only plain tensors"
                 )
-            weights = [whole]
-            if whole not in files.names:
-                weights = [index, *(files.need(f"{folder}/{shard}") for shard in _shards(files.read(index)))]
-            return Part(cls, [settings, *weights], kind)
-    raise ModelError(f"{files.where} has no {folder}/{stem}.safetensors, and nothing in its place: {INCOMPLETE}")
+            weights = [single]
+            if single not in files.names:
+                shards = _shards(files.read(shard_index))
+                weights = [shard_index, *(files.require(f"{folder}/{shard}") for shard in shards)]
+            return Component(cls, [configuration, *weights], kind)
+    raise ModelError(f"{files.where} has no {folder}/{stem}.safetensors or other weights for it: {INCOMPLETE}")
 
 
-def _kernels(config: Any) -> list[str]:
-    """What a configuration, or one inside it, names to compute attention by."""
+def _check_network(files: Files, folder: str, cls: type) -> None:
+    """Raise a ModelError if a network is not what its class loads, or would make transformers load something else."""
+    config = files.json(f"{folder}/config.json")
+    if cls is UNetNAS and "configurations" not in config:
+        raise ModelError(
+            f"{files.where} has no flexible_unet, and its {folder} is not a U-Net-NAS: it is not a DeciDiffusion model"
+        )
+    for implementation in _attention_implementations(config):
+        if "/" in implementation:  # transformers would download that kernel and run it
+            raise ModelError(f"{folder}: {files.where} asks for code from the hub, {implementation!r}: none is run")
+    if f"{folder}/adapter_config.json" in files.names:  # transformers would load the base model that it names
+        raise ModelError(
+            f"{folder}: {files.where} holds an adapter, not a model: load its base model, then add the adapter with "
+            "the pipeline's load_lora_weights"
+        )
+
+
+def _attention_implementations(config: Any) -> list[str]:
+    """Return all attention implementations that a configuration, or one nested in it, names."""
     if not isinstance(config, dict):
         return []
     own = [str(value) for key, value in config.items() if key.endswith("attn_implementation")]
-    return own + [kernel for value in config.values() for kernel in _kernels(value)]
+    return own + [name for value in config.values() for name in _attention_implementations(value)]
 
 
 def _shards(index: Path) -> list[str]:
-    with blaming(f"{index} lists no shards"):
+    with as_model_error(f"{index} lists no shards"):
         return sorted({str(name) for name in read_json(index)["weight_map"].values()})
 
 
-def _settings(files: Files, folder: str, cls: type) -> list[str]:
-    """The files of a part without weights: a scheduler, a tokenizer, what prepares a picture."""
+def _configuration(files: Files, folder: str, cls: type) -> list[str]:
+    """Return the files of a component without weights: a scheduler, a tokenizer, an image processor."""
     if issubclass(cls, SchedulerMixin):
-        return [files.need(f"{folder}/scheduler_config.json")]
+        return [files.require(f"{folder}/scheduler_config.json")]
     if issubclass(cls, CLIPTokenizer):
         words = ["tokenizer.json"] if f"{folder}/tokenizer.json" in files.names else ["vocab.json", "merges.txt"]
-        needed = [files.need(f"{folder}/{name}") for name in ("tokenizer_config.json", *words)]
-        extras = [f"{folder}/special_tokens_map.json", f"{folder}/added_tokens.json"]
-        return [*needed, *(name for name in extras if name in files.names)]
-    tokenizer = issubclass(cls, PreTrainedTokenizerBase)
-    first = files.need(f"{folder}/{'tokenizer_config.json' if tokenizer else 'preprocessor_config.json'}")
+        required = [files.require(f"{folder}/{name}") for name in ("tokenizer_config.json", *words)]
+        optional = [f"{folder}/special_tokens_map.json", f"{folder}/added_tokens.json"]
+        return [*required, *(name for name in optional if name in files.names)]
+    is_tokenizer = issubclass(cls, PreTrainedTokenizerBase)
+    first = files.require(f"{folder}/{'tokenizer_config.json' if is_tokenizer else 'preprocessor_config.json'}")
     endings = (".json", ".txt", ".model")
     return [first, *(n for n in files.names if n.startswith(f"{folder}/") and n.endswith(endings) and n != first)]
 
 
-def _scheduler(path: Path, otherwise: type[SchedulerMixin]) -> SchedulerMixin:
-    """The scheduler that its own settings name, which is not always the one in the index."""
+def _scheduler(path: Path, default: type[SchedulerMixin]) -> SchedulerMixin:
+    """Return the scheduler that its own configuration names, which can differ from the one in the index."""
     config = read_json(path)
-    named = config.get("_class_name", otherwise.__name__)
-    cls = getattr(diffusers, str(named), None)
+    name = config.get("_class_name", default.__name__)
+    cls = getattr(diffusers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
-        validation.warn(f"scheduler: diffusers has no {named!r}; {otherwise.__name__} takes its place")
-        cls = otherwise
-    with blaming(f"scheduler: cannot be made from {path}"):
+        validation.warn(f"scheduler: diffusers has no {name!r}; {default.__name__} is used instead")
+        cls = default
+    with as_model_error(f"scheduler: cannot be created from {path}"):
         return cls.from_config(config)

@@ -1,12 +1,13 @@
-"""Small pipelines of published models' own classes with random weights, for code that must run without the weights.
+"""Dummy pipelines: small, with random weights, and of the classes of published models, for runs without their weights.
 
-The weights are random and the pictures are noise: only the way through the code is that of the published model. Each
-table below is the published configuration where it decides which code runs (kinds of block, conditioning, scheduler),
-and as narrow as those classes go where it only decides how well a picture turns out.
+They make noise, but run the same code as the published model. Each configuration below is the published one where it
+decides which code runs (block types, conditioning, scheduler), and as small as the classes allow everywhere else.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -44,7 +45,7 @@ from decinb.errors import InputError
 from decinb.utils.quiet import quiet
 
 SIZE = 64
-"""Height and width in pixels that a stand-in draws: the smallest whose latents, an eighth of it, halve three times."""
+"""Height and width of a dummy's images in pixels. Latents of 8 x 8 are the smallest that can be halved three times."""
 
 WIDTH = 32  # of embeddings and of the finest feature maps: one channel for each of GroupNorm's 32 groups
 LEVELS = (WIDTH, WIDTH, 2 * WIDTH, 2 * WIDTH)
@@ -86,7 +87,7 @@ tokenizer = partial(
 
 
 def text_encoder(kind: type[CLIPTextModel] | type[CLIPTextModelWithProjection], hidden_act: str) -> PreTrainedModel:
-    """Make a CLIP text encoder for the tokens of the bundled tokenizer."""
+    """Return a CLIP text encoder for the bundled tokenizer."""
     tokens = tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokens),
@@ -102,13 +103,13 @@ def text_encoder(kind: type[CLIPTextModel] | type[CLIPTextModelWithProjection], 
 
 
 def image_encoder() -> CLIPVisionModelWithProjection:
-    """Make a CLIP image encoder for pictures of ``SIZE``."""
+    """Return a CLIP image encoder for images of ``SIZE`` pixels."""
     config = CLIPVisionConfig(image_size=SIZE, patch_size=16, hidden_act="gelu", projection_dim=WIDTH, **TRANSFORMER)
     return CLIPVisionModelWithProjection(config)
 
 
 def prior() -> PriorTransformer:
-    """Make a prior from text embeddings to image embeddings, whose embeddings differ."""
+    """Return a prior from text embeddings to image embeddings, whose outputs differ between prompts."""
     model = PriorTransformer(
         num_attention_heads=4,
         attention_head_dim=WIDTH // 4,
@@ -116,12 +117,12 @@ def prior() -> PriorTransformer:
         embedding_dim=WIDTH,
         num_embeddings=tokenizer().model_max_length,
     )
-    nn.init.ones_(model.clip_std)  # it is zero until training measures it, and scales what the prior gives
+    nn.init.ones_(model.clip_std)  # it scales the output, and is zero until it is trained
     return model
 
 
 def depth_estimator() -> DPTForDepthEstimation:
-    """Make a DPT hybrid, a Transformer on top of convolutions, for pictures of ``SIZE``."""
+    """Return a DPT hybrid, a Transformer on top of convolutions, for images of ``SIZE`` pixels."""
     convolutions = BitConfig(
         layer_type="bottleneck",
         global_padding="same",
@@ -129,7 +130,7 @@ def depth_estimator() -> DPTForDepthEstimation:
         embedding_size=WIDTH,
         depths=[1, 1, 1],
         hidden_sizes=[WIDTH] * 3,
-        num_groups=8,  # a bottleneck has a quarter of the channels
+        num_groups=8,  # must divide the channels of a bottleneck, WIDTH / 4
         out_features=["stage1", "stage2", "stage3"],
     )
     config = DPTConfig(
@@ -147,8 +148,7 @@ def depth_estimator() -> DPTForDepthEstimation:
     return DPTForDepthEstimation(config)
 
 
-# For each name its pipeline, and what makes each part of it, named as in the published model_index.json.
-DUMMIES = {
+DUMMIES: dict[str, tuple[Callable[..., DiffusionPipeline], dict[str, Callable[[], Any]]]] = {
     "sd-v1-5": (
         partial(
             StableDiffusionImg2ImgPipeline, safety_checker=None, feature_extractor=None, requires_safety_checker=False
@@ -246,29 +246,30 @@ DUMMIES = {
         },
     ),
 }
+"""By the name of the published model: its pipeline class, and a function for each component of its model_index.json."""
 
 
 def dummy(name: str, seed: int = 0) -> DiffusionPipeline:
-    """Build the small pipeline that stands in for a published model: its own classes, random weights.
+    """Return a dummy pipeline: small, with random weights, of the classes of a published model.
 
     Args:
         name: one of ``DUMMIES``.
-        seed: of the weights; the same seed gives the same weights.
+        seed: the seed of the weights; the same seed gives the same weights.
 
     Returns:
-        The model's image-to-image pipeline, in float32 on the CPU, for pictures of ``SIZE`` or a multiple of it.
-        ``kandinsky-2-2`` takes height and width as arguments, whatever the picture's own size.
+        The model's image-to-image pipeline, in float32 on the CPU, for images of ``SIZE`` pixels or a multiple of it.
+        ``kandinsky-2-2`` takes height and width as arguments, whatever the size of the input image.
 
     Raises:
-        InputError: for a name that no stand-in has.
+        InputError: there is no dummy of that name.
     """
     if name not in DUMMIES:
         raise InputError(f"dummy has no {name!r}; it has {', '.join(DUMMIES)}")
-    pipeline, parts = DUMMIES[name]
-    with quiet(), torch.random.fork_rng(devices=[]):  # the caller's own random numbers stay as they were
+    cls, components = DUMMIES[name]
+    with quiet(), torch.random.fork_rng(devices=[]):  # the caller's random state stays the same
         torch.default_generator.manual_seed(seed)
-        built = pipeline(**{part: make() for part, make in parts.items()})
-    for part in built.components.values():
-        if isinstance(part, nn.Module):
-            part.eval()  # as from_pretrained leaves it
-    return built
+        pipe = cls(**{component: build() for component, build in components.items()})
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.eval()  # as from_pretrained does
+    return pipe

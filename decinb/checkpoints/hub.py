@@ -1,6 +1,11 @@
-"""A model from the hub: only the files that are used, all of one commit, whole, and from the cache once they are there.
+"""Download a model from the hub into the hub's cache, or find it there.
 
-No request waits for a silent server longer than a bound, and a download that broke is gone on with.
+Only the files that are used are downloaded, all of one commit. Each is compared with the hash that the hub gives for
+it, interrupted downloads resume, and no request waits longer than ``MAX_TIMEOUT`` for a silent server.
+
+The hub's own client restarts an interrupted download from the beginning, compares only the size of a file, and can wait
+for minutes; that is why files are downloaded here. The cache layout is the documented one of the client: files named by
+their hash under ``blobs``, and links to them under ``snapshots/<commit>``. Other programs share it.
 """
 
 import hashlib
@@ -28,27 +33,34 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import are_progress_bars_disabled as bar_is_off
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    build_hf_headers,
+    hf_raise_for_status,
+    validate_repo_id,
+)
 from tqdm.auto import tqdm
 
 from decinb.errors import InputError, ModelError
 from decinb.utils.locks import file_lock
 
-Choose = Callable[[list[str], Callable[[str], Path]], list[str]]
-"""From a model's file names, and a way to get one, to the names wanted; or an error of ours that refuses the model."""
+ChooseFiles = Callable[[list[str], Callable[[str], Path]], list[str]]
+"""Given the file names of a model and a function that returns the local path of one, return the names to download.
 
-ANCHOR = "scheduler/scheduler_config.json"  # in every diffusers pipeline
-CHUNK = 1 << 20  # bytes at once
-MAX_TIMEOUT = 20.0  # seconds of silence that no setting can lengthen: a silent hub is given up within a minute
+It may read small files first, and raise a ModelError or an InputError to reject the model.
+"""
+
+ANCHOR = "scheduler/scheduler_config.json"  # a file that every diffusers pipeline has
+CHUNK_BYTES = 1 << 20
+MAX_TIMEOUT = 20.0  # seconds of silence; an upper bound on HF_HUB_ETAG_TIMEOUT, so that errors come within a minute
 
 
 class NotFoundError(ModelError):
-    """There is no such model on the hub, or not for everyone."""
+    """The model does not exist on the hub, or is private or disabled."""
 
 
 def is_model_id(name: str) -> bool:
-    """Whether a name can be that of a model on the hub, ``owner/name``."""
+    """Return whether a name has the form of a hub id, ``owner/name``."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -56,145 +68,175 @@ def is_model_id(name: str) -> bool:
     return "/" in name
 
 
-def fetch(
-    repo_id: str, revision: str | None, choose: Choose, timeout: float | None = None, fresh: bool = False
-) -> Path:
-    """Bring the wanted files of a model into the hub's cache.
+def list_files(folder: Path) -> list[str]:
+    """Return the file names of a model folder as the hub would list them, such as ``"unet/config.json"``."""
+    paths = (*folder.glob("*"), *folder.glob("*/*"))
+    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 
-    A model that is there whole is taken as it is, and nothing is asked of the hub.
+
+def find_cached(repo_id: str, revision: str | None, choose: ChooseFiles) -> Path | None:
+    """Return the folder of a model that is completely in the cache, else None. Makes no request."""
+    path = try_to_load_from_cache(repo_id, ANCHOR, revision=revision)
+    if not isinstance(path, str):
+        return None
+    folder = Path(path).parents[1]
+    try:
+        choose(list_files(folder), folder.joinpath)
+    except ModelError:  # a file is missing: the download was not finished
+        return None
+    return folder
+
+
+def fetch(
+    repo_id: str, revision: str | None, choose: ChooseFiles, timeout: float | None = None, refresh: bool = False
+) -> Path:
+    """Return the folder of a model in the cache; download what is missing there.
+
+    A model that is completely in the cache is used without a request.
 
     Args:
         repo_id: ``owner/name``.
         revision: a branch, tag or commit; None is the main branch.
-        choose: picks the files; it may read small ones first, and refuse the model before large ones are fetched.
-        timeout: seconds of silence after which the hub counts as out of reach; None takes ``HF_HUB_ETAG_TIMEOUT``,
-            at most ``MAX_TIMEOUT``.
-        fresh: ask the hub for the newest version though there is one here, and compare all files with its hashes.
-
-    Returns:
-        The folder with the files.
+        choose: selects the files to download.
+        timeout: seconds of silence after which the hub counts as unreachable, at most ``MAX_TIMEOUT``; None uses
+            ``HF_HUB_ETAG_TIMEOUT``.
+        refresh: ask the hub for the newest version even if one is cached, and compare all files with its hashes.
 
     Raises:
-        ModelError: with the true cause: no such model (a ``NotFoundError``), gated, offline, out of reach, not the hub
-            that answered.
+        NotFoundError: the model does not exist, or is private or disabled.
+        ModelError: it cannot be downloaded; the message says why (gated, offline, unreachable, not the hub, no space).
     """
-    if not fresh and (folder := cached(repo_id, revision, choose)):
+    if not refresh and (folder := find_cached(repo_id, revision, choose)):
         return folder
     timeout = min(timeout or constants.HF_HUB_ETAG_TIMEOUT, MAX_TIMEOUT)
     try:
-        listing = HfApi().model_info(repo_id, revision=revision, timeout=timeout)
-
-        def read(name: str) -> Path:
-            return _file(repo_id, name, listing.sha, timeout, check=fresh)
-
-        for name in choose([file.rfilename for file in listing.siblings], read):
-            read(name)
-        if revision != listing.sha:
-            # Which commit the branch is at, noted last, so that it never points at half a model.
-            note = _storage(repo_id) / "refs" / (revision or constants.DEFAULT_REVISION)
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(listing.sha)
-        return read(ANCHOR).parents[1]
-    except (ModelError, InputError):  # of choose
+        return _fetch_from_hub(repo_id, revision, choose, timeout, refresh)
+    except (ModelError, InputError):
         raise
-    except Exception as error:  # the network library's errors are not the hub's own, and differ between its versions
-        here = fresh and cached(repo_id, revision, choose)
-        lead = "is here, but was not compared with the hub's" if here else "is not in the cache"
-        gone = isinstance(error, (RepositoryNotFoundError, DisabledRepoError)) and not isinstance(error, GatedRepoError)
-        kind = NotFoundError if gone else ModelError
-        raise kind(f"{repo_id} {_cause(error, repo_id, revision, lead)}") from error
+    except Exception as error:  # the errors of the HTTP library are not the hub client's own, and change with versions
+        is_cached = refresh and find_cached(repo_id, revision, choose)
+        state = "is cached, but could not be compared with the hub" if is_cached else "is not in the cache"
+        is_gone = isinstance(error, (RepositoryNotFoundError, DisabledRepoError))
+        kind = NotFoundError if is_gone and not isinstance(error, GatedRepoError) else ModelError
+        raise kind(f"{repo_id} {_reason(error, repo_id, revision, state)}") from error
 
 
-def _file(repo_id: str, name: str, commit: str, timeout: float, check: bool) -> Path:
-    """A file in the cache, fetched if it is not there, and known to be what the hub says it is.
+def _fetch_from_hub(
+    repo_id: str, revision: str | None, choose: ChooseFiles, timeout: float, verify_cached: bool
+) -> Path:
+    listing = HfApi().model_info(repo_id, revision=revision, timeout=timeout)
+    commit = listing.sha
 
-    It is done here, since the hub's library begins a broken download again from nothing, compares nothing but the size,
-    and waits for minutes for a silent server. The cache is laid out as it documents: blobs by hash, and links to them.
-    """
-    here = try_to_load_from_cache(repo_id, name, revision=commit)
-    if isinstance(here, str):
-        blob = Path(here).resolve()  # which bears its hash as its name, unless the system has no links
-        if not check or is_sound(blob, blob.name):
-            return Path(here)
-        Path(here).unlink()
+    def read(name: str) -> Path:
+        return _fetch_file(repo_id, name, commit, timeout, verify_cached)
+
+    for name in choose([file.rfilename for file in listing.siblings], read):
+        read(name)
+    if revision != commit:
+        # The branch's commit is saved last, so that it never refers to an incomplete model.
+        reference = _cache_folder(repo_id) / "refs" / (revision or constants.DEFAULT_REVISION)
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(commit)
+    return read(ANCHOR).parents[1]
+
+
+def _fetch_file(repo_id: str, name: str, commit: str, timeout: float, verify_cached: bool) -> Path:
+    """Return the path of a file in the cache; download it if it is missing, or damaged and ``verify_cached`` is set."""
+    cached = try_to_load_from_cache(repo_id, name, revision=commit)
+    if isinstance(cached, str):
+        blob = Path(cached).resolve()  # named by its hash, except on a system without links
+        if not verify_cached or matches_hash(blob, blob.name):
+            return Path(cached)
+        Path(cached).unlink()
         blob.unlink(missing_ok=True)
+
     url = hf_hub_url(repo_id, name, revision=commit)
-    announced = get_hf_file_metadata(url, timeout=timeout)
-    plain = all(re.fullmatch(r"\w[\w.-]*", part) for part in (announced.etag or "", commit, *name.split("/")))
-    if announced.size is None or not plain:  # they become parts of a path here
-        raise FileMetadataError("no size, or an ETag, commit or file name that is none")
-    storage = _storage(repo_id)
-    blob = storage / "blobs" / announced.etag
-    lock = storage.parent / ".locks" / storage.name / f"{announced.etag}.lock"  # the library's own for this file
-    pointer = storage / "snapshots" / commit / name
-    for path in (blob, lock, pointer):
+    metadata = get_hf_file_metadata(url, timeout=timeout)
+    path_parts = (metadata.etag or "", commit, *name.split("/"))  # from the server, and used in paths below
+    if metadata.size is None or not all(re.fullmatch(r"\w[\w.-]*", part) for part in path_parts):
+        raise FileMetadataError("the size is missing, or the ETag, the commit or the file name is not valid")
+
+    folder = _cache_folder(repo_id)
+    blob = folder / "blobs" / metadata.etag
+    link = folder / "snapshots" / commit / name
+    lock = folder.parent / ".locks" / folder.name / f"{metadata.etag}.lock"  # the one that the hub's client uses
+    for path in (blob, link, lock):
         path.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(lock):
         if not blob.exists():
-            _download(url, blob, announced.size, timeout, f"{repo_id}: {name}")
-        if not pointer.exists():
-            pointer.unlink(missing_ok=True)
+            _download(url, blob, metadata.size, timeout, f"{repo_id}: {name}")
+        if not link.exists():
+            link.unlink(missing_ok=True)  # it may be a broken link
             try:
-                pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+                link.symlink_to(os.path.relpath(blob, link.parent))
             except OSError:  # a system without links
-                os.replace(blob, pointer)
-    return pointer
+                os.replace(blob, link)
+    return link
 
 
-def _storage(repo_id: str) -> Path:
+def _cache_folder(repo_id: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
 
 
-def _download(url: str, blob: Path, size: int, timeout: float, what: str) -> None:
-    """Bring a file under the name that is its hash. What a broken attempt has left is gone on with."""
+def _download(url: str, blob: Path, size: int, timeout: float, label: str) -> None:
+    """Download a file to ``blob``, which is named by its hash. If the hash differs, download it once more."""
     part = blob.with_name(f"{blob.name}.part")
     for _ in range(2):
-        with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=bar_is_off(), leave=False) as bar:
-            while True:
-                before = _size(part)
-                try:
-                    _stream(url, part, timeout, bar)
-                except Exception as error:
-                    if _size(part) == before or isinstance(error, (HfHubHTTPError, OSError)):
-                        raise  # nothing more came, or it is not the network: to try again is up to the user
-                if _size(part) >= size or _size(part) == before:
-                    break
-        if _size(part) == size and is_sound(part, blob.name):
+        part.touch()
+        with tqdm(
+            total=size, desc=label, unit="B", unit_scale=True, disable=are_progress_bars_disabled(), leave=False
+        ) as bar:
+            _resume(url, part, size, timeout, bar)
+        if part.stat().st_size == size and matches_hash(part, blob.name):
             os.replace(part, blob)
             return
-        part.unlink(missing_ok=True)
+        part.unlink()
     raise ModelError(
-        f"{what} arrived twice with other bytes than {constants.ENDPOINT} announces, and was deleted: something on the "
-        "way changes or cuts it; try another network"
+        f"{label} was downloaded twice, but its bytes are not those that {constants.ENDPOINT} announces, so it was "
+        "deleted: something in between changes or truncates it; try another network"
     )
 
 
-def _stream(url: str, part: Path, timeout: float, bar: tqdm) -> None:
-    begun = _size(part)
+def _resume(url: str, part: Path, size: int, timeout: float, bar: tqdm) -> None:
+    """Append to a partial file until it has ``size`` bytes, in several requests if connections break.
+
+    Stops where a request brings nothing more.
+    """
+    while (before := part.stat().st_size) < size:
+        try:
+            _append(url, part, timeout, bar)
+        except (HfHubHTTPError, OSError):  # an answer of the hub, or a full disk: trying again would not help
+            raise
+        except Exception:  # a broken connection, in the terms of the HTTP library
+            if part.stat().st_size <= before:
+                raise
+        if part.stat().st_size <= before:
+            return
+
+
+def _append(url: str, part: Path, timeout: float, bar: tqdm) -> None:
+    """Request the missing bytes of a partial file, and write each as it arrives."""
+    offset = part.stat().st_size
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    if begun:
-        headers["Range"] = f"bytes={begun}-"
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
-        if response.status_code == 416:  # what is here is as long or longer: not a beginning
-            part.unlink()
+        if response.status_code == 416:  # there are no such bytes: the partial file is not the start of this one
+            part.write_bytes(b"")
             return
         hf_raise_for_status(response)
-        goes_on = response.status_code == 206
-        bar.update((begun if goes_on else 0) - bar.n)
-        with part.open("ab" if goes_on else "wb") as file:
-            for chunk in response.iter_bytes():  # as it comes: of a fixed size, the last before a break is lost
+        is_partial = response.status_code == 206  # else the server sends the whole file
+        bar.update((offset if is_partial else 0) - bar.n)
+        with part.open("ab" if is_partial else "wb") as file:
+            for chunk in response.iter_bytes():  # of any size: with a fixed one, the last bytes before a break are lost
                 file.write(chunk)
                 bar.update(len(chunk))
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def matches_hash(file: Path, etag: str) -> bool:
+    """Return whether a file has the hash that is its ETag: SHA-256 for large files, git's SHA-1 for small ones.
 
-
-def is_sound(file: Path, etag: str) -> bool:
-    """Whether a file has the hash that the hub names it by: SHA-256 for large ones, that of git for small ones.
-
-    True as well where the name is neither, as with some mirrors: then there is nothing to compare with.
+    True also if the ETag is neither, as on some mirrors: then there is nothing to compare with.
     """
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", etag):
         return True
@@ -202,50 +244,37 @@ def is_sound(file: Path, etag: str) -> bool:
         return False
     digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(f"blob {file.stat().st_size}\0".encode())
     with file.open("rb") as opened:
-        while chunk := opened.read(CHUNK):
+        while chunk := opened.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest() == etag
 
 
-def cached(repo_id: str, revision: str | None, choose: Choose) -> Path | None:
-    """The folder of a model that is in the cache whole, without a request; None if it is not."""
-    path = try_to_load_from_cache(repo_id, ANCHOR, revision=revision)
-    if not isinstance(path, str):
-        return None
-    folder = Path(path).parents[1]
-    try:
-        choose(names_in(folder), folder.joinpath)
-    except ModelError:  # begun, not finished
-        return None
-    return folder
+def _reason(error: Exception, repo_id: str, revision: str | None, state: str) -> str:
+    """Return, in one line, why a model could not be downloaded and what to do about it.
 
-
-def names_in(folder: Path) -> list[str]:
-    """The files of a model folder as the hub would list them, ``unet/config.json``."""
-    files = (*folder.glob("*"), *folder.glob("*/*"))
-    return [path.relative_to(folder).as_posix() for path in files if path.is_file()]
-
-
-def _cause(error: Exception, repo_id: str, revision: str | None, lead: str) -> str:
+    Args:
+        state: what is known of the model in the cache; the start of the line where the hub said nothing about it.
+    """
     hub = constants.ENDPOINT
     if isinstance(error, OfflineModeIsEnabled):
-        return f"{lead}, and HF_HUB_OFFLINE forbids to ask: unset that and run decinb.download({repo_id!r}) once"
+        return f"{state}, and HF_HUB_OFFLINE is set: unset it and run decinb.download({repo_id!r}) once"
     if isinstance(error, GatedRepoError):
         return f"is gated: accept its licence at {hub}/{repo_id}, then run `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return f"was not found at {hub}, or it is private: check the name, or run `hf auth login`"
     if isinstance(error, DisabledRepoError):
-        return f"was disabled by {hub}: take another copy of it"
+        return f"is disabled at {hub}: use another copy of it"
     if isinstance(error, RevisionNotFoundError):
-        return f"has no revision {revision!r}: {hub}/{repo_id}/commits shows them"
+        return f"has no revision {revision!r}: see {hub}/{repo_id}/commits"
     if isinstance(error, HfHubHTTPError):
         wait = error.response.headers.get("retry-after", "")
         when = f"in {wait} seconds" if wait.isdigit() else "later"
-        why = {429: " (too many requests)"}.get(error.response.status_code, "")
-        return f"{lead}, and {hub} answered {error.response.status_code}{why}: try again {when}"
+        status = error.response.status_code
+        why = " (too many requests)" if status == 429 else ""
+        return f"{state}, and {hub} answered {status}{why}: try again {when}"
     if isinstance(error, (ValueError, TypeError, KeyError, FileMetadataError)):
-        return f"{lead}, and what answers at {hub} is not the hub: a sign-in page, or a proxy?"
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"{state}, and the server at {hub} is not the hub: is there a sign-in page or a proxy in between?"
+    cause = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
-        return f"could not be stored: {reason}"
-    return f"{lead}, and {hub} cannot be reached ({reason})"
+        return f"could not be saved: {cause}"
+    return f"{state}, and {hub} cannot be reached ({cause})"

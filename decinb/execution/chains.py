@@ -1,48 +1,40 @@
-"""A chain: each link makes a picture of what the one before it made, from words or from a picture on.
+"""Chains: each link makes an image from the image or the latents of the link before it.
 
-One generator, ``torch.Generator().manual_seed(seed)`` on the CPU, goes through all links, as if it were given to
+One generator, ``torch.Generator().manual_seed(seed)`` on the CPU, is used by all links, as if it were passed to
 diffusers' own calls one after the other. Its draws, link by link:
 
-1. from words: the noise. From a picture: the VAE's sample, then the noise. From latents: the noise alone;
-2. whatever the scheduler draws at each step, as DDPM and the ancestral ones do.
+1. from text: the noise; from an image: the VAE's sample, then the noise; from latents: the noise alone;
+2. whatever the scheduler draws at each step, as DDPM and the ancestral schedulers do.
 
-Between two links whose VAEs are the same, which is looked at and not assumed, latents are handed on as they are. To
-decode and encode them again would lose a little, and draw once more. Pictures for show are decoded on the side.
+Between two links with equal VAEs, which is checked, latents are passed on as they are. Decoding and encoding them would
+lose detail and draw one more sample. The images of such links are decoded only to be shown and saved.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
 from decinb.errors import InputError, ModelError
-from decinb.execution.provenance import (
-    Record,
-    image_hash,
-    key,
-    origin,
-    picture_name,
-)
-from decinb.images import Source, load_image, read_record, save_image
+from decinb.execution.provenance import LINK_ARGUMENTS, ImageRecord, chain_records, image_name, pipeline_record
+from decinb.execution.store import Store
+from decinb.images import Source, load_image
 from decinb.models import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from decinb.pipeline import is_decidiffusion
-from decinb.sampling.adapters import call_arguments, defaults, kind_of, lost_words, takes
+from decinb.sampling.adapters import adapter_of
+from decinb.sampling.base import Adapter, Output
 from decinb.utils import validation
-from decinb.utils.environment import versions
 from decinb.utils.locks import pipeline_lock
 from decinb.utils.quiet import quiet
 
-CHAIN = "chain"
-"""What the record of a chain's picture has, and no other: its links, each with what made it."""
-
 LATENT, PICTURE = "latent", "picture"
+"""What one link takes from the link before it."""
 
 NUMBERS = {
     "strength": validation.strength,
@@ -50,31 +42,26 @@ NUMBERS = {
     "num_inference_steps": validation.num_inference_steps,
     "guidance_rescale": lambda value, where: validation.fraction(value, f"{where}guidance_rescale"),
 }
-ARGUMENTS = ("prompt", "negative_prompt", *NUMBERS, "takes")
-"""What a link may name besides its pipeline."""
 
-FROM_LATENTS = (StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline)
-"""The pipelines that go on from latents. Those with depth must see a picture, and others encode all they are given."""
-
-UNSEEN = ("sample_size", "force_upcast")  # of a VAE's config: no latent looks different for them
+NOT_IN_LATENTS = ("sample_size", "force_upcast")  # options of a VAE's config that do not change its latents
 
 
 @dataclass(frozen=True)
 class Link:
-    """One call in a chain: a pipeline and its arguments, by diffusers' names. What is None is the pipeline's default.
+    """One call in a chain: a pipeline and its arguments, named as in diffusers. None is the pipeline's default.
+
+    ``run_chain`` checks the values.
 
     Args:
         pipe: from ``load_pipeline``, or any text-to-image or image-to-image pipeline of diffusers.
-        prompt: what the picture should become.
-        negative_prompt: what it should not.
-        strength: how far to go from what came before, above 0 and at most 1; not of text to image.
-        guidance_scale: 0 or more; 1 or less switches guidance off.
+        prompt: what the image should show.
+        negative_prompt: what it should not show.
+        strength: how much of the input to replace, above 0 and at most 1; not for text to image.
+        guidance_scale: 0 to 10,000; 1 or less turns guidance off.
         num_inference_steps: 1 to 999.
-        guidance_rescale: 0 to 1, where the pipeline takes it.
-        takes: ``"latent"`` or ``"picture"``, what the link before is to hand on. None is the latent where both have
-            the same VAE, else the picture.
-
-    Values are looked at by ``run_chain``.
+        guidance_rescale: 0 to 1, if the pipeline takes it.
+        takes: ``"latent"`` or ``"picture"``, what the link before passes on. None is the latent if both links have
+            equal VAEs, else the picture.
     """
 
     pipe: DiffusionPipeline
@@ -89,18 +76,25 @@ class Link:
 
 @dataclass
 class Chain:
-    """What came out: the input, or None; a picture of every link, and the record of how each was made."""
+    """The finished links of a chain.
+
+    Attributes:
+        image: the input of the first link, or None.
+        images: of the links, in order.
+        records: of the images, each with all links up to it.
+        folder: where the images are saved, or None.
+    """
 
     image: Image.Image | None = None
     images: list[Image.Image] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
+    records: list[ImageRecord] = field(default_factory=list)
     folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def plot(self, *args: Any, **kwargs: Any) -> None:
-        """Show the input and the pictures in a row: see ``decinb.plotting.plot_chain``."""
+        """Show the input and the images in a row: see ``decinb.plotting.plot_chain``."""
         from decinb.plotting import plot_chain
 
         plot_chain(self, *args, **kwargs)
@@ -109,301 +103,266 @@ class Chain:
 def run_chain(
     links: Sequence[Link], image: Source | None = None, seed: int = 0, folder: str | Path | None = None
 ) -> Chain:
-    """Run links one after the other, each by its pipeline's own call on what the one before it made.
+    """Run links one after the other, each by its pipeline's own call on the result of the one before it.
 
-    All links are checked before the first one runs. With a folder, each picture is written there the moment it is
-    made, and ``replay`` makes it again, with all links before it, from the file alone. Stopping the notebook cell
-    returns what is done, and an error has it as its ``chain``. Where the folder cannot be written to, a warning says
-    so, and the pictures stay in memory.
+    All links are checked before the first one runs. With a folder, each image is saved as soon as it is made, and
+    ``replay`` makes it again, with all links before it, from the file alone. Interrupting the notebook cell returns
+    what is done, and an exception carries it as its ``chain``. If the folder cannot be written to, a warning says so
+    and images stay in memory.
 
     Args:
         links: at least one ``Link``. Only the first may be text to image.
-        image: the input of the first link, as ``load_image`` takes it; None where that is text to image.
-        seed: of the generator that goes through all links, 0 to 2**63 - 1.
-        folder: where every picture is written, as a PNG with its record and the input inside.
+        image: the input of the first link, anything that ``load_image`` takes; None if that is text to image.
+        seed: of the generator that all links share, 0 to 2**63 - 1.
+        folder: where every image is saved, as a PNG that also holds its record and the input.
 
     Raises:
         InputError: a link cannot run, or cannot follow the one before it; the message names it.
         ModelError: a link made NaN or infinity; the message names it.
     """
-    steps = _read(links, image is not None)
+    calls = read_links(links, image is not None)
     seed = validation.seed(seed)
-    folder = None if folder is None else Path(validation.folder(folder))
-    picture = None if image is None else load_image(image)
-    records = _records(steps, seed, picture, picture_name(image, picture))
-    chain = Chain(picture, folder=folder)
+    store = None if folder is None else Store(validation.folder(folder))
+    first = None if image is None else load_image(image)
+    records = _records(calls, seed, first, image_name(image, first))
+    chain = Chain(first, folder=None if store is None else store.folder)
     try:
-        for made, record in zip(_run(steps, picture, seed), records, strict=True):
-            record |= {"seconds": round(made.seconds, 3), "blacked_out": made.blacked_out}
-            chain.images.append(made.picture)
+        for (output, seconds), record in zip(run_calls(calls, first, seed), records, strict=True):
+            record |= {"seconds": round(seconds, 3), "blacked_out": output.blacked_out}
+            chain.images.append(output.image)
             chain.records.append(record)
-            if made.blacked_out:
-                validation.warn(f"link {len(chain) - 1}: black, since the safety checker took it for unsafe")
-            if folder:
-                _save(folder, made.picture, record, picture)
+            if output.blacked_out:
+                validation.warn(
+                    f"link {len(chain) - 1}: the image is black, because the safety checker judged it unsafe"
+                )
+            if store:
+                _save(store, output.image, record, first, len(chain) - 1)
     except KeyboardInterrupt:
-        print(f"stopped: {len(chain)} of {len(steps)} links are done")
+        print(f"stopped: {len(chain)} of {len(calls)} links are done")
     except Exception as error:
         error.chain = chain
         raise
     return chain
 
 
-# --- the door ---------------------------------------------------------------------------------------------------------
+def _records(calls: Sequence["Call"], seed: int, image: Image.Image | None, name: str | None) -> list[ImageRecord]:
+    pipelines = {id(call.adapter.pipe): call.adapter.pipe for call in calls}
+    made_by = {identity: pipeline_record(pipe) for identity, pipe in pipelines.items()}  # once: it hashes the weights
+    links = [
+        {"task": call.adapter.task, "pipeline": call.adapter.name}
+        | made_by[id(call.adapter.pipe)]
+        | {argument: call.arguments.get(argument) for argument in LINK_ARGUMENTS}
+        | {"takes": call.takes}
+        for call in calls
+    ]
+    return chain_records(links, seed, image, name)
+
+
+def _save(store: Store, image: Image.Image, record: ImageRecord, input_image: Image.Image | None, link: int) -> None:
+    try:
+        store.keep(image, record, input_image)
+    except OSError as error:
+        validation.warn(
+            f"folder {str(store.folder)!r} cannot be written to ({error.strerror or error}): the image of link {link} "
+            "stays in memory, in the returned chain"
+        )
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A link that is known to be good: what its call takes, and what is handed to it."""
+class Call:
+    """A validated link.
 
-    pipe: DiffusionPipeline
-    task: str
+    Args:
+        adapter: of its pipeline.
+        arguments: of its pipeline's call, besides the image.
+        takes: what it takes as its image: ``"latent"``, ``"picture"`` or, for text to image, None.
+        scheduler: the pipeline's own, or in a replay the one that the record names.
+    """
+
+    adapter: Adapter
     arguments: dict[str, Any]
     takes: str | None
-    scheduler: Any  # the pipeline's own, but for a chain that is made again
+    scheduler: SchedulerMixin
 
 
-def _read(links: Any, has_image: bool, schedulers: Sequence[Any] | None = None) -> list[_Step]:
-    """Understand all links, or raise an InputError that names the one at fault."""
+def read_links(links: Any, has_image: bool, schedulers: Sequence[SchedulerMixin] | None = None) -> list[Call]:
+    """Validate the links of a chain.
+
+    Args:
+        links: as given to ``run_chain``.
+        has_image: whether there is an image for the first link.
+        schedulers: one for each link; None are the pipelines' own.
+
+    Raises:
+        InputError: a link cannot run; the message names it.
+    """
     if not isinstance(links, Sequence) or isinstance(links, (str, bytes)) or not links:
         raise InputError(f"links must be a list of at least one decinb.Link, got {validation.short_repr(links)}")
-    steps: list[_Step] = []
+    calls: list[Call] = []
     for i, link in enumerate(links):
+        where = f"link {i}: "
         if not isinstance(link, Link):
             raise InputError(f"link {i} must be a decinb.Link(pipe, prompt, ...), got {validation.short_repr(link)}")
-        if not isinstance(link.pipe, DiffusionPipeline):
-            raise InputError(
-                f"link {i}: pipe must be a pipeline, as load_pipeline gives it, got {validation.short_repr(link.pipe)}"
-            )
+        try:
+            adapter = adapter_of(link.pipe)
+        except InputError as error:
+            raise InputError(f"{where}{error}") from error
         scheduler = schedulers[i] if schedulers else link.pipe.scheduler
-        arguments = _arguments(link, scheduler, f"link {i}: ")
-        takes = _handed(link, i, steps[-1].pipe, f"link {i}: ") if steps else _first(link, has_image)
-        steps.append(_Step(link.pipe, _task(link.pipe), arguments, takes, scheduler))
-    return steps
+        arguments = _read_arguments(adapter, link, scheduler, where)
+        if calls:
+            takes = _what_it_takes(adapter, link, calls[-1].adapter, i)
+        else:
+            takes = _what_the_first_takes(adapter, link, has_image)
+        calls.append(Call(adapter, arguments, takes, scheduler))
+    return calls
 
 
-def _arguments(link: Link, scheduler: Any, where: str) -> dict[str, Any]:
-    """The arguments of a link's call as plain values, what is left out filled in."""
-    pipe, known = link.pipe, call_arguments(link.pipe)
-    if "prompt" not in known:
-        raise InputError(f"{where}{_class(pipe)} takes no prompt")
+def _read_arguments(adapter: Adapter, link: Link, scheduler: SchedulerMixin, where: str) -> dict[str, Any]:
+    """Return the validated arguments of a link's call, with the pipeline's defaults for those left out."""
+    if not adapter.takes("prompt"):
+        raise InputError(f"{where}{adapter.name} takes no prompt")
     for needed in ("mask_image", "control_image"):
-        if needed in known:
-            raise InputError(f"{where}{_class(pipe)} needs {needed}, which a chain does not give")
+        if adapter.takes(needed):
+            raise InputError(f"{where}{adapter.name} needs {needed}, which a chain does not provide")
     for name in ("negative_prompt", *NUMBERS):
-        if getattr(link, name) is not None and name not in known:
-            raise InputError(f"{where}{name} must be left out: {_class(pipe)}, {_task(pipe)}, takes none")
-    found = {"prompt": validation.text(link.prompt, f"{where}prompt")}
+        if getattr(link, name) is not None and not adapter.takes(name):
+            raise InputError(f"{where}{name} must be left out: {adapter.name}, {adapter.task}, does not take it")
+    arguments = {"prompt": validation.text(link.prompt, f"{where}prompt")}
     if link.negative_prompt is not None:
-        found["negative_prompt"] = validation.text(link.negative_prompt, f"{where}negative_prompt")
-    for name in ("prompt", "negative_prompt") if not is_decidiffusion(pipe) else ():  # those warn themselves
-        if lost := lost_words(pipe, found.get(name, "")):
-            validation.warn(where + validation.lost(name, lost))
-    own = defaults(pipe)
-    for name, read in NUMBERS.items():
-        if name in known:
-            found[name] = read(own[name] if getattr(link, name) is None else getattr(link, name), where)
-    if "strength" in found:
-        validation.steps_run(found["num_inference_steps"], found["strength"], where)
+        arguments["negative_prompt"] = validation.text(link.negative_prompt, f"{where}negative_prompt")
+    for name, text in arguments.items() if not is_decidiffusion(adapter.pipe) else ():  # those warn in their own call
+        if end := adapter.truncated_text(text):
+            validation.warn(where + validation.lost(name, end))
+    for name, validate in NUMBERS.items():
+        if adapter.takes(name):
+            given = getattr(link, name)
+            arguments[name] = validate(adapter.defaults[name] if given is None else given, where)
+    if "strength" in arguments:
+        validation.steps_run(arguments["num_inference_steps"], arguments["strength"], where)
     try:
-        validation.late_start(found["num_inference_steps"], scheduler)
+        validation.late_start(arguments["num_inference_steps"], scheduler)
     except InputError as error:
         raise InputError(f"{where}{error}") from error
-    return found
+    return arguments
 
 
-def _first(link: Link, has_image: bool) -> str | None:
-    """What the first link takes: the picture that was given, or nothing."""
-    takes_image = _task(link.pipe) == IMAGE_TO_IMAGE
+def _what_the_first_takes(adapter: Adapter, link: Link, has_image: bool) -> str | None:
+    takes_image = adapter.task == IMAGE_TO_IMAGE
     if takes_image and not has_image:
-        raise InputError(f"image must be given: link 0, {_class(link.pipe)}, is image to image")
+        raise InputError(f"image must be given: link 0, {adapter.name}, is image to image")
     if has_image and not takes_image:
-        raise InputError(f"image must be left out: link 0, {_class(link.pipe)}, is text to image")
+        raise InputError(f"image must be left out: link 0, {adapter.name}, is text to image")
     if link.takes is not None and (link.takes != PICTURE or not takes_image):
         raise InputError(
-            f"link 0: takes must be left out, since nothing came before, got {validation.short_repr(link.takes)}"
+            f"link 0: takes must be left out, since no link comes before, got {validation.short_repr(link.takes)}"
         )
     return PICTURE if takes_image else None
 
 
-def _handed(link: Link, i: int, before: DiffusionPipeline, where: str) -> str:
-    """What a later link takes of the one before it."""
-    if _task(link.pipe) == TEXT_TO_IMAGE:
+def _what_it_takes(adapter: Adapter, link: Link, before: Adapter, i: int) -> str:
+    where = f"link {i}: "
+    if adapter.task == TEXT_TO_IMAGE:
         raise InputError(
-            f"{where}{_class(link.pipe)} is text to image, which would forget what came before: give "
+            f"{where}{adapter.name} is text to image and would ignore the link before it: give "
             f"load_pipeline(pipe, task={IMAGE_TO_IMAGE!r})"
         )
     if link.takes is not None:
         validation.choice(link.takes, f"{where}takes", (LATENT, PICTURE))
     if link.takes == PICTURE:
         return PICTURE
-    apart = _apart(before, link.pipe)
-    if apart and link.takes == LATENT:
-        raise InputError(f"{where}takes cannot be 'latent' from link {i - 1}: {apart}; 'picture' can be")
-    return PICTURE if apart else LATENT
+    obstacle = latent_obstacle(before, adapter)
+    if obstacle and link.takes == LATENT:
+        raise InputError(f"{where}takes cannot be 'latent' from link {i - 1}: {obstacle}; 'picture' can be")
+    return PICTURE if obstacle else LATENT
 
 
-def _apart(before: DiffusionPipeline, after: DiffusionPipeline) -> str | None:
-    """Why latents cannot be handed from one pipeline to another as they are; None where they can."""
-    if kind_of(before) is None:
-        return f"{_class(before)} gives none"
-    if not isinstance(after, FROM_LATENTS):
-        return f"{_class(after)} must be given a picture"
-    one, other = before.vae, after.vae
+def latent_obstacle(before: Adapter, after: Adapter) -> str | None:
+    """Return why latents cannot be passed from one pipeline to another as they are; None if they can."""
+    if not before.exposes_latents:
+        return f"{before.name} does not return them"
+    if not after.accepts_latents:
+        return f"{after.name} does not accept them"
+    one, other = before.pipe.vae, after.pipe.vae
     if one is other:
         return None
-    pair = f"the VAEs of {_class(before)} and {_class(after)} differ"
+    differ = f"the VAEs of {before.name} and {after.name} differ"
     if type(one) is not type(other):
-        return f"{pair}, {type(one).__name__} and {type(other).__name__}"
-    configs = [
-        {n: v for n, v in vae.config.items() if not n.startswith("_") and n not in UNSEEN} for vae in (one, other)
-    ]
-    for name in configs[0] | configs[1]:
-        values = [config.get(name) for config in configs]
-        if values[0] != values[1]:
-            return f"{pair}: {name} is {validation.short_repr(values[0])} and {validation.short_repr(values[1])}"
+        return f"{differ}: they are {type(one).__name__} and {type(other).__name__}"
+    first, second = (
+        {name: value for name, value in vae.config.items() if not name.startswith("_") and name not in NOT_IN_LATENTS}
+        for vae in (one, other)
+    )
+    for name in first | second:
+        if first.get(name) != second.get(name):
+            values = " and ".join(validation.short_repr(config.get(name)) for config in (first, second))
+            return f"{differ}: {name} is {values}"
     name = _first_difference(one, other)
-    return name and f"{pair}: {name} is another"
+    return name and f"{differ} in {name}"
 
 
 @torch.no_grad()
 def _first_difference(one: nn.Module, other: nn.Module) -> str | None:
-    """The name of a tensor in which two networks differ, told in the coarser numbers; None where they agree."""
+    """Return the name of a tensor that differs between two networks, compared in the lower precision; else None."""
     first, second = one.state_dict(), other.state_dict()
-    if odd := sorted(first.keys() ^ second.keys()):
-        return odd[0]
+    if unmatched := sorted(first.keys() ^ second.keys()):
+        return unmatched[0]
     for name, tensor in first.items():
         twin = second[name].to(tensor.device)
-        coarser = min(tensor.dtype, twin.dtype, key=lambda dtype: dtype.itemsize)
-        if not torch.equal(tensor.to(coarser), twin.to(coarser)):
+        dtype = min(tensor.dtype, twin.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(tensor.to(dtype), twin.to(dtype)):
             return name
     return None
 
 
-def _task(pipe: DiffusionPipeline) -> str:
-    return IMAGE_TO_IMAGE if takes(pipe, "image") else TEXT_TO_IMAGE
+# --- running ----------------------------------------------------------------------------------------------------------
 
 
-def _class(pipe: DiffusionPipeline) -> str:
-    return type(pipe).__name__
+def run_calls(calls: Sequence[Call], image: Image.Image | None, seed: int) -> Iterator[tuple[Output, float]]:
+    """Run validated links one after the other, all with one generator.
 
+    Yields:
+        The output of each link, and the seconds it took.
 
-# --- the way ----------------------------------------------------------------------------------------------------------
-
-
-class _Made(NamedTuple):
-    """What a link made: a picture, and latents where its pipeline gives them."""
-
-    picture: Image.Image
-    latents: Tensor | None
-    seconds: float
-    blacked_out: bool
-
-
-def _run(steps: Sequence[_Step], picture: Image.Image | None, seed: int) -> Iterator[_Made]:
+    Raises:
+        ModelError: a link made NaN or infinity; the message names it.
+    """
     generator = torch.Generator().manual_seed(seed)
-    made = None
-    for i, step in enumerate(steps):
-        handed: Any = picture
-        if made is not None:
-            handed = made.latents if step.takes == LATENT else made.picture
+    output = Output(image, None, False)
+    for i, call in enumerate(calls):
+        given = output.latents if call.takes == LATENT else output.image
         try:
-            with pipeline_lock(step.pipe):
-                made = _make(step, handed, generator)
+            with pipeline_lock(call.adapter.pipe):
+                started = perf_counter()
+                output = _run_call(call, given, generator)
+                seconds = perf_counter() - started
         except (InputError, ModelError) as error:
             raise type(error)(f"link {i}: {error}") from error
         except Exception as error:
             error.add_note(f"in link {i} of the chain")
             raise
-        yield made
+        yield output, seconds
 
 
-def _make(step: _Step, handed: Image.Image | Tensor | None, generator: torch.Generator) -> _Made:
-    """The pipeline's own call, and the picture of what came out."""
-    pipe, kind, given = step.pipe, kind_of(step.pipe), dict(step.arguments)
-    if step.task == IMAGE_TO_IMAGE:
-        given["image"] = handed
-        if isinstance(handed, Image.Image) and {"height", "width"} <= call_arguments(pipe).keys():
-            given |= {"height": handed.height, "width": handed.width}  # their defaults would squash it
-    started = perf_counter()
-    before = pipe.scheduler
-    pipe.scheduler = step.scheduler
+def _run_call(call: Call, given: Image.Image | Tensor | None, generator: torch.Generator) -> Output:
+    adapter, arguments = call.adapter, dict(call.arguments)
+    if call.takes is not None:
+        arguments["image"] = given
+        if isinstance(given, Image.Image) and adapter.takes("height") and adapter.takes("width"):
+            arguments |= {"height": given.height, "width": given.width}  # the defaults would distort it
+    pipe = adapter.pipe
+    before, pipe.scheduler = pipe.scheduler, call.scheduler
     try:
-        # NumPy's floats, where latents are not to be had: they show NaN, which a picture hides.
-        with quiet():  # what is cut off of a prompt was told at the door
-            made = pipe(**given, generator=generator, output_type="latent" if kind else "np").images
-        latents = made if kind else None
-        if latents is not None and not latents.isfinite().all():
-            raise ModelError(_lost("the network or its guidance"))
-        shown, blacked_out = kind(pipe).pictures(latents)[0] if kind else (_picture(made[0]), False)
+        with quiet():  # truncated prompts have been warned of
+            output = adapter.call(arguments, generator)
     finally:
         pipe.scheduler = before
         pipe.maybe_free_model_hooks()
-    if shown is None:
-        raise ModelError(_lost("the VAE's decoder, or what came before it"))
-    return _Made(shown, latents, perf_counter() - started, blacked_out)
-
-
-def _picture(pixels: np.ndarray) -> Image.Image | None:
-    """Floats from 0 to 1 as a picture; None where they are no numbers."""
-    return DiffusionPipeline.numpy_to_pil(pixels)[0] if np.isfinite(pixels).all() else None
-
-
-def _lost(culprit: str) -> str:
-    return (
-        f"no picture was made, only NaN or infinity, by {culprit}: lower guidance_scale, or load_pipeline with "
-        "dtype='float32'"
-    )
-
-
-# --- records ----------------------------------------------------------------------------------------------------------
-
-NEEDED = ["task", "model", "weights", "scheduler", "scheduler_config", *ARGUMENTS]
-
-
-def _records(steps: Sequence[_Step], seed: int, picture: Image.Image | None, name: str | None) -> list[Record]:
-    """For every link the record of its picture: of the links up to it. The key is of what decides the pixels alone."""
-    made_by = {id(step.pipe): origin(step.pipe) for step in steps}
-    links = [
-        {"task": step.task, "pipeline": _class(step.pipe)}
-        | made_by[id(step.pipe)]
-        | {name: step.arguments.get(name) for name in ARGUMENTS}
-        | {"takes": step.takes}
-        for step in steps
-    ]
-    decides = [{name: link[name] for name in NEEDED if name != "model"} | {"dtype": link["dtype"]} for link in links]
-    hashed = None if picture is None else image_hash(picture)
-    return [
-        {
-            CHAIN: links[:i],
-            "seed": seed,
-            "image": name,
-            "image_hash": hashed,
-            "image_size": None if picture is None else list(picture.size),
-            "versions": versions(),
-            "key": key(chain=decides[:i], seed=seed, image=hashed),
-        }
-        for i in range(1, len(links) + 1)
-    ]
-
-
-def _save(folder: Path, made: Image.Image, record: Record, picture: Image.Image | None) -> None:
-    """Write a picture under a name that only the same computation has; where it is already, it stays."""
-    link = len(record[CHAIN]) - 1
-    path = folder / f"link-{link}_seed-{record['seed']}_{record['key']}.png"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not _is_whole(path):
-            save_image(made, path, record, picture)
-    except OSError as error:
-        validation.warn(
-            f"folder {str(folder)!r} cannot be written to ({error.strerror or error}): the picture of link {link} "
-            "stays in memory, in the chain that is returned"
+    if output.image is None:
+        raise ModelError(
+            "no image was made, only NaN or infinity, by the VAE's decoder or an earlier part: lower guidance_scale, "
+            "or load_pipeline with dtype='float32'"
         )
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return bool(read_record(path))
-    except InputError:
-        return False
+    return output

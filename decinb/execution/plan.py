@@ -1,6 +1,7 @@
-"""The plan of a sweep: every cell understood, checked and counted before anything runs."""
+"""The plan of a sweep, in three steps: cells become jobs, jobs become records, and records are counted."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,43 +12,39 @@ from PIL import Image
 
 from decinb.designs import Cell
 from decinb.errors import InputError
-from decinb.execution.provenance import Record, _record, origin, picture_name
+from decinb.execution.provenance import ImageRecord, image_name, image_record, shared_record
 from decinb.execution.store import Store
 from decinb.images import Source, fit, read_image
-from decinb.sampling.adapters import (
-    Job,
-    _check_taken,
-    _guidance_rescale,
-    check_image,
-    check_pipe,
-    count_calls,
-    defaults,
-    kind_of,
-    lost_words,
-)
-from decinb.sampling.batched import seconds_per_row
-from decinb.sampling.sequential import not_packed
+from decinb.sampling.adapters import adapter_of
+from decinb.sampling.base import Adapter
+from decinb.sampling.jobs import Job
 from decinb.utils import validation
-from decinb.utils.environment import versions
 from decinb.utils.labels import label
 
-MANY = 1000  # images in one sweep, beyond which one may not have meant it
-LISTED = 5  # cells that a note names
+MANY_IMAGES = 1000  # in one sweep, beyond which a warning asks whether it was meant
+LISTED_CELLS = 5  # named in one note
 
 
 @dataclass
 class Plan:
     """What a sweep will take. ``print`` it, or ``plot`` the grid that it will fill.
 
-    ``computations`` are the distinct images among the cells, ``finished`` those that the folder holds already, and
-    ``calls``, ``rows``, ``seconds`` (None if not timed) and ``bytes`` what the rest takes; calls as if each ran alone.
-    ``notes`` say what may not be as it was meant.
+    Attributes:
+        image, prompt: of all cells that do not name their own.
+        cells: as they were given.
+        records, jobs: of every cell: its record so far, and its validated arguments.
+        found: the files of images that the folder holds already, by key.
+        calls: U-Net calls left, if every image were made alone.
+        rows: rows left in these calls; guidance takes two per call.
+        seconds: the estimated time; None if it was not measured.
+        bytes: the estimated size on disk.
+        notes: what may not be as intended.
     """
 
     image: Image.Image | None
     prompt: str
     cells: list[Cell]
-    records: list[Record]
+    records: list[ImageRecord]
     jobs: list[Job]
     found: dict[str, Path]
     calls: int
@@ -58,10 +55,17 @@ class Plan:
 
     @property
     def computations(self) -> int:
+        """The number of distinct images among the cells."""
         return len({record["key"] for record in self.records})
 
     @property
+    def guidance_rescale(self) -> float:
+        """The guidance rescale of all cells."""
+        return self.records[0]["guidance_rescale"]
+
+    @property
     def finished(self) -> int:
+        """The number of distinct images that the folder holds already."""
         return len(self.found)
 
     def __str__(self) -> str:
@@ -93,7 +97,7 @@ def plan(
     guidance_rescale: float | None = None,
     timed: bool = True,
 ) -> Plan:
-    """Say what ``run_sweep`` with these arguments would take, before anything runs.
+    """Return what ``run_sweep`` with these arguments would take, without running it.
 
     Args:
         pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale: as for ``run_sweep``.
@@ -103,158 +107,201 @@ def plan(
         InputError: a cell cannot run; the message names it.
 
     Warns:
-        Once, of each kind of cell that can run and will surprise: settings that come to the same image, prompts that
-        are cut off, guidance that burns out, a negative prompt without guidance, steps that begin late, very many.
+        Once for each kind of cell that can run but may surprise: settings that give the same image, prompts that are
+        cut off, very high guidance, negative prompts without guidance, schedules that start late, very many images.
     """
-    check_pipe(pipe)
-    own = defaults(pipe)
-    taken = {
-        "strength": own["strength"],
-        "guidance_scale": own["guidance_scale"],
-        "num_inference_steps": own["num_inference_steps"],
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "seed": seed,
-        "image": image,
-    }
-    check_image(pipe, image)
-    rescale = _guidance_rescale(pipe, own["guidance_rescale"] if guidance_rescale is None else guidance_rescale)
-    prompt = validation.text(prompt, "prompt")
-    if not isinstance(cells, Sequence) or isinstance(cells, (str, bytes)) or not cells:
-        raise InputError(f"cells must be a list of at least one dict, got {validation.short_repr(cells)}")
-    store = Store(validation.folder(folder)) if folder is not None else None
-    pictures = _Pictures()
-    if negative_prompt is not None:
-        _check_taken(pipe, {"negative_prompt": negative_prompt}, "")
-    jobs = []
-    for i, cell in enumerate(cells):
-        jobs.append(read_cell(cell, taken, pictures.load, where=f"cell {i}: "))
-        _check_taken(pipe, cell, f"cell {i}: ")
-    calls = count_calls(pipe, jobs)
-    shared = {"guidance_rescale": rescale, **origin(pipe), "versions": versions()}
-    packed = kind_of(pipe)
-    kind = packed and packed(pipe)
-    cut = lru_cache(None)(lambda words: lost_words(pipe, words))
-    records = [
-        _record(pipe, kind, cell, job, shared, picture_name(cell.get("image", image), job.image))
-        | {"original_size": pictures.original_size(job.image), "truncated": _truncated(job, cut)}
-        for cell, job in zip(cells, jobs, strict=True)
-    ]
+    given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
+    store = None if folder is None else Store(validation.folder(folder))
+    return make_plan(adapter_of(pipe), cells, given, guidance_rescale, store, timed)
+
+
+def make_plan(
+    adapter: Adapter,
+    cells: Sequence[Cell],
+    given: Cell,
+    guidance_rescale: float | None,
+    store: Store | None,
+    timed: bool = False,
+) -> Plan:
+    """Plan a sweep.
+
+    Args:
+        adapter: of the pipeline.
+        cells: as for ``run_sweep``.
+        given: the image, prompt, negative prompt and seed of all cells that do not name their own.
+        guidance_rescale: as for ``run_sweep``.
+        store: where finished images are looked for.
+        timed: time two U-Net calls to estimate the seconds.
+    """
+    inputs = _Inputs()
+    rescale = adapter.guidance_rescale(guidance_rescale)
+    jobs = _cells_to_jobs(adapter, cells, given, inputs)
+    records = _jobs_to_records(adapter, cells, jobs, rescale, [inputs.describe(job.image) for job in jobs])
+    calls = adapter.count_calls(jobs)
     found = store.find(records) if store else {}
-    missing = {record["key"]: i for i, record in enumerate(records) if record["key"] not in found}
-    rows = sum(calls[i] * (2 if kind and jobs[i].guided else 1) for i in missing.values())
-    width, height = records[0]["image_size"]
-    loud, quiet = _notes(pipe, cells, jobs, records)
-    if len(missing) > MANY:
-        loud.append(f"{len(missing):,} images are to be made: print the plan of this sweep to see how long that takes")
-    if kind is None:
-        quiet.append(not_packed(pipe))
-    for note in loud:
-        validation.warn(note)
+    missing = list({record["key"]: i for i, record in enumerate(records) if record["key"] not in found}.values())
+    rows = sum(calls[i] * adapter.rows(jobs[i]) for i in missing)
+    per_row = adapter.seconds_per_row([jobs[i] for i in missing]) if timed and missing else None
     return Plan(
-        None if image is None else pictures.load(image),
-        prompt,
-        list(cells),
-        records,
-        jobs,
-        found,
-        sum(calls[i] for i in missing.values()),
-        rows,
-        rows * seconds_per_row(pipe, [jobs[i] for i in missing.values()]) if timed and missing and kind else None,
-        len(missing) * 3 * width * height,  # a picture of many colours, and its input, half as large each at best
-        loud + quiet,
+        image=inputs.load(given["image"]),
+        prompt=given["prompt"],
+        cells=list(cells),
+        records=records,
+        jobs=jobs,
+        found=found,
+        calls=sum(calls[i] for i in missing),
+        rows=rows,
+        seconds=None if per_row is None else rows * per_row,
+        # Three bytes a pixel: a colourful PNG and its input, each compressed to half its size at best.
+        bytes=sum(3 * math.prod(adapter.output_size(jobs[i])) for i in missing),
+        notes=_warn_and_note(adapter, cells, jobs, records, len(missing)),
     )
-
-
-def _notes(
-    pipe: DiffusionPipeline, cells: Sequence[Cell], jobs: Sequence[Job], records: Sequence[Record]
-) -> tuple[list[str], list[str]]:
-    """What can run and will surprise: to warn of, and only to mention."""
-    notes, packed = [validation.high_guidance(max(job.guidance_scale for job in jobs))], kind_of(pipe) is not None
-    steps = sorted({job.num_inference_steps for job in jobs}, reverse=True) if packed else []
-    notes.append(next(filter(None, (validation.late_start(number, pipe.scheduler) for number in steps)), None))
-
-    # A cell that names both means it: it shows that without guidance a negative prompt does nothing.
-    unused = [i for i, job in enumerate(jobs) if packed and job.negative_prompt and not job.guided]
-    meant = [i for i in unused if {"negative_prompt", "guidance_scale"} <= cells[i].keys()]
-    if by_default := [i for i in unused if i not in meant]:
-        notes.append(validation.unused_negative(jobs[by_default[0]].guidance_scale) + f", {_of(by_default)}")
-
-    alike: dict[str, list[int]] = {}
-    for i, record in enumerate(records):
-        alike.setdefault(record["key"], []).append(i)
-    if len(alike) < len(cells):
-        same = max(alike.values(), key=len)
-        settings = "; ".join(label(cells[i]) for i in same[:LISTED])
-        number = f"{len(cells) - len(alike)} of {len(cells)}"
-        notes.append(f"cells that repeat another are not made again, {number}: {_of(same)} are one ({settings})")
-    for name in ("prompt", "negative_prompt"):
-        for words in dict.fromkeys(record["truncated"].get(name) for record in records):
-            notes.append(words and validation.lost(name, words))
-    mentioned = [f"negative_prompt is unused in {_of(meant)}"] if meant else []
-    return [note for note in notes if note], mentioned
-
-
-def _of(cells: Sequence[int]) -> str:
-    """A few cells by number."""
-    more = f" and {len(cells) - LISTED} more" if len(cells) > LISTED else ""
-    return f"cell{'s' if len(cells) > 1 else ''} {', '.join(map(str, cells[:LISTED]))}{more}"
-
-
-def _truncated(job: Job, cut: Callable[[str], str]) -> dict[str, str]:
-    """The words of a job that the text encoder does not read."""
-    read = {"prompt": job.prompt, "negative_prompt": (job.negative_prompt or "") if job.guided else ""}
-    return {name: lost for name, words in read.items() if (lost := cut(words))}
 
 
 # --- from cells to jobs -----------------------------------------------------------------------------------------------
 
 
-def read_cell(cell: Cell, defaults: Cell, load: Callable[[Any], Image.Image], where: str) -> Job:
-    """Understand a cell, or raise an InputError that begins with ``where``."""
+class _Inputs:
+    """The input images of a sweep. Each source is read once and gives the same object every time."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[Any, tuple[Source, Image.Image]] = {}
+        self._description: dict[int, ImageRecord] = {}
+
+    def load(self, source: Source | None) -> Image.Image | None:
+        """Return the image of a source, cropped to a size that models take."""
+        if source is None:
+            return None
+        key = source if isinstance(source, (str, bytes, Path)) else id(source)
+        if key not in self._loaded:
+            original = read_image(source)
+            image = fit(original)
+            self._description[id(image)] = {"image": image_name(source, image), "original_size": list(original.size)}
+            self._loaded[key] = source, image  # the source is kept, so that no other object gets its id
+        return self._loaded[key][1]
+
+    def describe(self, image: Image.Image | None) -> ImageRecord:
+        """Return the name of a loaded image, and its width and height before it was cropped."""
+        return {"image": None, "original_size": None} if image is None else self._description[id(image)]
+
+
+def _cells_to_jobs(adapter: Adapter, cells: Sequence[Cell], given: Cell, inputs: _Inputs) -> list[Job]:
+    """Validate all cells, filling in what they leave out.
+
+    Raises:
+        InputError: an argument of the sweep or of a cell cannot be used.
+    """
+    adapter.check_image(given["image"])
+    validation.text(given["prompt"], "prompt")
+    if given["negative_prompt"] is not None:
+        adapter.check_cell({"negative_prompt": given["negative_prompt"]})
+    if not isinstance(cells, Sequence) or isinstance(cells, (str, bytes)) or not cells:
+        raise InputError(f"cells must be a list of at least one dict, got {validation.short_repr(cells)}")
+    own = {name: adapter.defaults[name] for name in ("strength", "guidance_scale", "num_inference_steps")}
+    jobs = []
+    for i, cell in enumerate(cells):
+        where = f"cell {i}: "
+        arguments = complete_cell(cell, {**own, **given}, where)
+        jobs.append(make_job(arguments, inputs.load(arguments["image"]), where))
+        adapter.check_cell(cell, where)
+    return jobs
+
+
+def complete_cell(cell: Cell, defaults: Cell, where: str) -> Cell:
+    """Return a cell with the defaults for what it leaves out.
+
+    Raises:
+        InputError: it is not a dict, or has an unknown argument; the message starts with ``where``.
+    """
     if not isinstance(cell, dict):
         raise InputError(
             f"{where}a cell must be a dict such as {{'strength': 0.75}}, got {validation.short_repr(cell)}"
         )
     validation.known(cell, defaults, where)
-    given = {**defaults, **cell}
-    steps = validation.num_inference_steps(given["num_inference_steps"], where)
-    strength = validation.strength(given["strength"], where)
+    return {**defaults, **cell}
+
+
+def make_job(arguments: Mapping[str, Any], image: Image.Image | None, where: str) -> Job:
+    """Return a job with validated arguments.
+
+    Raises:
+        InputError: an argument cannot be used; the message starts with ``where``.
+    """
+    steps = validation.num_inference_steps(arguments["num_inference_steps"], where)
+    strength = validation.strength(arguments["strength"], where)
     validation.steps_run(steps, strength, where)
-    negative = given["negative_prompt"]
+    negative = arguments["negative_prompt"]
     return Job(
-        image=None if given["image"] is None else load(given["image"]),
-        prompt=validation.text(given["prompt"], f"{where}prompt"),
+        image=image,
+        prompt=validation.text(arguments["prompt"], f"{where}prompt"),
         negative_prompt=None if negative is None else validation.text(negative, f"{where}negative_prompt"),
         strength=strength,
-        guidance_scale=validation.guidance_scale(given["guidance_scale"], where),
+        guidance_scale=validation.guidance_scale(arguments["guidance_scale"], where),
         num_inference_steps=steps,
-        seed=validation.seed(given["seed"], where),
+        seed=validation.seed(arguments["seed"], where),
     )
 
 
-class _Pictures:
-    """The pictures of a sweep, each read once: the same object for the same source."""
-
-    def __init__(self) -> None:
-        self._read: dict[Any, tuple[Any, Image.Image]] = {}
-        self._original: dict[int, tuple[int, int]] = {}
-
-    def load(self, source: Any) -> Image.Image:
-        name = source if isinstance(source, (str, bytes, Path)) else id(source)
-        if name not in self._read:
-            original = read_image(source)
-            image = fit(original)
-            self._original[id(image)] = original.size
-            self._read[name] = source, image  # the source is held, so that its id is not given again
-        return self._read[name][1]
-
-    def original_size(self, image: Image.Image | None) -> list[int] | None:
-        """Width and height of what was loaded as this, before it was cut to fit."""
-        return None if image is None else list(self._original[id(image)])
+# --- from jobs to records ---------------------------------------------------------------------------------------------
 
 
-# --- records ----------------------------------------------------------------------------------------------------------
+def _jobs_to_records(
+    adapter: Adapter, cells: Sequence[Cell], jobs: Sequence[Job], guidance_rescale: float, inputs: Sequence[ImageRecord]
+) -> list[ImageRecord]:
+    """Return the record of each image, as far as it is known before the image is made."""
+    shared = shared_record(adapter.pipe, guidance_rescale)
+    truncated_text = lru_cache(None)(adapter.truncated_text)
+    records = []
+    for cell, job, source in zip(cells, jobs, inputs, strict=True):
+        texts = {"prompt": job.prompt, "negative_prompt": (job.negative_prompt or "") if job.guided else ""}
+        truncated = {name: end for name, text in texts.items() if (end := truncated_text(text))}
+        record = image_record(adapter, cell, job, source["image"], shared)
+        records.append({**record, "original_size": source["original_size"], "truncated": truncated})
+    return records
+
+
+# --- from records to a plan -------------------------------------------------------------------------------------------
+
+
+def _warn_and_note(
+    adapter: Adapter, cells: Sequence[Cell], jobs: Sequence[Job], records: Sequence[ImageRecord], missing: int
+) -> list[str]:
+    """Return notes on what can run but may surprise, having warned of those that were hardly intended."""
+    warned = [validation.high_guidance(max(job.guidance_scale for job in jobs)), adapter.schedule_note(jobs)]
+
+    # A cell that names both arguments is intended: it shows that without guidance a negative prompt does nothing.
+    unused = [i for i, job in enumerate(jobs) if adapter.ignores_negative(job)]
+    intended = [i for i in unused if {"negative_prompt", "guidance_scale"} <= cells[i].keys()]
+    if surprising := [i for i in unused if i not in intended]:
+        warned.append(f"{validation.unused_negative(jobs[surprising[0]].guidance_scale)}, {_list_cells(surprising)}")
+
+    by_key: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        by_key.setdefault(record["key"], []).append(i)
+    if len(by_key) < len(cells):
+        same = max(by_key.values(), key=len)
+        settings = "; ".join(label(cells[i]) for i in same[:LISTED_CELLS])
+        warned.append(
+            f"{len(cells) - len(by_key)} of {len(cells)} cells repeat another and are not computed again: "
+            f"{_list_cells(same)} give the same image ({settings})"
+        )
+    for name in ("prompt", "negative_prompt"):
+        for end in dict.fromkeys(record["truncated"].get(name) for record in records):
+            warned.append(end and validation.lost(name, end))
+    if missing > MANY_IMAGES:
+        warned.append(f"{missing:,} images are to be made: print the plan of this sweep to see how long that takes")
+
+    warned = [note for note in warned if note]
+    for note in warned:
+        validation.warn(note)
+    mentioned = [f"negative_prompt is unused in {_list_cells(intended)}" if intended else None, adapter.note]
+    return warned + [note for note in mentioned if note]
+
+
+def _list_cells(cells: Sequence[int]) -> str:
+    """Return the numbers of a few cells in words."""
+    more = f" and {len(cells) - LISTED_CELLS} more" if len(cells) > LISTED_CELLS else ""
+    return f"cell{'s' if len(cells) > 1 else ''} {', '.join(map(str, cells[:LISTED_CELLS]))}{more}"
 
 
 def _duration(seconds: float) -> str:

@@ -1,33 +1,122 @@
-"""What made a picture: how a record tells of a pipeline, and how a pipeline is held against what a record tells.
+"""What made an image: the record that its file holds, and how a pipeline is matched with such a record again.
 
-A record may come from a file of a stranger's, so nothing in it is taken on trust: it names no file, and no model or
-scheduler that was not there before.
+A record may come from a stranger's file, so nothing in it is trusted: it cannot name a file to read, and no model or
+scheduler other than those already known.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 
 from decinb.designs import Cell
 from decinb.errors import InputError
-from decinb.models import MODELS, image_size
-from decinb.sampling.adapters import ImageToImage, Job, kind_of
+from decinb.models import MODELS
+from decinb.sampling.base import Adapter
+from decinb.sampling.jobs import Job
 from decinb.utils import validation
+from decinb.utils.environment import versions
 from decinb.utils.labels import ARGUMENTS
 
-Record = dict[str, Any]
+ImageRecord = dict[str, Any]
+"""Everything that is needed to make one image again, and what it took."""
 
-NEEDED = [*ARGUMENTS, "guidance_rescale", "model", "weights", "scheduler", "scheduler_config"]
+CHAIN = "chain"
+"""The field that only records of a chain's images have: its links up to this image."""
+
+MADE_BY = ("model", "weights", "scheduler", "scheduler_config")
+IMAGE_FIELDS = [*ARGUMENTS, "guidance_rescale", *MADE_BY]
+"""The fields that a sweep's image is made again from."""
+
+LINK_ARGUMENTS = (
+    "prompt",
+    "negative_prompt",
+    "strength",
+    "guidance_scale",
+    "num_inference_steps",
+    "guidance_rescale",
+    "takes",
+)
+LINK_FIELDS = ["task", *MADE_BY, *LINK_ARGUMENTS]
+"""The fields that a link of a chain is made again from."""
 
 
-def origin(pipe: DiffusionPipeline) -> Record:
-    """What an image cannot be made again without, whatever the call was."""
+# --- to a record ------------------------------------------------------------------------------------------------------
+
+
+def image_record(
+    adapter: Adapter, cell: Cell, job: Job, image_name: str | None, shared: Mapping[str, Any]
+) -> ImageRecord:
+    """Return the record of a cell's image, with its key, before the image is made.
+
+    Args:
+        adapter: of the pipeline that will make it.
+        cell: as the user wrote it.
+        job: the cell, validated and completed.
+        image_name: what to call the input.
+        shared: what all images of the sweep have in common, from ``shared_record``.
+    """
+    hashed = None if job.image is None else image_hash(job.image)
+    decides = {name: shared[name] for name in ("weights", "scheduler", "scheduler_config", "dtype", "guidance_rescale")}
+    arguments = {name: getattr(job, name) for name in ARGUMENTS} | {"image": image_name}
+    return {
+        "cell": {name: arguments[name] for name in cell},
+        **arguments,
+        "steps_run": job.num_inference_steps - job.skipped,
+        "image_hash": hashed,
+        "image_size": list(adapter.output_size(job)),
+        **shared,
+        "key": key(
+            **decides,
+            image=hashed,
+            prompt=job.prompt,
+            num_inference_steps=job.num_inference_steps,
+            seed=job.seed,
+            **adapter.key_parts(job),
+        ),
+    }
+
+
+def shared_record(pipe: DiffusionPipeline, guidance_rescale: float) -> ImageRecord:
+    """Return what the records of all images of a sweep have in common."""
+    return {"guidance_rescale": guidance_rescale, **pipeline_record(pipe), "versions": versions()}
+
+
+def chain_records(
+    links: Sequence[ImageRecord], seed: int, image: Image.Image | None, image_name: str | None
+) -> list[ImageRecord]:
+    """Return the records of a chain's images, each made by the links up to it.
+
+    Args:
+        links: for each, its task and pipeline class, its ``pipeline_record``, and its ``LINK_ARGUMENTS``.
+        seed: of the generator that all links share.
+        image: the input of the first link, or None.
+        image_name: what to call it.
+    """
+    decides = [{name: link[name] for name in (*LINK_FIELDS, "dtype") if name != "model"} for link in links]
+    hashed = None if image is None else image_hash(image)
+    return [
+        {
+            CHAIN: list(links[:i]),
+            "seed": seed,
+            "image": image_name,
+            "image_hash": hashed,
+            "image_size": None if image is None else list(image.size),
+            "versions": versions(),
+            "key": key(chain=decides[:i], seed=seed, image=hashed),
+        }
+        for i in range(1, len(links) + 1)
+    ]
+
+
+def pipeline_record(pipe: DiffusionPipeline) -> ImageRecord:
+    """Return what an image depends on besides the arguments of the call: the model, scheduler, dtype and device."""
     return {
         "model": model_name(pipe),
         "weights": weights_hash(pipe),
@@ -39,13 +128,13 @@ def origin(pipe: DiffusionPipeline) -> Record:
 
 
 def model_name(pipe: DiffusionPipeline) -> str:
-    """What a pipeline was loaded as."""
+    """Return the name a pipeline was loaded by; of a folder only its last part, since a path is private."""
     name = str(pipe.config.get("_name_or_path") or "unnamed")
-    return Path(name).name if Path(name).is_absolute() else name  # where a folder lies is nobody's business
+    return Path(name).name if Path(name).is_absolute() else name
 
 
-def picture_name(source: Any, image: Image.Image | None) -> str | None:
-    """What to call an input: a sample's or a file's name, else a piece of its hash. Where a file lies is not told."""
+def image_name(source: Any, image: Image.Image | None) -> str | None:
+    """Return what to call an input: the name of its sample or file without the folder, else a part of its hash."""
     if image is None:
         return None
     if isinstance(source, (str, os.PathLike)):
@@ -53,102 +142,19 @@ def picture_name(source: Any, image: Image.Image | None) -> str | None:
     return f"image {image_hash(image)[:6]}"
 
 
-# --- and back ---------------------------------------------------------------------------------------------------------
-
-
-def known_model(record: Record, where: str) -> str:
-    """The model that a record names, if it is one of ``MODELS``: a name in a file is no reason to fetch another."""
-    name = record["model"]
-    if not isinstance(name, str) or name not in MODELS:
-        raise InputError(
-            f"{where!r} was made by {validation.short_repr(name)}, not by one of {', '.join(MODELS)}: give its pipe"
-        )
-    return name
-
-
-def check_weights(pipe: DiffusionPipeline, record: Record, where: str) -> None:
-    """Refuse a pipeline that did not make what the record tells of."""
-    if not isinstance(pipe, DiffusionPipeline):
-        raise InputError(f"pipe must be a pipeline, as load_pipeline gives it, got {validation.short_repr(pipe)}")
-    if weights_hash(pipe) != record["weights"]:
-        raise InputError(f"pipe has other weights than those that made {where!r} ({record['model']})")
-
-
-def scheduler_of(pipe: DiffusionPipeline, record: Record, where: str) -> Any:
-    """The scheduler that a record names, if it is one that the pipeline could have had."""
-    name, config = str(record["scheduler"]), record["scheduler_config"]
-    kinds = {kind.__name__: kind for kind in (type(pipe.scheduler), *pipe.scheduler.compatibles)}
-    if name not in kinds or not isinstance(config, dict):
-        raise InputError(
-            f"{where!r} names the scheduler {validation.short_repr(name)}, which this pipeline cannot have"
-        )
-    if kind_of(pipe) is not None:
-        return kinds[name].from_config(config)
-    if name != type(pipe.scheduler).__name__ or not config.items() <= dict(pipe.scheduler.config).items():
-        raise InputError(f"{where!r} was made with another {name}: load the pipeline anew")  # its call keeps its own
-    return pipe.scheduler
-
-
-def _record(
-    pipe: DiffusionPipeline,
-    kind: ImageToImage | None,
-    cell: Cell,
-    job: Job,
-    shared: Record,
-    image_name: str | None,
-) -> Record:
-    """A cell with everything that made its image. The key is of what decides the pixels, and of nothing else."""
-    hashed = None if job.image is None else image_hash(job.image)
-    decides = {name: shared[name] for name in ("weights", "scheduler", "scheduler_config", "dtype", "guidance_rescale")}
-    made_by = key(
-        **decides,
-        image=hashed,
-        prompt=job.prompt,
-        num_inference_steps=job.num_inference_steps,
-        seed=job.seed,
-        **_deciding(pipe, kind, job),
-    )
-    arguments = {name: getattr(job, name) for name in ARGUMENTS} | {"image": image_name}
-    side = image_size(pipe)
-    return {
-        "cell": {name: arguments[name] for name in cell},
-        **arguments,
-        "steps_run": job.num_inference_steps - job.skipped,
-        "image_hash": hashed,
-        "image_size": [side, side] if job.image is None else list(job.image.size),
-        **shared,
-        "key": made_by,
-    }
-
-
-def _deciding(pipe: DiffusionPipeline, kind: ImageToImage | None, job: Job) -> Record:
-    """The part of a job that decides its pixels through something else: without guidance no words stand against it."""
-    # From text alone nothing but the pipeline says how large a picture is.
-    size = {"size": image_size(pipe)} if job.image is None else {}
-    if kind is None:  # what its own call makes of it is not known here
-        given = {name: getattr(job, name) for name in ("negative_prompt", "guidance_scale", "strength")}
-        return {**size, **given, "pipeline": type(pipe).__name__}
-    return {
-        **size,
-        "negative_prompt": kind.against(job).text if job.guided else "",
-        "guidance_scale": job.guidance_scale if job.guided else 1.0,
-        "skipped": job.skipped,
-    }
-
-
 def key(**made_by: Any) -> str:
-    """A short name for everything that decides an image's pixels."""
+    """Return a short hash of everything that decides an image's pixels. Equal keys mean equal images."""
     return hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def image_hash(image: Image.Image) -> str:
-    """A name for a picture's pixels."""
+    """Return a hash of an image's mode, size and pixels."""
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()[:16]
 
 
 @torch.no_grad()
 def weights_hash(pipe: DiffusionPipeline) -> str:
-    """A name for a model's weights, from a few values of every one of its tensors: a moment's work for any size."""
+    """Return a hash of the names, shapes and some 61 values of every tensor, which is quick for a model of any size."""
     digest = hashlib.sha256()
     for part, module in sorted(pipe.components.items()):
         if isinstance(module, torch.nn.Module):
@@ -157,3 +163,46 @@ def weights_hash(pipe: DiffusionPipeline) -> str:
             digest.update(f"{part} {[(name, *tensor.shape) for name, tensor in tensors.items()]}".encode())
             digest.update(torch.cat(few).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+# --- from a record ----------------------------------------------------------------------------------------------------
+
+
+def known_model(record: ImageRecord, where: str) -> str:
+    """Return the model that a record names, if it is in ``MODELS``: a file must not make decinb fetch any other.
+
+    Raises:
+        InputError: it is not.
+    """
+    name = record["model"]
+    if not isinstance(name, str) or name not in MODELS:
+        raise InputError(
+            f"{where!r} was made by {validation.short_repr(name)}, not by one of {', '.join(MODELS)}: give its pipe"
+        )
+    return name
+
+
+def check_weights(pipe: DiffusionPipeline, record: ImageRecord, where: str) -> None:
+    """Refuse a pipeline with other weights than a record names."""
+    if weights_hash(pipe) != record["weights"]:
+        raise InputError(f"pipe has other weights than those that made {where!r} ({record['model']})")
+
+
+def restore_scheduler(adapter: Adapter, record: ImageRecord, where: str) -> SchedulerMixin:
+    """Return the scheduler that a record names, if the pipeline can use it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    own = adapter.pipe.scheduler
+    name, config = str(record["scheduler"]), record["scheduler_config"]
+    allowed = {cls.__name__: cls for cls in (type(own), *own.compatibles)}
+    if name not in allowed or not isinstance(config, dict):
+        raise InputError(
+            f"{where!r} names the scheduler {validation.short_repr(name)}, which {adapter.name} cannot use"
+        )
+    if not adapter.fixed_scheduler:
+        return allowed[name].from_config(config)
+    if name != type(own).__name__ or not config.items() <= dict(own.config).items():
+        raise InputError(f"{where!r} was made with another {name}: load the pipeline again")
+    return own

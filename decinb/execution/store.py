@@ -1,11 +1,10 @@
 """The folder of a sweep: a PNG for every finished image, and a manifest that lists what belongs to it.
 
-Each PNG holds its record and the input picture, so it can be made again from itself alone. What decides an image's
-pixels is summed up in its key; an image is found again by its key, whatever design it was asked for in.
+Each PNG holds its record and its input, so the image can be made again from the file alone. An image is found by its
+key, the hash of everything that decides its pixels, whatever design asked for it.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -14,20 +13,18 @@ from typing import Any, overload
 from PIL import Image
 
 from decinb.errors import InputError
-from decinb.execution.provenance import Record
-from decinb.images import part_of, read_input, read_record, save_image
+from decinb.execution.provenance import CHAIN, ImageRecord
+from decinb.images import read_input, read_record, save_image
+from decinb.utils.files import write_atomically
 from decinb.utils.labels import SHORT, plain
 from decinb.utils.locks import file_lock
-
-pass
-
 
 MANIFEST = "sweep.json"
 LOCK = ".lock"
 
 
 class Images(Sequence):
-    """Pictures that are in memory or wait on disk, where they are read from when they are asked for."""
+    """Images in memory or on disk; those on disk are read whenever they are accessed."""
 
     def __init__(self, sources: Sequence[Image.Image | Path]):
         self.sources = list(sources)
@@ -41,91 +38,109 @@ class Images(Sequence):
     def __getitem__(self, index: slice) -> list[Image.Image]: ...
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [_open(source) for source in self.sources[index]]
-        return _open(self.sources[index])
+            return [open_image(source) for source in self.sources[index]]
+        return open_image(self.sources[index])
 
 
-def _open(source: Image.Image | Path) -> Image.Image:
+def open_image(source: Image.Image | Path) -> Image.Image:
+    """Return an image that is in memory, or in a PNG file."""
     if isinstance(source, Image.Image):
         return source
     with Image.open(source, formats=("PNG",)) as image:
         return image.convert("RGB")
 
 
+def file_name(record: ImageRecord) -> str:
+    """Return the file name of a record's image: its settings, or its place in a chain, and its key."""
+    if CHAIN in record:
+        settings = f"link-{len(record[CHAIN]) - 1}_seed-{record['seed']}"
+    else:
+        settings = "_".join(f"{SHORT[name]}-{plain(record[name])}" for name in SHORT)
+    return f"{settings}_{record['key']}.png"
+
+
 class Store:
-    """A folder that images are written to and found in again."""
+    """A folder of images, each saved with the record of what made it."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def path(self, record: Record) -> Path:
-        """The file of a record: its settings in words, and its key."""
-        words = "_".join(f"{SHORT[name]}-{plain(record[name])}" for name in SHORT)
-        return self.folder / f"{words}_{record['key']}.png"
+    def path(self, record: ImageRecord) -> Path:
+        """Return where a record's image belongs, whether or not it is there."""
+        return self.folder / file_name(record)
 
-    def find(self, records: Sequence[Record]) -> dict[str, Path]:
-        """By key, a whole file with the image of each record that has one, under its own name or another's."""
-        named: dict[str, list[Path]] = {}
+    def find(self, records: Sequence[ImageRecord]) -> dict[str, Path]:
+        """Return by key the complete files of records' images, whatever settings their names show."""
+        by_key: dict[str, list[Path]] = {}
         for path in sorted(self.folder.glob("*_*.png")):
-            named.setdefault(path.stem.rpartition("_")[2], []).append(path)
+            by_key.setdefault(path.stem.rpartition("_")[2], []).append(path)
         found = {}
         for record in records:
-            candidates = named.get(record["key"], []) if record["key"] not in found else []
-            if path := next((path for path in candidates if self.held(path, record)), None):
+            candidates = by_key.get(record["key"], []) if record["key"] not in found else []
+            if path := next((path for path in candidates if self.read_saved(path, record)), None):
                 found[record["key"]] = path
         return found
 
-    def held(self, path: Path, record: Record) -> Record | None:
-        """What stands in a file, if it is a whole one with the image of this record."""
+    def read_saved(self, path: Path, record: ImageRecord) -> ImageRecord | None:
+        """Return the record in a file, or None unless the file is complete and holds this record's image."""
         try:
-            inside = read_record(path)
-        except InputError:  # not there, cut short, or not ours
+            saved = read_record(path)
+        except InputError:  # missing, incomplete, or not written by decinb
             return None
-        return inside if inside.get("key") == record["key"] else None
+        return saved if saved.get("key") == record["key"] else None
 
-    def save(self, image: Image.Image, record: Record, input_image: Image.Image | None) -> Path:
-        """Write an image, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def keep(
+        self, image: Image.Image | Path, record: ImageRecord, input_image: Image.Image | None
+    ) -> tuple[Path, ImageRecord]:
+        """Save an image unless the folder has it already; return its file and the record in it.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
         path = self.path(record)
-        save_image(image, path, record, input_image)
-        return path
+        if saved := self.read_saved(path, record):
+            return path, saved
+        self.save(open_image(image), record, input_image)
+        return path, record
 
-    def note(self, records: Sequence[Record]) -> None:
-        """Add records to the manifest: what is asked for here, finished or not."""
+    def save(self, image: Image.Image, record: ImageRecord, input_image: Image.Image | None) -> None:
+        """Write an image completely or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_image(image, self.path(record), record, input_image)
+
+    def list_cells(self, records: Sequence[ImageRecord]) -> None:
+        """Add cells to the manifest, which lists all that was asked for in this folder, finished or not."""
         self.folder.mkdir(parents=True, exist_ok=True)
         listed = {entry["file"]: entry for entry in self._entries()}
         for record in records:
             listed.setdefault(self.path(record).name, {"file": self.path(record).name, "cell": record["cell"]})
-        part = part_of(self.folder / MANIFEST)
-        part.write_text(json.dumps({"cells": list(listed.values())}, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self.folder / MANIFEST)
+        manifest = json.dumps({"cells": list(listed.values())}, indent=1) + "\n"
+        write_atomically(self.folder / MANIFEST, manifest.encode())
 
-    def alone(self) -> AbstractContextManager[None]:
-        """Work in the folder while no other process does; it waits until then, and says so."""
-        with suppress(OSError):  # who cannot write there has nothing to lock either
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes out of the folder inside the ``with`` block, waiting first for one that is in it."""
+        with suppress(OSError):  # a folder that cannot be written to needs no lock
             self.folder.mkdir(parents=True, exist_ok=True)
         return file_lock(
             self.folder / LOCK, f"folder {str(self.folder)!r} is in use by another process: waiting until it is done"
         )
 
-    def read(self) -> tuple[list[Path], list[Record], Image.Image | None]:
-        """The finished images of the manifest, in its order: files, records, and the input of the first, if it has one.
+    def read(self) -> tuple[list[Path], list[ImageRecord], Image.Image | None]:
+        """Return the files and records of all finished images in the manifest's order, and the input of the first.
 
         Raises:
-            InputError: there is no manifest, it is damaged, or nothing in it is finished.
+            InputError: there is no manifest, it is damaged, or none of its images is finished.
         """
         if not (self.folder / MANIFEST).is_file():
             raise InputError(f"folder {str(self.folder)!r} holds no sweep: there is no {MANIFEST} in it")
         paths, records = [], []
         for entry in self._entries():
-            path = self.folder / Path(str(entry["file"])).name  # a name, never a way out of the folder
-            try:
+            path = self.folder / Path(str(entry["file"])).name  # only the name: it must not lead out of the folder
+            with suppress(InputError):  # not finished
                 records.append(read_record(path))
                 paths.append(path)
-            except InputError:
-                continue  # not finished
         if not records:
-            raise InputError(f"folder {str(self.folder)!r} holds a sweep of which no image is finished yet")
+            raise InputError(f"folder {str(self.folder)!r} holds a sweep, but no image of it is finished yet")
         return paths, records, None if records[0]["image"] is None else read_input(paths[0])
 
     def _entries(self) -> list[dict[str, Any]]:

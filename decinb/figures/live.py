@@ -1,227 +1,205 @@
-"""What is to be seen while a sweep runs: a bar that counts the U-Net's rows, and in a notebook a grid that fills."""
+"""Show a sweep while it runs: a progress bar in rows of the U-Net, and in a notebook a grid that fills."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from time import perf_counter
-from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageChops
 from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
-from decinb.figures.layout import Record, lay_out, titles
-from decinb.sampling.adapters import kind_of
+from decinb.figures.layout import CellValues, in_sequence, lay_out
+from decinb.figures.page import SMALLEST, Page, Tile, compose
+from decinb.sampling.adapters import adapter_of
 from decinb.utils.environment import in_notebook
-from decinb.utils.labels import wrap
 
-PAUSE = 0.5  # seconds at least between two states of the grid
-SHARE = 0.05  # of the time at most goes into showing it
+PAUSE = 0.5  # seconds between two updates of the grid, at least
+DISPLAY_FRACTION = 0.05  # of the running time, at most, goes into updating the grid
 
-SIDE = 960  # pixels of the grid at most, both ways
-LARGEST = 224  # pixels of one picture's width at most
-READABLE = 80  # pixels of width below which no title is written
-GAP, LETTERS, LINE, LINES = 4, 11, 14, 2
-PAPER, EMPTY, EDGE, INK = "#ffffff", "#f6f6f6", "#cccccc", "#222222"
+SIDE = 960  # pixels of the longer side of the grid, at most
+RESOLUTION = 100  # pixels per inch, at most
+READABLE = 50  # pixels per inch below which labels are left out
 
-FITTED = 128  # pixels of the longer side of the picture that the preview's colours are fitted on
+FITTED = 128  # pixels of the longer side of the image on which the colours of previews are fitted
 
 
-class Bar:
-    """A bar in rows of the U-Net, the one thing that takes time, with an estimate of the time left.
+def progress_bar(total_rows: int, show: bool = True) -> tqdm:
+    """Make a bar that counts rows of the U-Net, which take nearly all the time, and estimates the time left.
 
-    A widget in a notebook, text in a terminal, nothing at all if it is not wanted. To be used in a ``with`` block.
+    It is a widget in a notebook and text in a terminal. Use it in a ``with`` block.
     """
-
-    def __init__(self, total_rows: int, show: bool = True):
-        # Little smoothing: the rate of the last moments says less than that of all rows so far.
-        self._bar = tqdm(total=total_rows, desc="sweep", unit="row", disable=not show, leave=False, smoothing=0.1)
-
-    def update(self, rows: int) -> None:
-        """So many more rows are done."""
-        self._bar.update(rows)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self._bar.close()
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    # Little smoothing: the average rate of all rows predicts better than that of the last few.
+    return tqdm(total=total_rows, desc="sweep", unit="row", disable=not show, leave=False, smoothing=0.1)
 
 
 class LiveGrid:
-    """In a notebook, a grid of all cells that fills while they are made. Anywhere else it does nothing.
+    """In a notebook, show a grid of all cells that fills while they are made. Do nothing anywhere else.
 
-    The grid is one picture that is replaced at most twice a second, and less often where that would take time from the
-    sweep. Cells under way are shown as their latents, turned into colours without the VAE.
+    The grid is one image that is replaced at most twice a second, and less often if updates would slow down the sweep.
+    Cells in progress appear as previews: their latents, turned into colours without the VAE.
 
     Args:
         pipe: the pipeline that makes the images.
-        image: the input, for the colours of the previews; without one there are none.
-        records: the arguments of every cell, in the order of their numbers.
+        image: the input, on which the colours of previews are fitted; None shows no previews.
+        cells: the arguments of every cell, in the order of their numbers, with ``image_size`` (width, height).
     """
 
-    def __init__(self, pipe: DiffusionPipeline, image: Image.Image | None, records: Sequence[Record]):
-        self._montage: Montage | None = None
+    def __init__(self, pipe: DiffusionPipeline, image: Image.Image | None, cells: Sequence[CellValues]):
+        self._canvas: Canvas | None = None
         if not in_notebook():
             return
         from IPython.display import display
 
-        self._montage = Montage(records, image.size if image else records[0]["image_size"])
-        self._matrix = None if image is None or kind_of(pipe) is None else latent_to_rgb(pipe, image)
-        self._latents: dict[int, Tensor] = {}  # that came since the grid was shown last
-        self._missing = set(range(len(records)))
-        self._handle = display(self._picture(), display_id=True)
+        self._canvas = Canvas(cells, image)
+        self._matrix = None if image is None or not adapter_of(pipe).exposes_latents else latent_to_rgb(pipe, image)
+        self._latents: dict[int, Tensor] = {}  # received since the last update
+        self._missing = set(range(len(cells)))
+        self._handle = display(self._shown(), display_id=True)
         self._next = perf_counter() + PAUSE
 
     def show(self, index: int, image: Image.Image) -> None:
-        """Cell ``index`` is finished."""
-        if self._montage is None:
+        """Show the finished image of cell ``index``."""
+        if self._canvas is None:
             return
         self._latents.pop(index, None)
         self._missing.discard(index)
-        self._montage.put(index, image)
-        self._refresh(now=not self._missing)
+        self._canvas.put(index, image)
+        self._update(now=not self._missing)
 
     def preview(self, index: int, latents: Tensor) -> None:
-        """Cell ``index`` has come so far."""
-        if self._montage is None or self._matrix is None or index not in self._missing:
+        """Show the unfinished latents of cell ``index``, (1, channels, height, width)."""
+        if self._canvas is None or self._matrix is None or index not in self._missing:
             return
         self._latents[index] = latents
-        self._refresh()
+        self._update()
 
     def close(self) -> None:
-        """Show what has come since the grid was shown last, if anything."""
-        if self._montage is not None:
-            self._refresh(now=True)
+        """Show what was received since the last update."""
+        if self._canvas is not None:
+            self._update(now=True)
 
-    def _refresh(self, now: bool = False) -> None:
+    def _update(self, now: bool = False) -> None:
         started = perf_counter()
         if started < self._next and not now:
             return
         for index, latents in self._latents.items():
-            self._montage.put(index, preview(latents, self._matrix))
+            self._canvas.put(index, preview(latents, self._matrix))
         self._latents.clear()
-        self._handle.update(self._picture())
+        self._handle.update(self._shown())
         ended = perf_counter()
-        self._next = ended + max(PAUSE, (ended - started) / SHARE)
+        self._next = ended + max(PAUSE, (ended - started) / DISPLAY_FRACTION)
 
-    def _picture(self) -> Any:
-        from IPython.display import Image as Shown
+    def _shown(self) -> Any:
+        from IPython.display import Image as DisplayedImage
 
-        return Shown(data=self._montage.png(), format="png")
+        return DisplayedImage(data=self._canvas.png(), format="png")
 
 
-class Montage:
-    """A picture of all cells in rows and columns, each under what tells it from the others; empty at first.
+class Canvas:
+    """The page of a sweep as an image in pixels, with empty boxes at first; images are pasted into the boxes.
+
+    It looks like the printed figure. If its labels would be too small to read, the cells follow each other without
+    labels instead.
 
     Args:
-        records: the arguments of every cell.
-        size: width and height of the images to come.
+        cells: the arguments of every cell, with ``image_size`` (width, height).
+        image: the input, shown if all cells have the same.
+
+    Attributes:
+        image: all cells, at most ``SIDE`` pixels wide and high.
+        boxes: left, top, right and lower edge of cells, by their index, in pixels. Of equal cells only one has a box.
     """
 
-    def __init__(self, records: Sequence[Record], size: tuple[int, int]):
-        layout = lay_out(records)
-        aspect = size[1] / size[0]
-        square = math.ceil(math.sqrt(len(records) * aspect))
-        table = len(layout.rows), len(layout.columns)
-        bunch = math.ceil(len(records) / square), square
-        places = {index: place for place, index in layout.places.items()}
-        self._title_height = LINES * LINE
-        width = self._fitting_width(*table, aspect, size[0])
-        told = [[""] for _ in records]
-        if width < READABLE:
-            self._title_height = 0
-            width = self._fitting_width(*table, aspect, size[0])
-            if (wider := self._fitting_width(*bunch, aspect, size[0])) > width:
-                width, table = wider, bunch
-                places = {index: divmod(index, square) for index in range(len(records))}
-        else:
-            told = [wrap(title, lambda line: _font().getlength(line) <= width, LINES) for title in titles(records)]
-            self._title_height = LINE * max(map(len, told))
-        self._size = width, max(1, int(width * aspect))
-        self._corners = {index: self._corner(*place) for index, place in places.items()}
-        right, bottom = self._corner(*table)
-        self.image = Image.new("RGB", (right, bottom - self._title_height), PAPER)
-        pen = ImageDraw.Draw(self.image)
-        for index, (x, y) in self._corners.items():
-            pen.rectangle((x, y, x + self._size[0] - 1, y + self._size[1] - 1), EMPTY, EDGE)
-            for number, line in enumerate(reversed(told[index])):
-                pen.text((x + width / 2, y - 4 - number * LINE), line, INK, _font(), anchor="ms")
+    def __init__(self, cells: Sequence[CellValues], image: Image.Image | None = None):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        page = _page(cells, image)
+        resolution = _resolution(page)
+        drawing = FigureCanvasAgg(page.draw(Figure(dpi=resolution, facecolor="white")))
+        drawing.draw()
+        self.image = Image.fromarray(np.asarray(drawing.buffer_rgba())).convert("RGB")
+        self.boxes: dict[int, tuple[int, int, int, int]] = {}
+        for place, tile in page.tiles.items():
+            if tile.cell is not None:
+                left, top, width, height = (length * resolution for length in page.boxes[place])
+                # Rounded down, so that no box reaches into the next.
+                left, top, width, height = round(left), round(top), max(1, int(width)), max(1, int(height))
+                self.boxes[tile.cell] = left, top, left + width, top + height
 
     def put(self, index: int, image: Image.Image) -> None:
-        """Put a picture of any size into a cell's place."""
-        if index in self._corners:  # of cells that are the same in all, only the first has one
-            self.image.paste(image.convert("RGB").resize(self._size), self._corners[index])
+        """Paste an image of any size into the box of a cell."""
+        if index in self.boxes:
+            left, top, right, bottom = self.boxes[index]
+            self.image.paste(image.convert("RGB").resize((right - left, bottom - top)), (left, top))
 
     def png(self) -> bytes:
-        """The picture as a file."""
+        """Return the image as a PNG file."""
         file = io.BytesIO()
-        self.image.save(file, "PNG", compress_level=1)  # several times faster than the usual, and not much larger
+        self.image.save(file, "PNG", compress_level=1)  # several times faster than the default, and hardly larger
         return file.getvalue()
 
-    def _fitting_width(self, rows: int, columns: int, aspect: float, most: int) -> int:
-        across = (SIDE - GAP) / columns - GAP
-        down = ((SIDE - GAP) / rows - GAP - self._title_height) / aspect
-        return max(4, int(min(most, LARGEST, across, down)))
 
-    def _corner(self, row: int, column: int) -> tuple[int, int]:
-        width, height = self._size
-        return GAP + column * (width + GAP), GAP + self._title_height + row * (height + self._title_height + GAP)
+def _page(cells: Sequence[CellValues], image: Image.Image | None) -> Page:
+    """Make the page of a sweep without its images, with labels only if they can be read."""
+
+    def tile(index: int) -> Tile:
+        return Tile(None, shape=tuple(cells[index]["image_size"]))
+
+    inputs = {} if image is None or len({cell["image"] for cell in cells}) > 1 else {cells[0]["image"]: image}
+    layout = lay_out(cells, free=len(inputs))
+    if max(len(layout.rows), len(layout.columns)) * SMALLEST * READABLE <= SIDE:
+        page = compose(layout, cells, tile, inputs)
+        if _resolution(page) >= READABLE:
+            return page
+    columns = math.ceil(math.sqrt(len(cells) * tile(0).aspect))
+    return compose(in_sequence(len(cells), columns), cells, tile, {})
 
 
-@lru_cache(1)
-def _font() -> ImageFont.FreeTypeFont:
-    """Pillow's own letters are Latin only; those of matplotlib are always there too, and know more."""
-    from matplotlib import font_manager
-
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), LETTERS)
+def _resolution(page: Page) -> float:
+    """Return the pixels per inch at which a page is shown."""
+    return min(RESOLUTION, SIDE / max(page.size))
 
 
 @torch.no_grad()
 def latent_to_rgb(pipe: DiffusionPipeline, image: Image.Image) -> Tensor:
-    """From a latent pixel and a 1 to red, green and blue: the matrix that comes nearest to the pipeline's own VAE.
+    """Fit a linear map from latent pixels to colours that approximates the decoder of the pipeline's VAE.
 
-    It is fitted by least squares on the picture as the VAE encodes it, averaged down to the size of the latents. The
-    picture is taken in six colourings, since its own colours alone would say nothing about others.
+    The fit is by least squares on an image as the VAE encodes it, averaged down to the size of the latents. Six
+    colourings of the image are used, since its own colours alone would say nothing about others.
 
     Returns:
-        A tensor of a row for each latent channel and one more, and three columns: colours from 0 to 1.
+        A matrix (latent channels + 1, 3), whose last row is the constant; colours are from 0 to 1.
     """
-    factor, kind = pipe.vae_scale_factor, kind_of(pipe)(pipe)
-    shrink = min(1, FITTED / max(image.size))
-    width, height = (max(1, round(side * shrink / factor)) * factor for side in image.size)
+    factor, adapter = pipe.vae_scale_factor, adapter_of(pipe)
+    scale = min(1, FITTED / max(image.size))
+    width, height = (max(1, round(side * scale / factor)) * factor for side in image.size)
     red, green, blue = image.convert("RGB").resize((width, height)).split()
-    turned = [Image.merge("RGB", bands) for bands in ((red, green, blue), (green, blue, red), (blue, red, green))]
-    coloured = [*turned, *map(ImageChops.invert, turned)]
+    rotated = [Image.merge("RGB", bands) for bands in ((red, green, blue), (green, blue, red), (blue, red, green))]
 
-    pixels = kind.pixels(coloured)
-    latents = kind.scale(retrieve_latents(kind.encode(pixels), sample_mode="argmax"))
+    pixels = adapter.preprocess([*rotated, *map(ImageChops.invert, rotated)])
+    latents = adapter.scale(retrieve_latents(adapter.encode(pixels), sample_mode="argmax"))
     colours = interpolate(pixels.float() / 2 + 0.5, latents.shape[-2:], mode="area")
-    # The CPU's default cannot solve it where the picture is of one colour; this one can.
+    # The default driver on a CPU needs full rank, which an image of one colour does not give.
     return torch.linalg.lstsq(_with_one(latents), colours.movedim(1, -1).flatten(0, 2).cpu(), driver="gelsd").solution
 
 
 def preview(latents: Tensor, matrix: Tensor) -> Image.Image:
-    """A small picture of one cell's latents, a pixel for each of theirs, through the matrix of ``latent_to_rgb``."""
+    """Turn the latents of one cell into a small image, one pixel each, with the matrix of ``latent_to_rgb``."""
     colours = (_with_one(latents[:1]) @ matrix).reshape(*latents.shape[-2:], 3)
     return Image.fromarray((255 * colours.nan_to_num().clamp(0, 1)).round().to(torch.uint8).numpy())
 
 
 def _with_one(latents: Tensor) -> Tensor:
-    """A row for each latent pixel: its channels, and a 1."""
+    """Return one row for each latent pixel: its channels, and a 1."""
     pixels = latents.detach().float().cpu().movedim(1, -1).flatten(0, 2)
     return torch.cat([pixels, torch.ones(len(pixels), 1)], dim=1)

@@ -1,1 +1,1 @@
-"""Denoise many images together, or one after the other, through one adapter a pipeline."""
+"""Turn jobs into images, through one adapter for each pipeline."""

@@ -1,12 +1,13 @@
-"""Packed denoising: images with other settings share U-Net calls, and each comes out as if it had been made alone.
+"""Packed denoising: jobs with different settings share U-Net calls, and each image comes out as if made alone.
 
-A U-Net takes one timestep a row, so the rows of one call need not agree on anything. Each live cell has a scheduler,
-latents and timesteps of its own. A tick gathers the rows of all live cells, calls the U-Net once, and lets every cell's
-scheduler take its step; cells that are done leave, waiting ones join. No sampler is written again here: any scheduler
-of diffusers runs, and draws its random numbers in the order of the stock pipeline.
+A U-Net takes one timestep per row, so the rows of a call need not agree on anything. Every active job has its own
+scheduler, latents and timesteps. Each step gathers the rows of all active jobs, calls the U-Net once, and lets each
+scheduler advance its own job; finished jobs leave and waiting ones join. No sampler is reimplemented: any diffusers
+scheduler works, and random numbers are drawn in the order of the stock pipeline.
 """
 
 import math
+from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,145 +22,198 @@ from PIL import Image
 from torch import Tensor
 
 from decinb.errors import InputError
-from decinb.sampling.adapters import Job, Words, kind_of
+from decinb.sampling.base import Adapter
+from decinb.sampling.jobs import Conditioning, Job, Result, Step
 from decinb.unet_nas import UNetNAS
+from decinb.utils import validation
 
-DECODED = 4  # latents a call of the VAE's decoder, which gains little from more and needs much memory for each
-REMEMBERED = 64  # prompts whose encodings are kept
-OUTGROWN = 1e4  # latents are a few units large; these are none that a U-Net could read
+DECODE_BATCH = 4  # latents per call of the VAE's decoder: more gain little speed and take much memory
+CACHED_PROMPTS = 64  # encoded prompts kept at least
+LARGE_LATENT = 1e4  # latents are a few units large; a U-Net cannot handle values beyond this
 
-# Rows a call: a small picture leaves even a CPU half idle, a large one does not.
-PIXELS = {"cpu": 64 * 16 * 16, "mps": 16 * 64 * 64, "cuda": 64 * 64 * 64}
+# Latent pixels per U-Net call: one small image leaves even a CPU half idle, a large one does not.
+LATENT_PIXELS = {"cpu": 64 * 16 * 16, "mps": 16 * 64 * 64, "cuda": 64 * 64 * 64}
 MAX_ROWS = 64
 
-Given, Made = TypeVar("Given"), TypeVar("Made")
+Item, Output = TypeVar("Item"), TypeVar("Output")
 
 
-@dataclass(frozen=True)
-class Done:
-    """A job that has ended: its number in the list, its picture or what went wrong, and its share of the time.
+class BatchedAdapter(Adapter):
+    """A pipeline whose jobs can share U-Net calls. Subclasses say what each stage of its stock call does.
 
-    A picture that a safety checker took for unsafe is black, and ``blacked_out``; a fault never gives a picture.
+    Stages draw the same random numbers in the same order as the stock call.
     """
 
-    index: int
-    image: Image.Image | None
-    fault: str | None
-    seconds: float
-    blacked_out: bool = False
+    exposes_latents = True
+    extra_channels = 0
 
+    def __init__(self, pipe: DiffusionPipeline):
+        super().__init__(pipe)
+        self.device = pipe._execution_device  # looked up once: diffusers goes through all components for it
 
-@dataclass(frozen=True)
-class Tick:
-    """What one packed call has done: the U-Net's rows, or 0 and what the VAE decoded; and all live latents by index."""
+    # --- the stages ---
 
-    rows: int
-    done: list[Done]
-    live: dict[int, Tensor]
+    @abstractmethod
+    def latent_size(self, job: Job) -> tuple[int, int]:
+        """Return the height and width of a job's latents."""
 
+    @abstractmethod
+    def encode_image(self, image: Image.Image | None) -> Any:
+        """Encode an input image, once for all jobs that share it."""
 
-def denoise(
-    pipe: DiffusionPipeline,
-    jobs: Sequence[Job],
-    pack: int | None = None,
-    guidance_rescale: float = 0.0,
-) -> Iterator[Tick]:
-    """Make an image for every job, many in each U-Net call.
+    @abstractmethod
+    def prepare_latents(
+        self, job: Job, encoded: Any, scheduler: SchedulerMixin, timestep: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Return a job's first latents, (1, channels, height, width)."""
 
-    The longest jobs begin first, so that the calls stay full until the end. At any time only a pack of latents is held.
-    Where a call runs out of memory, the pack is halved and the call made again.
+    def extra_input(self, encoded: Any) -> Tensor | None:
+        """Return the channels that the U-Net sees beside the latents at every step, or None."""
+        return None
 
-    Args:
-        pipe: one of the pipelines in ``decinb.sampling.adapters``.
-        jobs: what to make.
-        pack: the most rows in a U-Net call (a guided job has two); None suits it to the device and the pictures' size.
-        guidance_rescale: 0 to 1, how much of the contrast that guidance adds is taken back (Lin et al. (2023),
-            arXiv:2305.08891, section 3.4). The stock image to image has no such thing, which is 0.
+    def conditionings(self, job: Job) -> list[Conditioning]:
+        """Return what each row of a job is conditioned on: the prompt, and with guidance the negative prompt."""
+        return [Conditioning(job.prompt), self.negative(job)] if job.guided else [Conditioning(job.prompt)]
 
-    Yields:
-        A ``Tick`` when jobs begin, after each step of all that live, and after each call of the VAE's decoder. A job
-        whose numbers are none any more ends at that step, with a fault that names the part it came from. On an
-        error, or a ``KeyboardInterrupt``, what had been denoised is still decoded and brought before it is raised.
+    def negative(self, job: Job) -> Conditioning:
+        """Return the conditioning that guidance moves away from."""
+        return Conditioning(job.negative_prompt or "", True)
 
-    Raises:
-        InputError: the pipeline is of another kind, or its U-Net was distilled to take the guidance scale as an input.
-        torch.OutOfMemoryError: or what the device raises where not even a single row fits.
-    """
-    if kind_of(pipe) is None:
-        raise InputError(f"pipe: a {type(pipe).__name__} is not of Stable Diffusion's kind, and cannot be packed")
-    if getattr(pipe.unet.config, "time_cond_proj_dim", None):
-        raise InputError(
-            "pipe: a U-Net that takes the guidance scale as an input (time_cond_proj_dim) cannot be packed"
-        )
-    return _Packer(pipe, jobs, pack, guidance_rescale).run()
+    @abstractmethod
+    def encode_prompt(self, conditioning: Conditioning, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return the tensors, one row each, that condition the U-Net on a text at a latent size."""
 
+    def unet_arguments(self, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """Combine encoded prompts into the arguments of one U-Net call."""
+        return {name: torch.cat([row[name] for row in encoded]) for name in encoded[0]}
 
-def fitting_pack(pipe: DiffusionPipeline, jobs: Sequence[Job]) -> int:
-    """How many rows of the largest picture make a U-Net call that uses the device well."""
-    kind = kind_of(pipe)(pipe)
-    area = max((math.prod(kind.size(job)) for job in jobs), default=1)
-    return max(2, min(MAX_ROWS, PIXELS.get(pipe._execution_device.type, PIXELS["cpu"]) // area))
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> list[tuple[Image.Image | None, bool]]:
+        """Return for each latent its image, None if it is not finite, and whether a safety checker blacked it out."""
 
+    # --- planning ---
 
-@torch.no_grad()
-def seconds_per_row(pipe: DiffusionPipeline, jobs: Sequence[Job]) -> float:
-    """The time that a row of a full U-Net call takes on these jobs, from one call after another to warm up."""
-    packer = _Packer(pipe, jobs, None, 0.0)
-    packer._join()
-    rows = [(cell.sample(), cell.timestep, words) for cell in packer.live for words in cell.words]
-    for _ in range(2):
-        started = perf_counter()
-        packer._predict(*map(list, zip(*rows, strict=True)))
-        packer._synchronize()
-    return (perf_counter() - started) / len(rows)
+    def key_parts(self, job: Job) -> dict[str, Any]:
+        return {
+            **super().key_parts(job),
+            "negative_prompt": self.negative(job).text if job.guided else "",
+            "guidance_scale": job.guidance_scale if job.guided else 1.0,
+            "skipped": job.skipped,
+        }
+
+    def count_calls(self, jobs: Sequence[Job]) -> list[int]:
+        calls: dict[tuple[int, int], int] = {}
+        for i, job in enumerate(jobs):
+            steps = job.num_inference_steps, job.skipped
+            if steps not in calls:
+                try:
+                    calls[steps] = len(job.schedule(self.pipe.scheduler, self.device)[1])
+                except Exception as error:
+                    name = type(self.pipe.scheduler).__name__
+                    raise InputError(
+                        f"cell {i}: {name} cannot run {job.num_inference_steps} steps at strength {job.strength:g}: "
+                        f"{' '.join(str(error).split())}"
+                    ) from error
+        return [calls[job.num_inference_steps, job.skipped] for job in jobs]
+
+    def rows(self, job: Job) -> int:
+        return 2 if job.guided else 1
+
+    def default_max_rows(self, jobs: Sequence[Job]) -> int:
+        """Return how many rows of the largest image make a U-Net call that uses the device well."""
+        area = max((math.prod(self.latent_size(job)) for job in jobs), default=1)
+        return max(2, min(MAX_ROWS, LATENT_PIXELS.get(self.device.type, LATENT_PIXELS["cpu"]) // area))
+
+    @torch.no_grad()
+    def seconds_per_row(self, jobs: Sequence[Job]) -> float:
+        """Measure the time one row of a full U-Net call takes on these jobs, after one call to warm up."""
+        packed = _PackedRun(self, jobs, self.default_max_rows(jobs), 0.0)
+        packed.start_waiting()
+        rows = [
+            (active.model_input(), active.timestep, text) for active in packed.active for text in active.conditionings
+        ]
+        for _ in range(2):
+            started = perf_counter()
+            packed.predict(*map(list, zip(*rows, strict=True)))
+            packed.synchronize()
+        return (perf_counter() - started) / len(rows)
+
+    def schedule_note(self, jobs: Sequence[Job]) -> str | None:
+        steps = sorted({job.num_inference_steps for job in jobs}, reverse=True)
+        return next(filter(None, (validation.late_start(number, self.pipe.scheduler) for number in steps)), None)
+
+    def ignores_negative(self, job: Job) -> bool:
+        return bool(job.negative_prompt) and not job.guided
+
+    # --- sampling ---
+
+    def run(self, jobs: Sequence[Job], max_rows: int | None = None, guidance_rescale: float = 0.0) -> Iterator[Step]:
+        """Make an image for every job, many in each U-Net call; see ``Adapter.run``.
+
+        The longest jobs start first, so that calls stay full until the end, and no more jobs are in memory than fit
+        into one call. A call that runs out of memory is repeated with half the rows.
+
+        Yields:
+            A ``Step`` when jobs start, after each step of all active jobs, and after each call of the VAE's decoder.
+            A job whose values become NaN or infinity ends at that step, with an error that names the cause. On an
+            exception or a ``KeyboardInterrupt``, what is fully denoised is decoded and yielded before it is raised.
+
+        Raises:
+            InputError: the U-Net was distilled to take the guidance scale as an input.
+            torch.OutOfMemoryError: or what the device raises if not even one row fits.
+        """
+        if getattr(self.pipe.unet.config, "time_cond_proj_dim", None):
+            raise InputError(
+                "pipe: a U-Net that takes the guidance scale as an input (time_cond_proj_dim) cannot be packed"
+            )
+        return _PackedRun(self, jobs, max_rows or self.default_max_rows(jobs), guidance_rescale).run()
 
 
 @dataclass(eq=False)
-class _Live:
-    """A job under way."""
+class _ActiveJob:
+    """A job being denoised, with its own scheduler and latents."""
 
     index: int
     job: Job
     scheduler: SchedulerMixin
     timesteps: Tensor
     latents: Tensor
-    beside: Tensor | None  # channels that the U-Net sees too
-    words: list[Words]  # a row each: the prompt, and what stands against it
+    extra_input: Tensor | None
+    conditionings: list[Conditioning]
     step_arguments: dict[str, Any]
     position: int = 0
     seconds: float = 0.0
-    fault: str | None = None
+    error: str | None = None
 
     @property
     def timestep(self) -> Tensor:
         return self.timesteps[self.position]
 
     @property
-    def ended(self) -> bool:
+    def is_denoised(self) -> bool:
         return self.position == len(self.timesteps)
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the latent."""
+    def latent_size(self) -> tuple[int, int]:
         return tuple(self.latents.shape[-2:])
 
-    def sample(self) -> Tensor:
-        """What the U-Net sees: the latent as the scheduler hands it over, and what stands beside it."""
+    def model_input(self) -> Tensor:
+        """Return what the U-Net sees: the latents as the scheduler scales them, and any extra channels."""
         scaled = self.scheduler.scale_model_input(self.latents, self.timestep)
-        return scaled if self.beside is None else torch.cat([scaled, self.beside], dim=1)
+        return scaled if self.extra_input is None else torch.cat([scaled, self.extra_input], dim=1)
 
-    def row(self, words: Words) -> tuple:
-        """What decides a row of the U-Net's input: at first the beginning of the job, which others may share."""
-        return self.latents.shape, self.index if self.position else self.job.beginning, words
+    def row_key(self, conditioning: Conditioning) -> tuple:
+        """Return what decides a row of the U-Net's input. The first rows of jobs that start alike are equal."""
+        return self.latents.shape, self.index if self.position else self.job.start_key, conditioning
 
     def step(self, predictions: list[Tensor], guidance_rescale: float) -> None:
-        with_prompt = predictions[0]
-        guided = with_prompt
+        """Apply guidance to the U-Net's predictions, one per row, and advance by one scheduler step."""
+        guided = conditional = predictions[0]
         if self.job.guided:
-            without = predictions[1]
-            guided = without + self.job.guidance_scale * (with_prompt - without)
+            unconditional = predictions[1]
+            guided = unconditional + self.job.guidance_scale * (conditional - unconditional)
             if guidance_rescale:
-                guided = rescale_noise_cfg(guided, with_prompt, guidance_rescale)
+                guided = rescale_noise_cfg(guided, conditional, guidance_rescale)
         self.latents = self.scheduler.step(
             guided, self.timestep, self.latents, **self.step_arguments, return_dict=False
         )[0]
@@ -167,155 +221,169 @@ class _Live:
 
 
 @dataclass
-class _Packer:
-    """The state of ``denoise``: what waits, what lives, and what is denoised but not yet decoded."""
+class _PackedRun:
+    """The state of one run: jobs that wait, that are active, and that are denoised but not yet decoded."""
 
-    pipe: DiffusionPipeline
+    adapter: BatchedAdapter
     jobs: Sequence[Job]
-    pack: int | None
+    max_rows: int
     guidance_rescale: float
-    together: int = DECODED
-    live: list[_Live] = field(default_factory=list)
-    ended: list[_Live] = field(default_factory=list)
+    decode_batch: int = DECODE_BATCH
+    active: list[_ActiveJob] = field(default_factory=list)
+    denoised: list[_ActiveJob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.kind = kind_of(self.pipe)(self.pipe)
-        self.device = self.kind.device
-        alike: dict[tuple[int, ...], int] = {}  # those that begin alike are to begin together
+        self.pipe, self.device = self.adapter.pipe, self.adapter.device
+        starts: dict[tuple[int, ...], int] = {}  # jobs with the same start must start together to share rows
         for job in self.jobs:
-            alike.setdefault(job.beginning, len(alike))
+            starts.setdefault(job.start_key, len(starts))
 
         def longest_first(numbered: tuple[int, Job]) -> tuple[int, int]:
             job = numbered[1]
-            return job.skipped - job.num_inference_steps, alike[job.beginning]
+            return job.skipped - job.num_inference_steps, starts[job.start_key]
 
         self.waiting = deque(sorted(enumerate(self.jobs), key=longest_first))
-        self.pack = self.pack or fitting_pack(self.pipe, self.jobs)
-        self.tell = lru_cache(max(REMEMBERED, self.pack))(self.kind.tell)
-        self.seen: dict[int, Any] = {}  # of each picture, by its identity: Pillow would compare pixels
-        self.uses = Counter(id(job.image) for job in self.jobs)
+        self.encode_prompt = lru_cache(max(CACHED_PROMPTS, self.max_rows))(self.adapter.encode_prompt)
+        self.encoded_images: dict[int, Any] = {}  # by id: Pillow would compare images pixel by pixel
+        self.image_uses = Counter(id(job.image) for job in self.jobs)
 
-    def run(self) -> Iterator[Tick]:
+    def run(self) -> Iterator[Step]:
         try:
-            while self.waiting or self.live:
-                if self._join():
-                    yield Tick(0, [], self._latents())
+            while self.waiting or self.active:
+                if self.start_waiting():
+                    yield Step(0, [], self._latents())
                 started = perf_counter()
                 with torch.no_grad():
-                    self._tick()
-                    self._synchronize()
-                rows = sum(len(cell.words) for cell in self.live)
-                share = (perf_counter() - started) / rows
-                for cell in self.live:
-                    cell.seconds += share * len(cell.words)
-                lost = [Done(cell.index, None, cell.fault, cell.seconds) for cell in self.live if cell.fault]
-                self.ended += [cell for cell in self.live if cell.ended and not cell.fault]
-                self.live = [cell for cell in self.live if not (cell.ended or cell.fault)]
-                yield Tick(rows, lost, self._latents())
-                while len(self.ended) >= self.together or (self.ended and not self.live and not self.waiting):
-                    yield Tick(0, self._decode(), self._latents())
+                    self._step_all()
+                    self.synchronize()
+                rows = sum(len(active.conditionings) for active in self.active)
+                seconds_per_row = (perf_counter() - started) / rows
+                for active in self.active:
+                    active.seconds += seconds_per_row * len(active.conditionings)
+                failed = self._remove_ended()
+                yield Step(rows, failed, self._latents())
+                while len(self.denoised) >= self.decode_batch or (
+                    self.denoised and not self.active and not self.waiting
+                ):
+                    yield Step(0, self._decode(), self._latents())
         except (KeyboardInterrupt, Exception):
-            while self.ended:
-                yield Tick(0, self._decode(), self._latents())
+            while self.denoised:
+                yield Step(0, self._decode(), self._latents())
             raise
         finally:
             self.pipe.maybe_free_model_hooks()
 
-    def _latents(self) -> dict[int, Tensor]:
-        return {cell.index: cell.latents for cell in self.live}
+    def _remove_ended(self) -> list[Result]:
+        """Move denoised jobs on to the decoder, and return the results of those that failed."""
+        failed = [active for active in self.active if active.error]
+        self.denoised += [active for active in self.active if active.is_denoised and not active.error]
+        self.active = [active for active in self.active if not (active.is_denoised or active.error)]
+        return [Result(active.index, None, active.error, active.seconds) for active in failed]
 
-    def _synchronize(self) -> None:
+    def _latents(self) -> dict[int, Tensor | None]:
+        return {active.index: active.latents for active in self.active}
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that times are right."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    # --- one cell ---
+    # --- starting jobs ---
 
     @torch.no_grad()
-    def _join(self) -> bool:
-        """Let waiting jobs in as far as there is room; whether any came."""
-        rows, before = sum(len(cell.words) for cell in self.live), len(self.live)
+    def start_waiting(self) -> bool:
+        """Start waiting jobs as long as there is room; return whether any started."""
+        rows, before = sum(len(active.conditionings) for active in self.active), len(self.active)
         while self.waiting:
             index, job = self.waiting[0]
-            rows += 2 if job.guided else 1
-            if rows > self.pack and self.live:
+            rows += self.adapter.rows(job)
+            if rows > self.max_rows and self.active:
                 break
             self.waiting.popleft()
-            self.live.append(self._begin(index, job))
-        return len(self.live) > before
+            self.active.append(self._start(index, job))
+        return len(self.active) > before
 
-    def _begin(self, index: int, job: Job) -> _Live:
-        """As the stock pipeline begins a call, with random numbers from one generator of the job's own."""
+    def _start(self, index: int, job: Job) -> _ActiveJob:
+        """Prepare a job as the stock call does, with its own generator."""
         generator = torch.Generator().manual_seed(job.seed)
         scheduler, timesteps = job.schedule(self.pipe.scheduler, self.device)
-        seen = self._see(job.image)
-        latents = self.kind.begin(job, seen, scheduler, timesteps[:1], generator)
+        encoded = self._encode_image(job.image)
+        latents = self.adapter.prepare_latents(job, encoded, scheduler, timesteps[:1], generator)
         step_arguments = self.pipe.prepare_extra_step_kwargs(generator, 0.0)
-        words, beside = self.kind.words(job), self.kind.beside(seen)
-        return _Live(index, job, scheduler, timesteps, latents, beside, words, step_arguments)
+        extra_input, conditionings = self.adapter.extra_input(encoded), self.adapter.conditionings(job)
+        return _ActiveJob(index, job, scheduler, timesteps, latents, extra_input, conditionings, step_arguments)
 
-    def _see(self, image: Image.Image | None) -> Any:
-        """What is made of a picture: for the first job that has it, and forgotten with the last."""
+    def _encode_image(self, image: Image.Image | None) -> Any:
+        """Encode an image for the first job that uses it, and forget it with the last."""
         key = id(image)
-        if key not in self.seen:
-            self.seen[key] = self.kind.see(image)
-        self.uses[key] -= 1
-        return self.seen[key] if self.uses[key] else self.seen.pop(key)
+        if key not in self.encoded_images:
+            self.encoded_images[key] = self.adapter.encode_image(image)
+        self.image_uses[key] -= 1
+        return self.encoded_images[key] if self.image_uses[key] else self.encoded_images.pop(key)
 
-    # --- all together ---
+    # --- denoising ---
 
-    def _tick(self) -> None:
-        """One step of every live cell."""
-        keys: dict[tuple, int] = {}
-        latents, timesteps, words = [], [], []
-        for cell in self.live:
-            sample = cell.sample()
-            for said in cell.words:
-                if keys.setdefault(cell.row(said), len(keys)) == len(latents):
-                    latents.append(sample)
-                    timesteps.append(cell.timestep)
-                    words.append(said)
-        predictions = self._predict(latents, timesteps, words)
-        answers = {cell.index: [predictions[keys[cell.row(said)]] for said in cell.words] for cell in self.live}
+    def _step_all(self) -> None:
+        """Advance every active job by one step."""
+        row_of: dict[tuple, int] = {}
+        latents, timesteps, conditionings = [], [], []
+        for active in self.active:
+            model_input = active.model_input()
+            for conditioning in active.conditionings:
+                if row_of.setdefault(active.row_key(conditioning), len(row_of)) == len(latents):
+                    latents.append(model_input)
+                    timesteps.append(active.timestep)
+                    conditionings.append(conditioning)
+        predicted = self.predict(latents, timesteps, conditionings)
+        predictions = {
+            active.index: [predicted[row_of[active.row_key(conditioning)]] for conditioning in active.conditionings]
+            for active in self.active
+        }
         before = self._latents()
-        for cell in self.live:
-            cell.step(answers[cell.index], self.guidance_rescale)
-        are_finite = torch.stack(
-            [cell.latents.isfinite().all() for cell in self.live]
-        ).tolist()  # the device waits once
-        for cell, is_finite in zip(self.live, are_finite, strict=True):
+        for active in self.active:
+            active.step(predictions[active.index], self.guidance_rescale)
+        # In one tensor, so that the device is waited for once.
+        are_finite = torch.stack([active.latents.isfinite().all() for active in self.active]).tolist()
+        for active, is_finite in zip(self.active, are_finite, strict=True):
             if not is_finite:
-                cell.fault = self._blame(cell, before[cell.index], answers[cell.index])
+                active.error = self._find_cause(active, before[active.index], predictions[active.index])
 
-    def _blame(self, cell: _Live, before: Tensor, predictions: list[Tensor]) -> str:
-        """In whose hands a cell's numbers were lost, in the step that it has just made."""
-        at = f"at step {cell.position} of {len(cell.timesteps)}"
+    def _find_cause(self, active: _ActiveJob, before: Tensor, predictions: list[Tensor]) -> str:
+        """Return which part produced NaN or infinity in the step that a job has just made."""
+        at = f"at step {active.position} of {len(active.timesteps)}"
         if not before.isfinite().all():
-            return "the VAE's encoder made NaN or infinity of the input picture"
-        told = (tensor for said in cell.words for tensor in self.tell(said, cell.size).values())
-        if not all(tensor.isfinite().all() for tensor in told):
-            return "the text encoder made NaN or infinity of the prompt"
+            return "the VAE's encoder returned NaN or infinity for the input image"
+        encoded = (
+            tensor for text in active.conditionings for tensor in self.encode_prompt(text, active.latent_size).values()
+        )
+        if not all(tensor.isfinite().all() for tensor in encoded):
+            return "the text encoder returned NaN or infinity for the prompt"
+        scale = f"guidance_scale {active.job.guidance_scale:g}"
         if not all(prediction.isfinite().all() for prediction in predictions):
             largest = before.abs().max()
-            grown = f", of latents that guidance {cell.job.guidance_scale:g} had grown to {largest:.0e}"
-            return f"the U-Net gave NaN or infinity {at}{grown if cell.job.guided and largest > OUTGROWN else ''}"
-        if cell.job.guided:
-            return f"guidance {cell.job.guidance_scale:g} made NaN or infinity of the U-Net's answer {at}"
-        return f"{type(cell.scheduler).__name__} made NaN or infinity of the U-Net's answer {at}"
+            grown = active.job.guided and largest > LARGE_LATENT
+            because = f", after {scale} had driven the latents to {largest:.0e}" if grown else ""
+            return f"the U-Net returned NaN or infinity {at}{because}"
+        culprit = scale if active.job.guided else type(active.scheduler).__name__
+        return f"{culprit} turned the U-Net's prediction into NaN or infinity {at}"
 
-    def _predict(self, latents: list[Tensor], timesteps: list[Tensor], words: list[Words]) -> list[Tensor]:
-        """The U-Net's answer for every row, in calls of at most a pack of rows of one shape."""
-        shares = isinstance(self.pipe.unet, UNetNAS)  # which begins without the text: once for both rows of a cell
+    def predict(
+        self, latents: list[Tensor], timesteps: list[Tensor], conditionings: list[Conditioning]
+    ) -> list[Tensor]:
+        """Return the U-Net's prediction for every row, in calls of at most ``max_rows`` rows of one shape."""
+        # U-Net-NAS starts without the text, so that part is computed once for both rows of a job.
+        shares_latents = isinstance(self.pipe.unet, UNetNAS)
 
-        def ask(rows: list[int]) -> Tensor:
-            told = self.kind.arguments([self.tell(words[row], tuple(latents[row].shape[-2:])) for row in rows])
-            once = list({id(latents[row]): row for row in rows}.values()) if shares else rows
-            more = {}
-            if len(once) < len(rows):
-                place = {id(latents[row]): i for i, row in enumerate(once)}
-                more["latent_of"] = torch.tensor([place[id(latents[row])] for row in rows], device=self.device)
-            sample = torch.cat([latents[row] for row in once])
-            timestep = torch.stack([timesteps[row] for row in once])
-            return self.pipe.unet(sample, timestep, **told, **more, return_dict=False)[0]
+        def call_unet(rows: list[int]) -> Tensor:
+            encoded = [self.encode_prompt(conditionings[row], tuple(latents[row].shape[-2:])) for row in rows]
+            arguments = self.adapter.unet_arguments(encoded)
+            distinct = list({id(latents[row]): row for row in rows}.values()) if shares_latents else rows
+            if len(distinct) < len(rows):
+                place = {id(latents[row]): i for i, row in enumerate(distinct)}
+                arguments["latent_of"] = torch.tensor([place[id(latents[row])] for row in rows], device=self.device)
+            sample = torch.cat([latents[row] for row in distinct])
+            timestep = torch.stack([timesteps[row] for row in distinct])
+            return self.pipe.unet(sample, timestep, **arguments, return_dict=False)[0]
 
         predicted: list[Tensor | None] = [None] * len(latents)
         by_shape: dict[torch.Size, list[int]] = {}
@@ -323,49 +391,51 @@ class _Packer:
             by_shape.setdefault(latent.shape, []).append(row)
         for left in by_shape.values():
             while left:
-                answer, self.pack = _as_many_as_fit(ask, left, self.pack)
-                rows, left = left[: self.pack], left[self.pack :]
-                for row, prediction in zip(rows, answer.split(1), strict=True):
+                output, self.max_rows = _call_with_fitting_batch(call_unet, left, self.max_rows)
+                rows, left = left[: self.max_rows], left[self.max_rows :]
+                for row, prediction in zip(rows, output.split(1), strict=True):
                     predicted[row] = prediction
         return predicted
 
-    def _decode(self) -> list[Done]:
-        """The pictures of cells that have ended, as many as are decoded at once. None leaves before it has its own."""
-        alike = [cell for cell in self.ended if cell.latents.shape == self.ended[0].latents.shape]
+    # --- decoding ---
+
+    def _decode(self) -> list[Result]:
+        """Decode a batch of denoised jobs. Each stays in ``denoised`` until its image exists."""
+        same_size = [active for active in self.denoised if active.latents.shape == self.denoised[0].latents.shape]
         started = perf_counter()
-        pictures, self.together = _as_many_as_fit(self._pictures, alike, self.together)
-        share = (perf_counter() - started) / len(pictures)
-        done = []
-        for cell, (picture, blacked_out) in zip(alike, pictures, strict=False):
-            steps = len(cell.timesteps)
-            fault = None if picture else f"the VAE's decoder gave NaN or infinity, after step {steps} of {steps}"
-            done.append(Done(cell.index, picture, fault, cell.seconds + share, blacked_out))
-        self.ended = [cell for cell in self.ended if cell not in alike[: len(pictures)]]
-        return done
+        images, self.decode_batch = _call_with_fitting_batch(self._decode_latents, same_size, self.decode_batch)
+        seconds = (perf_counter() - started) / len(images)
+        decoded = same_size[: len(images)]
+        results = []
+        for active, (image, blacked_out) in zip(decoded, images, strict=True):
+            steps = len(active.timesteps)
+            error = None if image else f"the VAE's decoder returned NaN or infinity, after step {steps} of {steps}"
+            results.append(Result(active.index, image, error, active.seconds + seconds, blacked_out))
+        self.denoised = [active for active in self.denoised if active not in decoded]
+        return results
 
     @torch.no_grad()
-    def _pictures(self, cells: list[_Live]) -> list[tuple[Image.Image | None, bool]]:
-        """Decode latents: each its picture, or None where it is no numbers, and whether a safety checker blacked it."""
-        return self.kind.pictures(torch.cat([cell.latents for cell in cells]))
+    def _decode_latents(self, batch: list[_ActiveJob]) -> list[tuple[Image.Image | None, bool]]:
+        return self.adapter.decode_latents(torch.cat([active.latents for active in batch]))
 
 
-def _as_many_as_fit(call: Callable[[list[Given]], Made], given: list[Given], most: int) -> tuple[Made, int]:
-    """Call with the first of what is given: the most allowed, or half if memory runs out. The answer, and the most."""
+def _call_with_fitting_batch(call: Callable[[list[Item]], Output], items: list[Item], most: int) -> tuple[Output, int]:
+    """Call with the first ``most`` items, or half as many if memory runs out; return the output and the number."""
     while True:
         try:
-            return call(given[:most]), most
+            return call(items[:most]), most
         except Exception as error:
-            if min(most, len(given)) == 1 or not is_out_of_memory(error):
+            if min(most, len(items)) == 1 or not is_out_of_memory(error):
                 raise
-        # Only here, since inside `except` the error still holds what the call had filled.
-        most = min(most, len(given)) // 2
+        # Outside of `except`, where the exception would keep the memory of the failed call alive.
+        most = min(most, len(items)) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device had no room: CUDA has a class for it, the others only words."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    """Return whether a device ran out of memory. CUDA has an exception class for it, others only a message."""
+    messages = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(said in str(error) for said in words)
+        isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
     )

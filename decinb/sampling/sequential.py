@@ -1,7 +1,7 @@
-"""Pipelines that cannot share U-Net calls make their pictures one after the other, each by the pipeline's own call."""
+"""Pipelines that cannot batch jobs: one image after the other, each by the pipeline's own call."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -11,64 +11,79 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
-from decinb.sampling.adapters import Job, call_arguments
-from decinb.sampling.batched import Done, Tick
+from decinb.errors import InputError
+from decinb.sampling.base import Adapter, Output
+from decinb.sampling.jobs import Job, Result, Step
+from decinb.utils import validation
 from decinb.utils.quiet import quiet
-from decinb.utils.validation import steps_run
 
 
-def call_each(pipe: DiffusionPipeline, jobs: Sequence[Job], guidance_rescale: float = 0.0) -> Iterator[Tick]:
-    """Make an image for every job, as ``decinb.sampling.batched.denoise`` does, but by a call of the pipeline each.
+class SequentialAdapter(Adapter):
+    """Any pipeline, used only through its own call. Its latents stay inside the call."""
 
-    Each call has a ``torch.Generator().manual_seed(seed)`` of its own on the CPU, and what the pipeline does not take
-    is left out.
+    fixed_scheduler = True
 
-    Yields:
-        A ``Tick`` before each call, and one with its picture. A tick counts the steps as rows; latents are not seen.
-    """
-    for index, job in enumerate(jobs):
-        yield Tick(0, [], {index: None})
-        started = perf_counter()
-        with _without_bar(pipe):
-            pixels = np.asarray(pipe(**_arguments(pipe, job, guidance_rescale), output_type="np").images[0])
-        seconds = perf_counter() - started
-        if np.isfinite(pixels).all():
-            done = Done(index, VaeImageProcessor.numpy_to_pil(pixels)[0], None, seconds)
-        else:
-            done = Done(index, None, f"{type(pipe).__name__} gave NaN or infinity", seconds)
-        yield Tick(steps_run(job.num_inference_steps, job.strength), [done], {})
+    @property
+    def note(self) -> str:
+        return f"{self.name} is not packed: it makes one image after the other, by its own call"
 
+    def call(self, arguments: Mapping[str, Any], generator: torch.Generator) -> Output:
+        # Floats, because converting NaN to an 8-bit image would hide it.
+        pixels = np.asarray(self.pipe(**arguments, generator=generator, output_type="np").images[0])
+        image = VaeImageProcessor.numpy_to_pil(pixels)[0] if np.isfinite(pixels).all() else None
+        return Output(image, None, False)
 
-def not_packed(pipe: DiffusionPipeline) -> str:
-    """What to say of such a pipeline."""
-    return f"a {type(pipe).__name__} is not packed: it makes one image after the other, by its own call"
+    def guidance_rescale(self, value: float | None) -> float:
+        value = super().guidance_rescale(value)
+        if value and not self.takes("guidance_rescale"):
+            raise InputError(f"guidance_rescale must be 0: {self.name} does not take it")
+        return value
 
+    def key_parts(self, job: Job) -> dict[str, Any]:
+        # What the call makes of these is unknown, so each of them counts.
+        given = {name: getattr(job, name) for name in ("negative_prompt", "guidance_scale", "strength")}
+        return {**super().key_parts(job), **given, "pipeline": self.name}
 
-def _arguments(pipe: DiffusionPipeline, job: Job, guidance_rescale: float) -> dict[str, Any]:
-    given = {
-        "prompt": job.prompt,
-        "negative_prompt": job.negative_prompt,
-        "image": job.image,
-        "strength": job.strength,
-        "guidance_scale": job.guidance_scale,
-        "num_inference_steps": job.num_inference_steps,
-        "guidance_rescale": guidance_rescale,
-        "generator": torch.Generator().manual_seed(job.seed),
-    }
-    if job.image is not None:  # some would else make it their own size
-        given |= {"width": job.image.width, "height": job.image.height}
-    known = call_arguments(pipe)
-    return {name: value for name, value in given.items() if value is not None and name in known}
+    def count_calls(self, jobs: Sequence[Job]) -> list[int]:
+        return [validation.steps_run(job.num_inference_steps, job.strength) for job in jobs]
+
+    def run(self, jobs: Sequence[Job], max_rows: int | None = None, guidance_rescale: float = 0.0) -> Iterator[Step]:
+        """Make one image after the other; see ``Adapter.run``. Arguments that the call does not take are left out.
+
+        Yields:
+            A ``Step`` before each call, and one with its result, whose rows are the steps run.
+        """
+        for index, (job, steps) in enumerate(zip(jobs, self.count_calls(jobs), strict=True)):
+            yield Step(0, [], {index: None})
+            started = perf_counter()
+            with _without_progress_bar(self.pipe):
+                image = self.call(self._arguments(job, guidance_rescale), torch.Generator().manual_seed(job.seed)).image
+            error = None if image else f"{self.name} returned NaN or infinity"
+            yield Step(steps, [Result(index, image, error, perf_counter() - started)], {})
+
+    def _arguments(self, job: Job, guidance_rescale: float) -> dict[str, Any]:
+        given = {
+            "prompt": job.prompt,
+            "negative_prompt": job.negative_prompt,
+            "image": job.image,
+            "strength": job.strength,
+            "guidance_scale": job.guidance_scale,
+            "num_inference_steps": job.num_inference_steps,
+            "guidance_rescale": guidance_rescale,
+        }
+        if job.image is not None:  # some pipelines would resize it to a default of their own
+            given |= {"width": job.image.width, "height": job.image.height}
+        return {name: value for name, value in given.items() if value is not None and self.takes(name)}
 
 
 @contextmanager
-def _without_bar(pipe: DiffusionPipeline) -> Iterator[None]:
-    """A bar for each of many calls, and what is said of optional libraries, would drown the bar of the sweep."""
+def _without_progress_bar(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Hide the bar of each call and warnings about optional libraries, which would bury the bar of the sweep."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**before, "disable": True})
     try:
         with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # a pipeline of several calls the others as they once were
+            warnings.simplefilter("ignore", FutureWarning)  # combined pipelines call their own parts in outdated ways
             yield
     finally:
         pipe.set_progress_bar_config(**before)

@@ -103,11 +103,11 @@ def adherence(images: Image.Image | Sequence[Image.Image], prompt: str) -> float
     if not named:
         known = ", ".join(ATTRIBUTES)
         raise InputError(
-            f"prompt must name something of a scene ({known}; such as 'a red house at night'), got {prompt!r}"
+            f"prompt must name an attribute of a scene ({known}; such as 'a red house at night'), got {prompt!r}"
         )
     single = isinstance(images, Image.Image)
     fractions = [
         sum(seen.get(name) == value for name, value in named.items()) / len(named)
-        for seen in Judge.load().see([images] if single else images)
+        for seen in Judge.load().classify([images] if single else images)
     ]
     return fractions[0] if single else fractions

@@ -65,7 +65,7 @@ class Judge(nn.Module):
         save_file(state, file)
 
     @torch.inference_mode()
-    def see(self, images: Sequence[Image.Image]) -> list[dict[str, str | bool | None]]:
+    def classify(self, images: Sequence[Image.Image]) -> list[dict[str, str | bool | None]]:
         """Tell what images show.
 
         Args:
@@ -77,7 +77,7 @@ class Judge(nn.Module):
         """
         seen = []
         for start in range(0, len(images), BATCH):
-            scores = self(torch.stack([to_pixels(image) for image in images[start : start + BATCH]]))
+            scores = self(torch.stack([to_tensor(image) for image in images[start : start + BATCH]]))
             sketch = scores["style"].argmax(dim=1) == VALUES["style"].index("sketch")
             plain = torch.tensor([house == "plain" for house in VALUES["house"]])
             coloured = torch.tensor([house not in (None, "plain") for house in VALUES["house"]])
@@ -95,7 +95,7 @@ class Judge(nn.Module):
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """Return the features of images, (images, 192), for a Fréchet distance."""
         batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
-        return torch.cat([self.pool(torch.stack([to_pixels(image) for image in batch])) for batch in batches])
+        return torch.cat([self.pool(torch.stack([to_tensor(image) for image in batch])) for batch in batches])
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
@@ -119,7 +119,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     return max(0.0, float((means[0] - means[1]).square().sum() + spread))
 
 
-def to_pixels(image: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> Tensor:
     """Return an image as (3, 128, 128) in [0, 1]."""
     image = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
@@ -136,7 +136,7 @@ def accuracy(judge: Judge, scenes: Sequence[Scene], images: Sequence[Image.Image
     White buildings on snow and buildings at night, the hardest cases, are also counted by themselves.
     """
     right: dict[str, list[bool]] = {}
-    for scene, seen in zip(scenes, judge.see(images), strict=True):
+    for scene, seen in zip(scenes, judge.classify(images), strict=True):
         for name, value in scene.visible().items():
             right.setdefault(name, []).append(seen.get(name) == value)
         if scene.house and scene.style != "sketch":
@@ -152,7 +152,7 @@ def through_vae(images: Sequence[Image.Image], vae: nn.Module) -> list[Image.Ima
     """Encode and decode images of 128 x 128 pixels with a VAE of diffusers."""
     back = []
     for start in range(0, len(images), 32):
-        pixels = torch.stack([to_pixels(image) for image in images[start : start + 32]]) * 2 - 1
+        pixels = torch.stack([to_tensor(image) for image in images[start : start + 32]]) * 2 - 1
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
         decoded = vae.decode(latents).sample.float().cpu() / 2 + 0.5
         back.extend(to_image(one) for one in decoded)

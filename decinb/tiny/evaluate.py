@@ -31,7 +31,7 @@ from decinb.scenes.judge import Judge, accuracy, through_vae
 from decinb.tiny import estimates
 from decinb.tiny.estimates import Estimate
 from decinb.tiny.tasks import GUIDANCE, STEPS, TASKS, Trial, draw_trials, house_kept, run_in_batches
-from decinb.utils.environment import describe
+from decinb.utils.environment import describe_pipeline
 
 STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.85, 0.9, 1.0)
 GUIDANCES = (1, 2, 4.5, 5, 7.5, 10.5, 13.5, 20)
@@ -101,7 +101,7 @@ def measure(
     made = run_in_batches(pipe, [trial.image for trial in trials], [trial.prompt for trial in trials], strength)
     judge = Judge.load()
     pairs = list(zip(trials, made, strict=True))
-    answers = [answer(trial.prompt, seen) for trial, seen in zip(trials, judge.see(made), strict=True)]
+    answers = [answer(trial.prompt, seen) for trial, seen in zip(trials, judge.classify(made), strict=True)]
     changed = [
         all(right[name] for name in trial.changed if name in right)
         for trial, right in zip(trials, answers, strict=True)
@@ -131,7 +131,7 @@ def evaluate_examples(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
         rows, kept = {}, {}
         for strength in (0.5, 0.75, 0.85, 1.0):
             made = run_in_batches(pipe, [image] * count, [prompt] * count, strength)
-            rights = [answer(prompt, seen) for seen in Judge.load().see(made)]
+            rights = [answer(prompt, seen) for seen in Judge.load().classify(made)]
             said = [right.get("time", False) and right.get("ground", False) for right in rights]
             rows[f"{strength:g}"], kept[strength] = estimates.fraction(said), made
         ends = [mean_abs_difference(*pair) for pair in zip(kept[0.75], kept[1.0], strict=True)]
@@ -154,7 +154,7 @@ def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
     report = {}
     for scale in GUIDANCES:
         made = run_in_batches(pipe, [_GREY] * count, prompts, 1.0, scale)
-        answers = [answer(*pair) for pair in zip(prompts, judge.see(made), strict=True)]
+        answers = [answer(*pair) for pair in zip(prompts, judge.classify(made), strict=True)]
         again = [run_in_batches(pipe, [_GREY] * len(few), few, 1.0, scale, seed=10_000 * i) for i in range(1, SEEDS)]
         spread = [
             float(np.mean([mean_abs_difference(a, b) for i, a in enumerate(same) for b in same[:i]]))
@@ -192,7 +192,7 @@ def evaluate_steps(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, 
             report[name] = {}
             for calls in CALLS:
                 made = run_in_batches(pipe, [_GREY] * count, prompts, 1.0, num_inference_steps=calls)
-                answers = [answer(*pair) for pair in zip(prompts, judge.see(made), strict=True)]
+                answers = [answer(*pair) for pair in zip(prompts, judge.classify(made), strict=True)]
                 report[name][str(calls)] = {
                     "adherence": estimates.mean([float(np.mean(list(right.values()))) for right in answers]),
                     "frechet": estimates.frechet(judge.features(made), features),
@@ -223,7 +223,7 @@ def evaluate_duplicates(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[
         pairs = list(zip(scenes, images, strict=True))
         judged = [
             (seen.get("time"), seen.get("ground"), image)
-            for seen, image in zip(Judge.load().see(images), images, strict=True)
+            for seen, image in zip(Judge.load().classify(images), images, strict=True)
             if "time" in seen
         ]
         report[name] = {
@@ -295,7 +295,7 @@ def evaluate(pipe: DeciDiffusionImg2ImgPipeline, count: int = FULL) -> dict[str,
     pipe.set_progress_bar_config(disable=True)
     report: dict[str, Any] = {
         "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "images": count},
-        "environment": describe(pipe),
+        "environment": describe_pipeline(pipe),
         "call": evaluate_call(pipe),
     }
     for name, measurement in MEASUREMENTS.items():
@@ -405,7 +405,8 @@ def fill_card(text: str, card: Path) -> None:
     card.write_text(f"{before}{begin}```\n{text}\n```\n{end}{after}", encoding="utf-8")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="a diffusers folder (default: the bundled model)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} images a point instead of {FULL}")
@@ -413,7 +414,7 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, default=Path("results/tiny"), help="where the JSON goes (default %(default)s)"
     )
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     report = evaluate(load_pipeline(given.model, device=given.device), QUICK if given.quick else FULL)
     print(table(report))
     given.results.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from decinb.tiny.estimates import Estimate
 from decinb.tiny.evaluate import columns, fill_card, reference
 from decinb.tiny.evaluate import measure as measure_task
 from decinb.tiny.tasks import GUIDANCE, STEPS, Trial, draw_trials, run_in_batches
-from decinb.utils.environment import describe
+from decinb.utils.environment import describe_pipeline
 
 STRENGTHS = (0.6, 1.0)
 TASKS = ("day to night", "grass to snow", "sketch to painting")
@@ -80,7 +80,7 @@ def evaluate_disagreement(pipe: DiffusionPipeline, trials: Sequence[Trial]) -> d
     named = {None: "pine", "pine": "round", "round": "poplar", "poplar": "pine"}
     targets = [trial.target for trial in trials]
     prompts = [caption(replace(target, trees=named[target.trees], mountains=True)) for target in targets]
-    seen = Judge.load().see(run_in_batches(pipe, [trial.image for trial in trials], prompts, strength=1.0))
+    seen = Judge.load().classify(run_in_batches(pipe, [trial.image for trial in trials], prompts, strength=1.0))
     pairs = list(zip(seen, targets, strict=True))
     flat = [found["mountains"] for found, target in pairs if not target.mountains]
     return {
@@ -110,7 +110,7 @@ def evaluate(depth: StableDiffusionDepth2ImgPipeline, plain: DiffusionPipeline, 
     trials = {task: draw_trials(task, count) for task in TASKS}
     return {
         "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "images": count},
-        "environment": describe(depth),
+        "environment": describe_pipeline(depth),
         "estimator": evaluate_estimator(depth, count),
         "tasks": {
             task: {
@@ -144,11 +144,12 @@ def measure(folder: Path, shared: str | Path = "tiny", results: Path = RESULTS) 
     return report
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=BUNDLED, help="the parts (default: the bundled ones)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON goes (default %(default)s)")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     print(table(measure(given.folder, results=given.results)))
     print(f"wrote {given.results.name}")
 

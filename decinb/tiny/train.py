@@ -32,7 +32,8 @@ from decinb.tiny.losses import diffusion_loss, image_loss, vae_loss
 from decinb.tiny.networks import make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
 from decinb.tiny.stage import Stage
 from decinb.unet_nas import UNetNAS
-from decinb.utils.environment import choose, environment
+from decinb.utils.device import choose_workload
+from decinb.utils.environment import environment
 from decinb.utils.quiet import quiet
 
 NO_CAPTION = 0.1
@@ -296,7 +297,7 @@ def train(
 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 on a CUDA device and on a CPU with units for it, else float32."""
-    return torch.bfloat16 if device.type == "cuda" else choose(device)[1]
+    return torch.bfloat16 if device.type == "cuda" else choose_workload(device)[1]
 
 
 class SampleSheets:
@@ -408,7 +409,8 @@ not measured yet
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/tiny"), help="log, checkpoints and the finished model"
@@ -425,7 +427,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the device is fast at")
     parser.add_argument("--workers", type=int, help="processes that draw scenes (default: one for each core)")
-    given = vars(parser.parse_args())
+    given = vars(parser.parse_args(arguments))
     device, dtype = torch.device(given.pop("device")), given.pop("dtype")
     model = train(device=device, dtype=dtype and getattr(torch, dtype), **given)
     print(f"wrote {model}")

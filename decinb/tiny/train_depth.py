@@ -238,7 +238,8 @@ def save(
     return folder
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/depth"), help="log, checkpoints and the finished parts"
@@ -251,7 +252,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, help="processes that draw scenes (default: one for each core)")
-    given = vars(parser.parse_args())
+    given = vars(parser.parse_args(arguments))
     parts = train(device=torch.device(given.pop("device")), **given)
     print(table(measure(parts, given["begin"], given["folder"] / "depth.json")))
     print(f"wrote {parts}")

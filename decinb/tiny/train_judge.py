@@ -19,7 +19,7 @@ from torch import Tensor
 
 from decinb.loading import load_pipeline
 from decinb.scenes import Scene, random_scene, render
-from decinb.scenes.judge import VALUES, WEIGHTS, Judge, accuracy, through_vae, to_image, to_pixels
+from decinb.scenes.judge import VALUES, WEIGHTS, Judge, accuracy, through_vae, to_image, to_tensor
 
 HIDDEN = -100
 """The label of an attribute that cannot be seen, which cross entropy ignores."""
@@ -31,7 +31,7 @@ def labels(scene: Scene) -> list[int]:
     return [values.index(visible[name]) if name in visible else HIDDEN for name, values in VALUES.items()]
 
 
-def damage(pixels: Tensor) -> Tensor:
+def distort(pixels: Tensor) -> Tensor:
     """Change images at random as a VAE or a sampler might.
 
     They are mirrored, bent, made coarse, shifted in colour and brightness, and given smooth noise, fine noise and JPEG
@@ -70,7 +70,7 @@ def damage(pixels: Tensor) -> Tensor:
 def _through_jpeg(pixels: Tensor, quality: int) -> Tensor:
     file = io.BytesIO()
     to_image(pixels).save(file, "JPEG", quality=quality)
-    return to_pixels(Image.open(file))
+    return to_tensor(Image.open(file))
 
 
 def train(scenes: int = 20_000, epochs: int = 6, batch: int = 64, seed: int = 0, workers: int | None = None) -> Judge:
@@ -88,7 +88,7 @@ def train(scenes: int = 20_000, epochs: int = 6, batch: int = 64, seed: int = 0,
     torch.manual_seed(seed)
     drawn = [random_scene(rng) for _ in range(scenes)]
     with ProcessPoolExecutor(workers) as pool:
-        images = torch.stack([to_pixels(image).mul_(255).byte() for image in pool.map(render, drawn, chunksize=64)])
+        images = torch.stack([to_tensor(image).mul_(255).byte() for image in pool.map(render, drawn, chunksize=64)])
     right = torch.tensor([labels(scene) for scene in drawn])
 
     judge = Judge().to(memory_format=torch.channels_last)
@@ -96,7 +96,7 @@ def train(scenes: int = 20_000, epochs: int = 6, batch: int = 64, seed: int = 0,
     steps = epochs * (scenes // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
     for step, rows in enumerate(_batches(scenes, batch, steps)):
-        scores = judge(damage(images[rows] / 255).contiguous(memory_format=torch.channels_last))
+        scores = judge(distort(images[rows] / 255).contiguous(memory_format=torch.channels_last))
         losses = [F.cross_entropy(scores[name], right[rows, i], ignore_index=HIDDEN) for i, name in enumerate(VALUES)]
         optimizer.zero_grad()
         sum(losses).backward()
@@ -117,28 +117,30 @@ def _batches(rows: int, batch: int, steps: int) -> Iterator[Tensor]:
                 yield chosen
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--test", action="store_true", help="do not train, only test")
     parser.add_argument("--model", help='also test on images through the VAE of a diffusers folder, or of "tiny"')
     parser.add_argument("--scenes", type=int, default=20_000, help="how many to learn from (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=6, help="how often each is shown (default %(default)s)")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the file to write (default: the bundled one)")
+    parser.add_argument("--file", type=Path, default=WEIGHTS, help="the weights (default: those of the bundled judge)")
+    parser.add_argument("--test-scenes", type=int, default=1000, help="how many to test on (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, and processes that draw scenes")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     if not given.test:
         started = time.monotonic()
-        train(given.scenes, given.epochs, seed=given.seed, workers=given.threads).save(given.weights)
+        train(given.scenes, given.epochs, seed=given.seed, workers=given.threads).save(given.file)
         minutes = (time.monotonic() - started) / 60
-        print(f"wrote {given.weights.name}, {given.weights.stat().st_size:,} bytes, after {minutes:.1f} minutes")
+        print(f"wrote {given.file.name}, {given.file.stat().st_size:,} bytes, after {minutes:.1f} minutes")
 
-    judge = Judge.load(given.weights)
+    judge = Judge.load(given.file)
     rng = random.Random("judge test")
-    unseen = [random_scene(rng) for _ in range(1000)]
+    unseen = [random_scene(rng) for _ in range(given.test_scenes)]
     images = [render(scene) for scene in unseen]
-    tested = {"renders": images, "damaged": _damaged(images)}
+    tested = {"renders": images, "distorted": _distorted(images)}
     if given.model:
         tested["through the VAE"] = through_vae(images, load_pipeline(given.model).vae)
     for name, shown in tested.items():
@@ -146,10 +148,10 @@ def main() -> None:
         print(f"{name}:", ", ".join(f"{key} {fraction:.1%}" for key, fraction in right.items()))
 
 
-def _damaged(images: Sequence[Image.Image]) -> list[Image.Image]:
+def _distorted(images: Sequence[Image.Image]) -> list[Image.Image]:
     torch.manual_seed(1)
     random.seed(1)
-    return [to_image(pixels) for pixels in damage(torch.stack([to_pixels(image) for image in images]))]
+    return [to_image(pixels) for pixels in distort(torch.stack([to_tensor(image) for image in images]))]
 
 
 if __name__ == "__main__":

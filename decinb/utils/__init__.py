@@ -1,1 +1,1 @@
-"""Small helpers, each file with one purpose."""
+"""Small helpers that know nothing of pipelines or sweeps, one purpose per file."""

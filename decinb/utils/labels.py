@@ -1,23 +1,22 @@
-"""Cells in words: how an argument and its value are told in labels, headers and file names."""
+"""Write the arguments of a cell and their values as labels, and wrap text."""
 
 from collections.abc import Callable
 from typing import Any
 
 SHORT = {"strength": "strength", "guidance_scale": "guidance", "num_inference_steps": "steps", "seed": "seed"}
-"""The arguments that are told in labels and file names, in this order, and how."""
-
+"""The arguments in labels and file names, in this order, and their short names."""
 
 ARGUMENTS = ("image", "prompt", "negative_prompt", *SHORT)
-"""What a cell may name. Where two share a side of a grid, the one that stands earlier here changes more slowly."""
+"""The arguments of a cell. If two share a side of a grid, the earlier one here changes more slowly."""
 
 
 def label(cell: dict[str, Any]) -> str:
-    """A cell in a few words, as it stands above its picture."""
+    """Return a cell as the label of its image."""
     return ", ".join(describe(name, cell[name]) for name in SHORT if name in cell) or "defaults"
 
 
 def describe(name: str, value: Any) -> str:
-    """An argument and its value in a few words. Prompts and names of pictures speak for themselves."""
+    """Return an argument and its value in a few words; prompts and names of images without the argument's name."""
     if name == "negative_prompt":
         return f"negative prompt: {value}" if value else "no negative prompt"
     if name == "image" and value is None:
@@ -28,18 +27,20 @@ def describe(name: str, value: Any) -> str:
 
 
 def plain(value: Any) -> str:
-    """A value as a reader would write it: 0.85, not 0.8500000000000001."""
+    """Return a value with six significant digits: 0.85, not 0.8500000000000001."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def wrap(text: str, fits: Callable[[str], bool], most: int | None = None, end: bool = False) -> list[str]:
-    """A text in lines that fit. A word that does not is broken; what is beyond ``most`` lines is cut off, and marked.
+    """Break a text into lines that fit.
+
+    A word that does not fit on a line is broken. Lines beyond ``most`` are dropped, with an ellipsis in their place.
 
     Args:
         text: words with single spaces between them.
-        fits: whether a line is short enough.
-        most: how many lines there may be.
-        end: keep the end of the text rather than its beginning.
+        fits: returns whether a line is short enough.
+        most: the maximum number of lines; None for any.
+        end: keep the end of the text instead of its beginning.
     """
     lines = [""]
     for word in text.split(" "):

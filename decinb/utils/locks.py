@@ -1,4 +1,4 @@
-"""One at a time: with a pipeline, among the threads of a process; with a file or folder, among processes."""
+"""Locks: on a pipeline among the threads of a process, on a file among processes."""
 
 import threading
 from collections.abc import Iterator
@@ -9,37 +9,39 @@ from weakref import WeakKeyDictionary
 
 from filelock import FileLock, Timeout
 
-_turns: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-_making = threading.Lock()
+_locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_creating = threading.Lock()
 
 
 def pipeline_lock(pipe: Any) -> Any:
-    """The lock of a pipeline, to be used in a ``with`` block: another thread's call waits until it ends.
+    """Return the lock of a pipeline, to be held during a call.
 
-    A call changes its scheduler at every step, so two at once would give wrong pictures without a word. The lock
-    belongs to the U-Net, which pipelines made by ``from_pipe`` share, as they do the scheduler.
+    A call changes the state of the scheduler at every step, so two calls at once would silently give wrong images. The
+    lock belongs to the U-Net, because pipelines made by ``from_pipe`` share the U-Net and the scheduler.
     """
     unet = getattr(pipe, "unet", None)
-    with _making:
-        return _turns.setdefault(pipe if unet is None else unet, threading.RLock())
+    with _creating:
+        return _locks.setdefault(pipe if unet is None else unet, threading.RLock())
 
 
 @contextmanager
 def file_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
-    """Wait until no other process or thread holds this file; what a killed process held is free at once.
+    """Hold a lock on a file inside the ``with`` block; wait while another process or thread holds it.
+
+    The lock of a killed process is released by the system.
 
     Args:
-        lock_file: an empty file beside what is to be used alone. It stays there.
-        waiting: a line to print where another holds it.
+        lock_file: an empty file beside what is to be locked. It is created if need be, and stays.
+        waiting: a line to print before waiting.
     """
-    lock = FileLock(lock_file, fallback_to_soft=False)  # a soft lock would outlive a process that is killed
+    lock = FileLock(lock_file, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
         lock.acquire(timeout=0)
     except Timeout:
         if waiting:
             print(waiting, flush=True)
         lock.acquire()
-    except (OSError, NotImplementedError):  # read-only, or a network drive without locks: no protection, but no harm
+    except (OSError, NotImplementedError):  # a read-only folder, or a network drive without locks: go on without
         yield
         return
     try:

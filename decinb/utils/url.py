@@ -1,17 +1,24 @@
-"""A picture's bytes from a URL: from public addresses, and bounded in size and time while they are read.
+"""Download an image from a URL: from public addresses only, with limits on its size and on the time it takes.
 
-Each address is looked up once, checked, and then connected to itself, so that a name cannot lead elsewhere the second
-time it is asked for. For the same reason no proxy is used.
+Proxies are used as the environment says (``HTTP_PROXY``, ``HTTPS_PROXY``, ``NO_PROXY``). A proxy looks host names up
+itself, so behind one only hosts that are written as addresses can be checked here.
 """
 
-import http.client
-import io
 import ipaddress
 import re
 import socket
-import ssl
+import threading
 import time
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.utils import get_environ_proxies, select_proxy
+from urllib3.exceptions import HTTPError
 
 from decinb.errors import InputError
 from decinb.utils.validation import short_repr
@@ -21,155 +28,149 @@ MAX_SECONDS = 20.0  # in all, redirects included
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 10.0  # of silence
 MAX_REDIRECTS = 3
-
-PORTS = {"http": 80, "https": 443}
-HEADERS = {"User-Agent": "decinb", "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
+HEADERS = {"User-Agent": "decinb", "Accept": "image/*", "Accept-Encoding": "identity"}
 
 
 def fetch(url: str, allow_private: bool = False) -> tuple[bytes, str]:
-    """The body behind a URL, and the host that sent it; after three redirects at most, of which each is checked anew.
+    """Download the body behind a URL; return it, and the host and status for later messages.
+
+    At most three redirects are followed, each checked like the first URL.
 
     Args:
-        url: an http or https address.
-        allow_private: follow it into the own network.
+        url: an http or https URL.
+        allow_private: permit the addresses of this machine and its network.
 
     Raises:
-        InputError: it leads elsewhere, fails, is too large or takes too long; the message names the URL, and the host
-            and status where one answered.
+        InputError: the URL is not allowed, fails, is too large or takes too long; the message names the URL, and the
+            host and status if one answered.
     """
-    named, host, deadline = f"image {_shown(url)}", "", time.monotonic() + MAX_SECONDS
-    for _ in range(MAX_REDIRECTS + 1):
-        try:
-            parts = urlsplit(url)
-            host = parts.hostname or ""
-            addresses = _addresses(parts, named, allow_private)
-            response = _ask(parts, addresses, deadline)
-            if response.status in (301, 302, 303, 307, 308) and response.getheader("location"):
-                url = urljoin(url, response.getheader("location"))
-                response.close()
-                continue
-            if response.status != 200:
-                raise InputError(f"{named}: {host} answered with status {response.status}")
-            return _body(response, f"{named}: {host}, status {response.status}"), f"{host}, status {response.status}"
-        except InputError:
-            raise
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if time.monotonic() >= deadline:
-                raise InputError(f"{named}: {host} took more than {MAX_SECONDS:g} s") from error
-            if isinstance(error, TimeoutError):
-                raise InputError(f"{named}: {host} does not answer") from error
-            why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise InputError(f"{named} could not be fetched from {host}: {' '.join(why.split())}") from error
-    raise InputError(f"{named} was redirected more than {MAX_REDIRECTS} times, last by {host} to {_shown(url)}")
-
-
-def _shown(url: str) -> str:
-    """A URL as an error repeats it: without a password."""
-    return short_repr(re.sub("//[^/@]*@", "//…@", url))
-
-
-def _addresses(parts: SplitResult, named: str, allow_private: bool) -> list[str]:
-    """Where a URL's host lies, if one may go there."""
-    if parts.scheme not in PORTS or not parts.hostname or parts.username is not None:
-        leads = f" (it leads to {shown})" if (shown := _shown(parts.geturl())) not in named else ""
-        raise InputError(f"{named} must be an http or https URL without a user name{leads}")
-    try:
-        found = socket.getaddrinfo(parts.hostname, parts.port or PORTS[parts.scheme], type=socket.SOCK_STREAM)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{named}: the host {short_repr(parts.hostname)} is not known ({error})") from error
-    addresses = [str(address[4][0]) for address in found]
-    if not allow_private and not all(map(is_public, addresses)):
-        raise InputError(
-            f"{named} leads to {parts.hostname}, inside the own network; allow_private=True of load_image permits that"
-        )
-    return addresses
+    name, host, deadline = f"image {_shown(url)}", "", time.monotonic() + MAX_SECONDS
+    with requests.Session() as session:
+        session.headers = HEADERS
+        session.auth = lambda request: request  # without it, requests sends a password from ~/.netrc
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, _CheckedAdapter(name, allow_private))
+        for _ in range(MAX_REDIRECTS + 1):
+            try:
+                host = urlsplit(url).hostname or ""
+                response, body = _finish_by(deadline, _get, session, url, name, allow_private)
+                if not response.is_redirect:
+                    return body, f"{host}, status {response.status_code}"
+                url = urljoin(url, response.headers["location"])
+            except InputError:
+                raise
+            except TimeoutError as error:
+                raise InputError(f"{name}: {host} took more than {MAX_SECONDS:g} s") from error
+            except (OSError, ValueError, HTTPError) as error:
+                raise InputError(_failure(error, name, host)) from error
+    raise InputError(f"{name} was redirected more than {MAX_REDIRECTS} times, last by {host} to {_shown(url)}")
 
 
 def is_public(address: str) -> bool:
-    """Whether an address lies in the world outside, and not in this machine or its network."""
+    """Return whether an IP address is on the internet, rather than of this machine or its network."""
     return ipaddress.ip_address(address.partition("%")[0]).is_global
 
 
-def _ask(parts: SplitResult, addresses: list[str], deadline: float) -> http.client.HTTPResponse:
-    host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
-    connected = _connect(addresses, port, deadline)
-    try:
-        if parts.scheme == "https":
-            from requests.certs import where  # the roots of trust: Python on a Mac has none of its own
+def _finish_by(deadline: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a thread, and raise TimeoutError at the deadline.
 
-            context = ssl.create_default_context(cafile=where())
-            connected = context.wrap_socket(connected, server_hostname=host)
-        connection = http.client.HTTPConnection(host, port)
-        connection.sock = _Bounded(connected, deadline)
-        target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{parts.query}" if parts.query else "")
-        connection.request("GET", quote(target, safe="/%:@!$&'()*+,;=~?#[]"), headers=HEADERS)
-        return connection.getresponse()
-    except BaseException:
-        connected.close()
-        raise
+    requests limits each wait for a host, but neither the sum of them nor the lookup of the host's name.
+    """
+    result: Future[Any] = Future()
 
-
-def _connect(addresses: list[str], port: int, deadline: float) -> socket.socket:
-    for last, address in enumerate(addresses, 1 - len(addresses)):
+    def run() -> None:
         try:
-            return socket.create_connection((address, port), _left(deadline, CONNECT_SECONDS))
-        except OSError:
-            if last == 0:
-                raise
-    raise OSError("no address")
+            result.set_result(function(*arguments))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result(max(0, deadline - time.monotonic()))
 
 
-def _left(deadline: float, most: float) -> float:
-    left = min(most, deadline - time.monotonic())
-    if left <= 0:
-        raise TimeoutError
-    return left
+def _get(session: requests.Session, url: str, name: str, allow_private: bool) -> tuple[requests.Response, bytes]:
+    """Request a URL once; return the response and its body, which is empty for a redirect."""
+    _check(url, name, allow_private)
+    timeout = (CONNECT_SECONDS, READ_SECONDS)
+    with session.get(url, timeout=timeout, stream=True, allow_redirects=False) as response:
+        if response.is_redirect:
+            return response, b""
+        name = f"{name}: {urlsplit(url).hostname}"
+        if response.status_code != 200:
+            raise InputError(f"{name} answered with status {response.status_code}")
+        length = response.raw.length_remaining or 0  # 0 if the server does not say it
+        body = response.raw.read(MAX_BYTES + 1) if length <= MAX_BYTES else b""
+    if max(length, len(body)) > MAX_BYTES:
+        raise InputError(f"{name}, status 200: more than {MAX_BYTES // 10**6} MB")
+    if len(body) < length:
+        raise InputError(f"{name}, status 200: the connection broke after {len(body)} of {length} bytes")
+    kind = response.headers.get("content-type", "")
+    if kind.startswith("text/html"):
+        raise InputError(f"{name}, status 200: a web page ({short_repr(kind)}), not an image")
+    return response, body
 
 
-class _Bounded:
-    """A socket for http.client of which every read ends by the deadline."""
+def _check(url: str, name: str, allow_private: bool) -> None:
+    """Refuse a URL of another scheme, one with a password, and one whose host is unknown or has a private address."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+        leads = f" (it leads to {shown})" if (shown := _shown(url)) not in name else ""
+        raise InputError(f"{name} must be an http or https URL without a user name{leads}")
+    is_proxied = select_proxy(url, get_environ_proxies(url)) is not None
+    try:
+        only_addresses = socket.AI_NUMERICHOST if is_proxied else 0
+        found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM, flags=only_addresses)
+    except (OSError, ValueError) as error:
+        if is_proxied:
+            return
+        raise InputError(f"{name}: the host {short_repr(parts.hostname)} is not known ({error})") from error
+    if not allow_private and not all(is_public(str(address[4][0])) for address in found):
+        raise _private(name, parts.hostname)
 
-    def __init__(self, connected: socket.socket, deadline: float):
-        self.connected, self.deadline = connected, deadline
 
-    def sendall(self, data: bytes) -> None:
-        self.connected.settimeout(_left(self.deadline, READ_SECONDS))
-        self.connected.sendall(data)
+class _CheckedAdapter(HTTPAdapter):
+    """Check the address of each connection itself: a host name may lead elsewhere when it is looked up again."""
 
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_Reader(self.connected, self.deadline))
+    def __init__(self, name: str, allow_private: bool):
+        super().__init__()
+        self.name, self.allow_private = name, allow_private
+        self.sockets: list[socket.socket] = []
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        pool, adapter = super().get_connection_with_tls_context(*args, **kwargs), self
+
+        class CheckedConnection(type(pool).ConnectionCls):
+            def connect(self) -> None:
+                super().connect()  # the request itself is sent later
+                adapter.sockets.append(self.sock)
+                allowed = adapter.allow_private or self.proxy is not None
+                if not allowed and not is_public(self.sock.getpeername()[0]):
+                    raise _private(adapter.name, self.host)
+
+        pool.ConnectionCls = CheckedConnection
+        return pool
 
     def close(self) -> None:
-        """Not yet: http.client says it when the answer begins, and the reader when it ends."""
-
-
-class _Reader(io.RawIOBase):
-    """What comes from a socket until the deadline. A timeout of its own would begin anew with every byte."""
-
-    def __init__(self, connected: socket.socket, deadline: float):
-        self.connected, self.deadline = connected, deadline
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        self.connected.settimeout(_left(self.deadline, READ_SECONDS))
-        return self.connected.recv_into(buffer)
-
-    def close(self) -> None:
-        self.connected.close()
+        for connected in self.sockets:  # ends a thread that still reads after the deadline
+            with suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
         super().close()
 
 
-def _body(response: http.client.HTTPResponse, named: str) -> bytes:
-    with response:
-        length = response.length  # None where the server does not say it
-        body = b"" if (length or 0) > MAX_BYTES else response.read(MAX_BYTES + 1)
-    if (length or 0) > MAX_BYTES or len(body) > MAX_BYTES:
-        raise InputError(f"{named}: more than {MAX_BYTES // 10**6} MB")
-    if length is not None and len(body) < length:
-        raise InputError(f"{named}: the connection broke after {len(body)} of {length} bytes")
-    kind = response.getheader("content-type", "")
-    if kind.startswith("text/html"):
-        raise InputError(f"{named}: a web page ({short_repr(kind)}) and no picture")
-    return body
+def _private(name: str, host: str) -> InputError:
+    return InputError(f"{name} leads to {host}, a private address; allow_private=True of load_image permits that")
+
+
+def _failure(error: BaseException, name: str, host: str) -> str:
+    """Return a message with the first cause, which requests and urllib3 wrap several times."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    if isinstance(error, TimeoutError):
+        return f"{name}: {host} does not answer"
+    why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"{name} could not be fetched from {host}: {' '.join(why.split())}"
+
+
+def _shown(url: str) -> str:
+    """Return a URL as an error message repeats it: short, and without a password."""
+    return short_repr(re.sub("//[^/@]*@", "//…@", url))

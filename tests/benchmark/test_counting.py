@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and calls counted: what notebook 06 stands on."""
+"""Counted parameters, FLOPs and U-Net calls, for notebook 06."""
 
 import pytest
 import torch
@@ -8,23 +8,33 @@ from decinb.benchmark import counting
 from tests.helpers.small import small_nas, small_vae
 
 FLOPS_TOLERANCE = 0.005  # the known counts are given to three digits
-GROWTH = 3.5  # of four times the positions: what works on the prompt and the timestep stays as it is
+GROWTH = 3.5  # for four times the pixels: the layers for the prompt and the timestep cost the same
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Small networks wait longer for a second thread than it saves, on a busy machine a hundred times longer."""
+    """Run on one thread: for small networks a second one costs more than it saves, much more on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def costs():
+    return {name: counting.count(network) for name, network in counting.NETWORKS.items()}
+
+
+@pytest.fixture(scope="module")
+def small_cost():
+    return counting.count(small_nas, size=8)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "tflop"), [("U-Net-NAS", 814746884, 0.614), ("SD v1.5", 859520964, 0.803)]
 )
-def test_the_two_unets_have_their_known_cost(name, parameters, tflop):
-    cost = counting.count(counting.NETWORKS[name])
+def test_the_two_unets_have_their_known_cost(costs, name, parameters, tflop):
+    cost = costs[name]
     assert cost.parameters == parameters
     assert cost.flops / 1e12 == pytest.approx(tflop, rel=FLOPS_TOLERANCE)
     assert sum(block.flops for block in cost.blocks) == cost.flops
@@ -32,8 +42,8 @@ def test_the_two_unets_have_their_known_cost(name, parameters, tflop):
     assert cost.blocks[-1].name == "rest"
 
 
-def test_blocks_come_in_the_order_of_the_way_and_say_what_stands_in_them():
-    nas, sd = (counting.count(counting.NETWORKS[name]).blocks[:-1] for name in ("U-Net-NAS", "SD v1.5"))
+def test_blocks_are_in_the_order_they_run_with_their_contents(costs):
+    nas, sd = (costs[name].blocks[:-1] for name in ("U-Net-NAS", "SD v1.5"))
     assert [(b.name, b.side, b.transformers) for b in nas] == [
         ("down_blocks.0", 64, 0),
         ("down_blocks.1", 32, 1),
@@ -51,16 +61,16 @@ def test_blocks_come_in_the_order_of_the_way_and_say_what_stands_in_them():
         assert block.resnet_flops + block.transformer_flops <= block.flops
 
 
-def test_a_built_model_counts_as_its_factory_and_is_left_as_it_was():
+def test_a_built_model_counts_like_its_factory_and_is_not_changed(small_cost):
     model = small_nas()
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    assert counting.count(model, size=8) == counting.count(small_nas, size=8)
+    assert counting.count(model, size=8) == small_cost
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     assert model(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 7, 16)).sample.device.type == "cpu"
 
 
-def test_flops_follow_the_size_of_the_latent():
-    assert counting.count(small_nas, size=16).flops > GROWTH * counting.count(small_nas, size=8).flops
+def test_flops_grow_with_the_size_of_the_latent(small_cost):
+    assert counting.count(small_nas, size=16).flops > GROWTH * small_cost.flops
 
 
 def test_the_other_networks_can_be_counted():
@@ -97,7 +107,7 @@ def test_real_calls_and_rows_are_counted(pipe, guidance_scale, rows):
     assert (counted.calls, counted.rows) == (5, rows)
 
 
-def test_calls_are_counted_where_the_formula_is_one_short(pipe):
+def test_calls_are_counted_where_the_formula_is_off_by_one(pipe):
     ddim = pipe.scheduler
     pipe.scheduler = PNDMScheduler(steps_offset=1, skip_prk_steps=True)
     try:

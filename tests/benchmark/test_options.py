@@ -1,49 +1,67 @@
-"""Faster ways to run a pipeline: the pictures stay, and every option can be taken back."""
+"""Options to run a pipeline faster: images stay the same, and every option can be turned off again."""
 
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
 
 import decinb
-from decinb.benchmark import options, packing, plots
+from decinb.benchmark import latency, options, packing, plots
 from decinb.utils import acceleration
+from tests.helpers.small import small_nas, small_text_encoder, small_vae
 
-SAME = 40  # dB: what the issue of speed allows; rounding alone leaves more than 80
+SAME = 40  # dB; rounding alone gives more than 80
 ROUNDING = 1e-4  # compiled kernels add in another order
 
 
 @pytest.fixture(scope="module")
-def record(tiny):
-    before = list(tiny.unet.state_dict())
-    names = [name for name, option in options.options(tiny).items() if not option.compiles]
-    made = options.compare_options(tiny, packing.picture_call(tiny, 2), names, repeats=2, model="tiny")
-    assert list(tiny.unet.state_dict()) == before, "a fused network would have matrices of its own"
-    return made
+def pipe():
+    return packing.random_pipeline("cpu", torch.float32, lambda: small_nas(16), small_vae, small_text_encoder)
 
 
-def test_no_option_changes_the_picture(record):
-    found = record.settings["options"]
+@pytest.fixture(scope="module")
+def measurement(pipe):
+    before = list(pipe.unet.state_dict())
+    names = [name for name, option in options.options(pipe).items() if not option.compiles]
+    found = options.compare_options(pipe, options.example_call(pipe, 2), names, repeats=2, model="random")
+    assert list(pipe.unet.state_dict()) == before, "the fused weights are still in the network"
+    return found
+
+
+def test_no_option_changes_the_image(measurement):
+    found = measurement.settings["options"]
     assert {"plain attention", "channels last", "fused QKV", "one thread"} <= set(found)
     assert all(option["psnr"] > SAME for option in found.values())
-    assert all(list(timings) == ["as loaded", name] for name, timings in record.timings.items())
-    told = packing.options_table(record)
-    assert all(name in told for name in found)
-    plots.plot_options({"one machine": record, "another": record})
+    assert all(list(timings) == ["as loaded", name] for name, timings in measurement.timings.items())
+    text = options.table(measurement)
+    assert all(name in text for name in found)
 
 
-def test_every_option_is_taken_back(tiny, record):
-    assert {type(processor) for processor in tiny.unet.attn_processors.values()} == {AttnProcessor2_0}
-    assert tiny.unet.conv_in.weight.is_contiguous() and tiny.vae.decoder.conv_in.weight.is_contiguous()
-    assert torch.get_num_threads() > 0 and "forward" not in vars(tiny.unet)
+def test_options_are_plotted(measurement, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots.plt, "close", drawn.append)
+    plots.plot_options({"one machine": measurement, "another": measurement})
+    (ax,) = drawn[0].axes
+    names = list(measurement.timings)
+    assert [label.get_text() for label in ax.get_yticklabels()] == names and len(ax.patches) == 2 * len(names)
+    faster = [latency.ratio(*timings.values())[1] for timings in measurement.timings.values()]
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx(2 * faster)
+    monkeypatch.undo()
+    plots.plt.close("all")
 
 
-def test_an_unknown_option_is_refused(tiny):
-    with pytest.raises(decinb.InputError, match="'magic' is no option on cpu; known are plain attention"):
-        options.compare_options(tiny, lambda: None, ["magic"])
+def test_every_option_is_turned_off_again(pipe, measurement):
+    assert {type(processor) for processor in pipe.unet.attn_processors.values()} == {AttnProcessor2_0}
+    assert pipe.unet.conv_in.weight.is_contiguous() and pipe.vae.decoder.conv_in.weight.is_contiguous()
+    assert torch.get_num_threads() > 0 and "forward" not in vars(pipe.unet)
 
 
-def test_without_a_compiler_the_switch_says_so_and_changes_nothing(monkeypatch):
+def test_an_unknown_option_is_rejected(pipe):
+    with pytest.raises(decinb.InputError, match="there is no option 'magic' on cpu; there are plain attention"):
+        options.compare_options(pipe, lambda: None, ["magic"])
+
+
+def test_without_a_compiler_there_is_a_warning_and_no_change(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.warns(UserWarning, match=r"compile=True changes nothing here: no C\+\+ compiler"):
@@ -52,15 +70,15 @@ def test_without_a_compiler_the_switch_says_so_and_changes_nothing(monkeypatch):
 
 
 @pytest.mark.skipif(not acceleration.has_compiler(), reason="torch needs a C++ compiler")
-def test_compiled_a_network_says_the_same_and_hooks_stay_outside():
-    block = ResnetBlock2D(in_channels=8, out_channels=8, temb_channels=8, groups=2).eval()
-    given = torch.randn(2, 8, 8, 8), torch.randn(2, 8)
+def test_a_compiled_network_gives_the_same_and_its_hooks_run():
+    network = FeedForward(8).eval()
+    given = torch.randn(2, 4, 8)
     seen = []
-    block.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    network.register_forward_hook(lambda module, args, output: seen.append(len(output)))
     with torch.no_grad():
-        plain = block(*given)
-        acceleration._compile(block)
-        compiled = block(*given)
-        acceleration._uncompile(block)
+        plain = network(given)
+        acceleration.compile_network(network)
+        compiled = network(given)
+        acceleration.uncompile_network(network)
     torch.testing.assert_close(compiled, plain, atol=ROUNDING, rtol=0)
-    assert seen == [2, 2] and "forward" not in vars(block)
+    assert seen == [2, 2] and "forward" not in vars(network)

@@ -1,4 +1,4 @@
-"""The stand-ins are the real classes with random weights: built from a seed, run, saved and loaded like any other."""
+"""Dummy pipelines: the real classes with random weights, built from a seed, run, saved and loaded like any other."""
 
 import diffusers
 import numpy as np
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:In CPU 
 
 
 def draw(pipeline: DiffusionPipeline, prompt: str = "a red house", size: int = SIZE) -> np.ndarray:
-    """The picture that two steps make of the sample picture, as floats from 0 to 1."""
+    """Return the image that two steps make of a sample, as floats from 0 to 1."""
     pipeline.set_progress_bar_config(disable=True)
     kandinsky = {"height": size, "width": size, "prior_num_inference_steps": 2}
     return pipeline(
@@ -57,7 +57,12 @@ def pipeline(name):
     return dummy(name)
 
 
-def test_it_is_of_the_published_models_classes(name, pipeline):
+@pytest.fixture(scope="module")
+def drawn(pipeline):
+    return draw(pipeline)
+
+
+def test_it_has_the_classes_of_the_published_model(name, pipeline):
     assert type(pipeline) is getattr(diffusers, CLASSES[name])
     assert type(pipeline.scheduler) is getattr(diffusers, SCHEDULERS[name])
     assert not any(part.training for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
@@ -67,43 +72,38 @@ def test_it_is_small(pipeline):
     assert weights(pipeline).numel() < 3e6
 
 
-@pytest.mark.parametrize("size", [SIZE, 2 * SIZE])
-def test_it_draws_noise(pipeline, size):
-    drawn = draw(pipeline, size=size)
-    assert drawn.shape == (size, size, 3)
-    assert np.isfinite(drawn).all()
-    assert drawn.std() > 0.05
+def test_it_draws_noise(pipeline, drawn):
+    for image, size in ((drawn, SIZE), (draw(pipeline, size=2 * SIZE), 2 * SIZE)):
+        assert image.shape == (size, size, 3)
+        assert np.isfinite(image).all()
+        assert image.std() > 0.05
 
 
-def test_it_heeds_its_prompt(pipeline):
-    assert np.abs(draw(pipeline) - draw(pipeline, prompt="a blue tree")).max() > 0.01
+def test_it_follows_its_prompt(pipeline, drawn):
+    assert np.abs(drawn - draw(pipeline, prompt="a blue tree")).max() > 0.01
 
 
 def test_a_seed_gives_the_same_weights(name, pipeline):
+    random_state = torch.random.get_rng_state()
     assert torch.equal(weights(pipeline), weights(dummy(name)))
     assert not torch.equal(weights(pipeline), weights(dummy(name, seed=1)))
+    assert torch.equal(torch.random.get_rng_state(), random_state), "the caller's random state changed"
 
 
-def test_random_numbers_of_the_caller_stay_as_they_were(name):
-    before = torch.random.get_rng_state()
-    dummy(name)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_it_is_saved_and_loaded_again(name, pipeline, tmp_path):
+def test_it_is_saved_and_loaded(name, pipeline, drawn, tmp_path):
     pipeline.save_pretrained(tmp_path)
     loaders = [DiffusionPipeline, AutoPipelineForImage2Image]
     if name == "sd-2-depth":
-        loaders.remove(AutoPipelineForImage2Image)  # it knows no pipeline that takes depth
+        loaders.remove(AutoPipelineForImage2Image)  # it has no pipeline that takes depth
     for loader in loaders:
         loaded = loader.from_pretrained(tmp_path, local_files_only=True)
         assert type(loaded) is type(pipeline)
         assert torch.equal(weights(loaded), weights(pipeline))
-        # Read from a file, weights lie in memory at other addresses, which rounds sums another way.
-        assert np.abs(draw(loaded) - draw(pipeline)).max() < 0.05
+    # Loaded weights are at other addresses in memory, which changes the rounding of sums.
+    assert np.abs(draw(loaded) - drawn).max() < 0.05
 
 
-def test_the_two_text_encoders_and_the_refiners_one():
+def test_the_text_encoders_of_xl_and_its_refiner():
     base, refiner = dummy("sdxl-base"), dummy("sdxl-refiner")
     assert base.text_encoder is not None and base.text_encoder_2 is not None
     assert not base.config.requires_aesthetics_score
@@ -111,7 +111,7 @@ def test_the_two_text_encoders_and_the_refiners_one():
     assert refiner.config.requires_aesthetics_score
 
 
-def test_the_depth_of_a_picture_goes_into_a_fifth_channel():
+def test_the_depth_of_the_input_is_a_fifth_channel():
     pipeline = dummy("sd-2-depth")
     assert pipeline.unet.config.in_channels == 5
     image = decinb.load_image("day", size=SIZE)
@@ -120,6 +120,6 @@ def test_the_depth_of_a_picture_goes_into_a_fifth_channel():
     assert (depth.min().item(), depth.max().item()) == pytest.approx((-1, 1))
 
 
-def test_an_unknown_name_is_one_line():
+def test_an_unknown_name_raises_one_line():
     with pytest.raises(decinb.InputError, match=r"^dummy has no 'sd-3'; it has sd-v1-5, .*kandinsky-2-2$"):
         dummy("sd-3")

@@ -1,11 +1,7 @@
-"""Models from the hub, against a real server on the loopback: what is fetched, what is cached, and what went wrong."""
+"""Models from the hub, with a real server on the loopback: what is downloaded, what is cached, and what goes wrong."""
 
 import itertools
-import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,79 +9,15 @@ from pathlib import Path
 import pytest
 
 import decinb
-from tests.helpers.fake_hub import DECOYS, FakeHub, as_pickle, commit, digest, publish, small_model, write_json
-
-WAIT_S = 2  # silence that the child takes for an unreachable hub
-USED = {
-    "flexible_unet/config.json",
-    "flexible_unet/diffusion_pytorch_model.safetensors",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer/vocab.json",
-    "tokenizer/merges.txt",
-    "scheduler/scheduler_config.json",
-}
+from tests.helpers.fake_hub import DECOYS, USED, FakeHub, as_pickle, commit, digest, publish, small_model, write_json
+from tests.helpers.processes import WAIT_S, Child
 
 NUMBERS = itertools.count()
-
-CHILD = """
-import contextlib, io, json, sys, warnings
-import torch, decinb
-from decinb.loading import _find
-from decinb.models import MODELS, Model
-from tests.helpers.fake_hub import digest
-
-answers, sys.stdout = sys.stdout, io.StringIO()
-for line in sys.stdin:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            answer = {"value": eval(json.loads(line))}
-        except Exception as error:
-            answer = {"error": type(error).__name__, "message": str(error)}
-    answer["warnings"] = [str(warning.message) for warning in caught]
-    print(json.dumps(answer), file=answers, flush=True)
-"""
-
-
-class Child:
-    """A fresh Python with a hub and a cache of its own, which evaluates one line after the other."""
-
-    def __init__(self, hub: FakeHub, cache: Path, **env: str):
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DECINB_"))}
-        settings = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(cache),
-            "HF_HUB_ETAG_TIMEOUT": str(WAIT_S),
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "PYTHONPATH": str(Path(decinb.__file__).parents[1]),
-        }
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, "-c", CHILD], env={**ours, **settings, **env}, **pipes)
-
-    def ask(self, code: str) -> dict:
-        self.process.stdin.write(json.dumps(code) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, "the child process died"
-        return json.loads(line)
-
-    def load(self, model: str, **options: object) -> dict:
-        """Load a model; its digest is the value."""
-        return self.ask(f"digest(decinb.load_pipeline({model!r}, device='cpu', **{options!r}))")
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
 def folders(tiny, tmp_path_factory) -> dict[str, Path]:
-    """What lies on the hub, by kind."""
+    """The repositories on the hub, by kind."""
     root = tmp_path_factory.mktemp("repos")
     saved = small_model(tiny, root / "saved")
     published = publish(saved, root / "published")
@@ -122,29 +54,29 @@ def child(hub, cache) -> Iterator[Child]:
 
 @pytest.fixture(scope="module")
 def weights(folders) -> str:
-    """The digest that every kind of folder must give: the weights are the same in all of them."""
+    """The digest of every kind of repository: all have the same weights."""
     return digest(decinb.load_pipeline(folders["saved"], device="cpu"))
 
 
 @pytest.fixture
 def repo(hub, folders) -> str:
-    """A published repository of this test alone."""
+    """A published repository that only this test uses."""
     name = f"acme/model-{next(NUMBERS)}"
     hub.repos[name] = folders["published"]
     return name
 
 
-def test_only_what_is_used_is_fetched_and_only_once(hub, child, repo, weights, happened):
+def test_only_used_files_are_downloaded_and_only_once(hub, child, repo, weights, happened):
     assert child.load(repo) == {"value": weights, "warnings": []}
     assert hub.fetched(repo) == USED and not USED & set(DECOYS)
 
     hub.requests.clear()
     assert child.load(repo) == {"value": weights, "warnings": []}
-    assert not hub.requests, "what is here whole is not asked for again"
+    assert not hub.requests, "a request for a complete model"
     happened("F7", "a cached model loaded with 0 requests")
 
 
-def test_with_the_server_gone_the_cache_serves(hub, cache, child, repo, weights, happened):
+def test_a_cached_model_loads_without_a_server(hub, child, repo, weights, happened):
     child.load(repo)
     hub.stop()
     try:
@@ -156,17 +88,23 @@ def test_with_the_server_gone_the_cache_serves(hub, cache, child, repo, weights,
     finally:
         hub.start()
 
-    offline = Child(hub, cache, HF_HUB_OFFLINE="1")
-    before = hub.requests.total()
-    assert offline.load(repo)["value"] == weights
-    answer = offline.load("acme/never-fetched")
+
+def test_offline(hub, child, repo, weights, happened):
+    child.load(repo)
+    hub.requests.clear()
+    offline = "setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', {})"  # what the environment variable sets at import
+    child.ask(offline.format(True))
+    try:
+        assert child.load(repo) == {"value": weights, "warnings": []}
+        answer = child.load("acme/never-fetched")
+    finally:
+        child.ask(offline.format(False))
     assert "HF_HUB_OFFLINE" in answer["message"] and "decinb.download('acme/never-fetched')" in answer["message"]
     happened("F7", answer["message"])
-    assert hub.requests.total() == before
-    offline.close()
+    assert not hub.requests
 
 
-def test_a_download_begun_is_not_taken_for_a_model_and_goes_on(hub, child, repo, weights):
+def test_an_interrupted_download_is_not_a_model_and_resumes(hub, child, repo, weights):
     hub.misbehave[f"{repo}/text_encoder/model.safetensors"] = 404
     assert child.load(repo)["error"] == "ModelError"
     begun = hub.fetched(repo)
@@ -190,11 +128,11 @@ def test_a_download_begun_is_not_taken_for_a_model_and_goes_on(hub, child, repo,
         ("gated", "is gated: accept its licence at {url}/{repo}"),
         (503, "answered 503"),
         (429, "answered 429 (too many requests)"),
-        ("html", "is not the hub: a sign-in page"),
+        ("html", "is not the hub: is there a sign-in page"),
         ("silent", "cannot be reached"),
     ],
 )
-def test_what_went_wrong_is_told(hub, child, repo, fault, message, happened):
+def test_errors_give_the_reason(hub, child, repo, fault, message, happened):
     if fault is None:
         del hub.repos[repo]
     else:
@@ -208,14 +146,14 @@ def test_what_went_wrong_is_told(hub, child, repo, fault, message, happened):
     happened("F7", answer["message"].replace(repo, "acme/model"))
 
 
-def test_a_fault_of_the_hub_does_not_matter_where_the_model_is_cached(hub, child, repo, weights):
+def test_a_cached_model_loads_whatever_the_hub_does(hub, child, repo, weights):
     child.load(repo)
     for fault in (503, "html", "silent"):
         hub.misbehave[repo] = fault
         assert child.load(repo) == {"value": weights, "warnings": []}, fault
 
 
-def test_a_revision_can_be_named(hub, child, repo, weights):
+def test_revisions(hub, child, repo, weights):
     model = "Model({!r}, '', 128, 'day', '', revision={!r})"
     for revision, expected in ((commit(repo), {"value": weights}), ("v9", {"error": "ModelError"})):
         child.ask(f"MODELS.update(named={model.format(repo, revision)})")
@@ -224,21 +162,21 @@ def test_a_revision_can_be_named(hub, child, repo, weights):
     assert answer["message"].startswith(f"{repo} has no revision 'v9': ")
 
 
-def test_what_is_no_decidiffusion_is_refused_before_its_weights_are_fetched(hub, child):
+def test_another_unet_is_rejected_before_its_weights_are_downloaded(hub, child):
     answer = child.load("acme/ordinary")
     assert answer["error"] == "ModelError" and "acme/ordinary has no flexible_unet" in answer["message"]
     assert all(name.endswith(".json") for name in hub.fetched("acme/ordinary"))
 
 
-def test_shards_where_there_is_nothing_else(hub, child, weights):
+def test_shards(hub, child, weights):
     assert child.load("acme/shards") == {"value": weights, "warnings": []}
     assert "unet/diffusion_pytorch_model.safetensors.index.json" in hub.fetched("acme/shards")
 
 
-def test_pickles_only_where_they_are_allowed_and_it_is_told(hub, child, weights):
+def test_pickles_only_on_request_and_with_a_warning(hub, child, weights):
     answer = child.load("acme/pickled")
     assert answer["error"] == "ModelError" and "allow_pickle=True" in answer["message"]
-    assert not any(name.endswith(".bin") for name in hub.fetched("acme/pickled")), "refused before it is fetched"
+    assert not any(name.endswith(".bin") for name in hub.fetched("acme/pickled")), "rejected before it is downloaded"
 
     answer = child.load("acme/pickled", allow_pickle=True)
     assert answer["value"] == weights
@@ -247,19 +185,20 @@ def test_pickles_only_where_they_are_allowed_and_it_is_told(hub, child, weights)
     assert hub.fetched("acme/pickled") == {
         name.replace("/model.safetensors", "/pytorch_model.bin").replace(".safetensors", ".bin") for name in USED
     }
-    assert "allow_pickle=True" in child.load("acme/pickled")["message"], "in the cache or not"
+    assert "allow_pickle=True" in child.load("acme/pickled")["message"], "also from the cache"
 
 
-def test_the_published_checkpoint_is_taken_on_a_gpu_where_it_can_be_had(hub, child, folders):
+def test_the_published_checkpoint_is_the_default_on_a_gpu(hub, child, folders):
     published = decinb.MODELS["decidiffusion-v1-0"].source
     hub.repos[published] = folders["published"]
     hub.misbehave[published] = "silent"
-    found = "(lambda name, places, why: [name, str(places[0][1]), why])(*_find(None, torch.device('cuda')))"
-    name, _, why = child.ask(found)["value"]
-    assert name == "tiny" and "cannot be reached" in why
+    find = "_find(None, IMAGE_TO_IMAGE, torch.device('cuda'), torch.float16, False)"
+    find = f"(lambda found: [found.name, str(found.locations[0][1]), found.reason])({find})"
+    name, _, reason = child.ask(find)["value"]
+    assert name == "tiny" and "cannot be reached" in reason
 
     hub.misbehave.clear()
-    hub.repos[published] = folders["pickled"]  # for a known model the permission is given once, in its entry
-    name, folder, why = child.ask(found)["value"]
-    assert name == "decidiffusion-v1-0" and "GPU" in why
+    hub.repos[published] = folders["pickled"]  # its entry in MODELS allows pickles
+    name, folder, reason = child.ask(find)["value"]
+    assert name == "decidiffusion-v1-0" and "GPU" in reason
     assert folder.endswith(commit(published))

@@ -1,4 +1,4 @@
-"""Designs: lists of settings, made in four ways."""
+"""The four ways to make a list of cells."""
 
 import random
 
@@ -13,7 +13,7 @@ GUIDES = {
 }
 
 
-def test_grid_gives_every_combination_the_last_argument_fastest():
+def test_grid_has_every_combination_with_the_last_argument_fastest():
     assert grid(strength=[0.5, 1.0], seed=(1, 2)) == [
         {"strength": 0.5, "seed": 1},
         {"strength": 0.5, "seed": 2},
@@ -22,7 +22,7 @@ def test_grid_gives_every_combination_the_last_argument_fastest():
     ]
 
 
-def test_zipped_goes_through_the_lists_together():
+def test_zipped_pairs_the_values_by_position():
     assert zipped(strength=[0.5, 1.0], num_inference_steps=[30, 15]) == [
         {"strength": 0.5, "num_inference_steps": 30},
         {"strength": 1.0, "num_inference_steps": 15},
@@ -31,7 +31,7 @@ def test_zipped_goes_through_the_lists_together():
         zipped(strength=[0.5, 1.0], seed=[1])
 
 
-def test_one_at_a_time_changes_each_argument_alone_and_names_the_base_once():
+def test_one_at_a_time_changes_one_argument_per_cell_and_has_the_base_once():
     base = {"strength": 0.6, "guidance_scale": 5}
     assert one_at_a_time(base, strength=[0.4, 0.6, 0.8], guidance_scale=[2]) == [
         base,
@@ -45,7 +45,7 @@ def test_one_at_a_time_changes_each_argument_alone_and_names_the_base_once():
         one_at_a_time([], seed=[1])
 
 
-def test_a_random_design_is_a_sample_of_the_grid_and_the_same_again():
+def test_a_random_design_samples_the_grid_reproducibly():
     cells = grid(**GUIDES)
     assert len(cells) == 160
     assert random_design(9, seed=4, **GUIDES) == random.Random(4).sample(cells, 9)
@@ -54,14 +54,14 @@ def test_a_random_design_is_a_sample_of_the_grid_and_the_same_again():
     assert sorted(map(str, whole)) == sorted(map(str, cells))
 
 
-def test_a_random_design_can_draw_seeds_too_and_builds_no_grid():
+def test_a_random_design_can_vary_seeds_and_does_not_build_the_grid():
     cells = random_design(3, seeds=range(10**9), strength=[i / 1000 for i in range(1, 1001)])
     assert len(cells) == 3 and all(set(cell) == {"seed", "strength"} for cell in cells)
 
 
 @pytest.mark.parametrize("n", [0, 161, -1, 1.5, True])
 def test_a_random_design_of_an_impossible_size_is_refused(n):
-    with pytest.raises(InputError, match="n must be a whole number from 1 to 160"):
+    with pytest.raises(InputError, match="n must be an integer from 1 to 160"):
         random_design(n, **GUIDES)
 
 
@@ -74,6 +74,6 @@ def test_a_random_design_of_an_impossible_size_is_refused(n):
         ({"strength": []}, "strength is an empty list"),
     ],
 )
-def test_what_is_no_list_is_refused(make, axes, message):
+def test_an_axis_must_be_a_non_empty_list(make, axes, message):
     with pytest.raises(InputError, match=message):
         make(**axes)

@@ -1,4 +1,4 @@
-"""The known models: what the registry says of each, and each of them by its name, from a hub."""
+"""The registry of known models, and each of them loaded by its name from a hub."""
 
 import inspect
 import json
@@ -20,8 +20,8 @@ from decinb.checkpoints import hub as decinb_hub
 from decinb.checkpoints.dummies import DUMMIES, SIZE, dummy
 from decinb.models import IMAGE_TO_IMAGE, MODELS, TASKS, TEXT_TO_IMAGE
 from decinb.utils.quiet import quiet
-from tests.checkpoints.test_hub import Child
 from tests.helpers.fake_hub import FakeHub, as_pickle, commit, digest, publish, small_model, write_json
+from tests.helpers.processes import Child
 
 DECOYS = (
     "README.md",
@@ -44,7 +44,7 @@ PRIOR = MODELS["kandinsky-2-2"].extra_sources[0][1]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_entry_is_whole(name):
+def test_every_entry_is_complete(name):
     model = MODELS[name]
     assert model.about and model.licence != "unknown" and model.memory > 0
     assert model.image_size % 8 == 0 and model.example_image in decinb.SAMPLES and model.example_prompt
@@ -67,7 +67,7 @@ def test_an_entry_is_whole(name):
         assert ("depth_map" in takes) == model.depth
 
 
-def test_a_stand_in_is_of_the_class_that_the_entry_names():
+def test_every_dummy_has_the_class_that_its_entry_names():
     for name in DUMMIES:
         assert type(dummy(name)).__name__ == MODELS[name].pipelines[IMAGE_TO_IMAGE]
 
@@ -76,7 +76,7 @@ def test_a_stand_in_is_of_the_class_that_the_entry_names():
 
 
 def safety_checker() -> dict:
-    """What Stable Diffusion v1.5 was published with, small."""
+    """Return a small safety checker, which Stable Diffusion v1.5 was published with."""
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPConfig(
         text_config={**small, "vocab_size": 99},
@@ -87,7 +87,7 @@ def safety_checker() -> dict:
 
 
 def lay_out(name: str, root: Path) -> dict[str, Path]:
-    """A published model's repositories, by id, with weights of its stand-in."""
+    """Save the repositories of a published model with the weights of its dummy; return them by id."""
     source, folder = MODELS[name].source, root / name
     pipe = dummy(name)
     if name == "kandinsky-2-2":
@@ -99,7 +99,7 @@ def lay_out(name: str, root: Path) -> dict[str, Path]:
         pipe.register_modules(**safety_checker())
         pipe.register_to_config(requires_safety_checker=True)
     pipe.save_pretrained(folder)
-    if name != "sdxl-refiner":  # which stands for those without the variant that is wanted
+    if name != "sdxl-refiner":  # which represents the models without the variant
         for part in ("unet", "vae"):
             getattr(pipe, part).save_pretrained(folder / part, variant="fp16")
     index = json.loads((folder / "model_index.json").read_text())
@@ -116,7 +116,7 @@ def lay_out(name: str, root: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def folders(tiny, tmp_path_factory) -> dict[str, Path]:
-    """The repositories of all known models, by id."""
+    """Return the repositories of all known models by id."""
     root = tmp_path_factory.mktemp("repos")
     with quiet():
         found = {repo: folder for name in DUMMIES for repo, folder in lay_out(name, root).items()}
@@ -126,7 +126,7 @@ def folders(tiny, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def room(folders, tmp_path_factory) -> Iterator[tuple[FakeHub, Child, Path]]:
-    """A hub, a process in which every model is as small as its stand-in, and the cache of that."""
+    """Return a hub, a process in which every model is as small as its dummy, and its cache."""
     hub, cache = FakeHub(folders), tmp_path_factory.mktemp("cache")
     child = Child(hub, cache)
     child.ask("MODELS.update({n: __import__('dataclasses').replace(m, memory=0.01) for n, m in MODELS.items()})")
@@ -137,7 +137,7 @@ def room(folders, tmp_path_factory) -> Iterator[tuple[FakeHub, Child, Path]]:
 
 @pytest.fixture
 def hub(room, folders) -> FakeHub:
-    """The hub as it was at first, and nothing of it in the cache."""
+    """Return the hub in its first state, with an empty cache."""
     hub, _, cache = room
     shutil.rmtree(cache / "hub", ignore_errors=True)
     hub.repos = dict(folders)
@@ -157,7 +157,8 @@ LOOK = (
 )
 
 
-def test_every_known_model_by_its_name_and_only_what_is_used(hub, child, folders):
+@pytest.mark.slow
+def test_every_known_model_loads_by_name_and_fetches_only_what_it_uses(hub, child, folders):
     for name in DUMMIES:
         hub.requests.clear()
         original, source, known = dummy(name), MODELS[name].source, MODELS[name]
@@ -180,25 +181,27 @@ def test_every_known_model_by_its_name_and_only_what_is_used(hub, child, folders
 
         hub.requests.clear()
         for task in known.pipelines:
-            for called in (name, source):  # its id is its other name
+            for called in (name, source):  # a known model is also found by its id
                 answer = child.ask(LOOK.format(setting, called, task))
                 assert answer["value"][:3] == [weights, known.pipelines[task], name] and not answer["warnings"]
         assert child.ask(f"decinb.loading.is_here(MODELS[{name!r}])")["value"] is True
-        assert not hub.requests, "what is here is not asked for again"
+        assert not hub.requests, "cached files are not requested again"
 
 
-def test_download_brings_all_of_a_model(hub, child, folders):
+@pytest.mark.slow
+def test_download_fetches_all_of_a_model(hub, child, folders):
     answer = child.ask("str(decinb.download('kandinsky-2-2'))")
     assert answer["value"].endswith(commit(MODELS["kandinsky-2-2"].source))
     assert hub.fetched(PRIOR) and hub.fetched(MODELS["kandinsky-2-2"].source)
     hub.stop()
     assert child.load("kandinsky-2-2") == {"value": digest(dummy("kandinsky-2-2")), "warnings": []}
     hub.start()
-    child.ask("str(decinb.download('stabilityai/stable-diffusion-xl-base-1.0'))")  # by its id, as the model it is
+    child.ask("str(decinb.download('stabilityai/stable-diffusion-xl-base-1.0'))")
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in hub.fetched(MODELS["sdxl-base"].source)
 
 
-def test_a_broken_download_is_gone_on_with(hub, child):
+@pytest.mark.slow
+def test_interrupted_downloads_resume(hub, child):
     source = MODELS["sdxl-base"].source
     hub.misbehave[f"{source}/vae/diffusion_pytorch_model.fp16.safetensors"] = [503]
     answer = child.load("sdxl-base")
@@ -211,7 +214,8 @@ def test_a_broken_download_is_gone_on_with(hub, child):
     assert again <= {"vae/diffusion_pytorch_model.fp16.safetensors"}
 
 
-def test_a_copy_takes_the_place_of_a_model_that_is_gone(hub, child, folders):
+@pytest.mark.slow
+def test_a_mirror_replaces_a_model_that_is_gone(hub, child, folders):
     source, mirror = MODELS["sd-2-depth"].source, MODELS["sd-2-depth"].mirrors[-1]
     hub.repos[mirror] = hub.repos.pop(source)
     answer = child.load("sd-2-depth")
@@ -219,10 +223,11 @@ def test_a_copy_takes_the_place_of_a_model_that_is_gone(hub, child, folders):
     assert answer["warnings"] == [f"sd-2-depth: {source} is gone from the hub; its copy {mirror} is used"]
     hub.requests.clear()
     assert child.load("sd-2-depth")["value"] and child.ask("decinb.loading.is_here(MODELS['sd-2-depth'])")["value"]
-    assert not hub.requests, "the copy that is here is taken"
+    assert not hub.requests, "the cached mirror is used"
 
 
-def test_where_all_copies_are_gone_the_place_to_edit_is_named(hub, child, folders):
+@pytest.mark.slow
+def test_the_line_to_edit_is_named_if_all_mirrors_are_gone(hub, child, folders):
     for name, gone in (("sd-v1-5", MODELS["sd-v1-5"].source), ("kandinsky-2-2", PRIOR)):
         for repo in (gone, *MODELS[name].mirrors):
             hub.repos.pop(repo, None)
@@ -233,7 +238,8 @@ def test_where_all_copies_are_gone_the_place_to_edit_is_named(hub, child, folder
         assert f'"{gone}"' in Path(models.__file__).read_text().splitlines()[line - 1]
 
 
-def test_a_gated_one_is_not_gone(hub, child):
+@pytest.mark.slow
+def test_a_gated_model_is_not_gone(hub, child):
     source = MODELS["sd-v1-5"].source
     hub.misbehave[source] = "gated"
     answer = child.load("sd-v1-5")
@@ -241,14 +247,15 @@ def test_a_gated_one_is_not_gone(hub, child):
     assert not any(mirror in path for mirror in MODELS["sd-v1-5"].mirrors for _, path in hub.requests)
 
 
-def test_what_is_too_large_or_cannot_do_the_task_is_not_fetched(hub, child, folders):
+@pytest.mark.slow
+def test_models_that_are_too_large_or_of_another_task_are_not_fetched(hub, child, folders):
     child.ask("MODELS.update(giant=Model('acme/giant', '', 64, memory=1e6))")
     assert "giant is too large for this machine" in child.load("giant")["message"]
     assert not hub.requests
     answer = child.load("sd-2-depth", task=TEXT_TO_IMAGE)
     assert answer["error"] == "InputError" and not hub.requests
 
-    hub.repos["acme/depth"] = folders[MODELS["sd-2-depth"].source]  # of an id, its settings tell
+    hub.repos["acme/depth"] = folders[MODELS["sd-2-depth"].source]  # its index says what it can do
     answer = child.load("acme/depth", task=TEXT_TO_IMAGE)
     assert (
         answer["error"] == "InputError"
@@ -267,6 +274,7 @@ def test_what_is_too_large_or_cannot_do_the_task_is_not_fetched(hub, child, fold
     )
 
 
+@pytest.mark.slow
 def test_a_community_model_in_pickles(hub, child, folders, tmp_path):
     folder = Path(shutil.copytree(folders[MODELS["sd-v1-5"].source], tmp_path / "pickled"))
     for part in ("unet", "vae", "text_encoder", "safety_checker"):
@@ -280,14 +288,16 @@ def test_a_community_model_in_pickles(hub, child, folders, tmp_path):
     assert answer["value"] == digest(decinb.load_pipeline(folders[MODELS["sd-v1-5"].source], device="cpu"))
 
 
-def test_the_report_tells_of_every_model(hub, child):
+@pytest.mark.slow
+def test_the_report_lists_every_model(hub, child):
     child.load("sd-2-depth")
-    report = child.ask("__import__('decinb.__main__').report.report()")["value"]
+    report = child.ask("__import__('decinb.__main__', fromlist=['report']).report()")["value"]
     for name in MODELS:
         state = {"tiny": "bundled", "tiny-depth": "bundled", "sd-2-depth": "cached"}.get(name, "not cached")
         assert re.search(rf"^model {name}: {state}$", report, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_safety_checker_works(folders):
     pipe = decinb.load_pipeline(folders[MODELS["sd-v1-5"].source], device="cpu")
     pipe.set_progress_bar_config(disable=True)

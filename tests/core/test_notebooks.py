@@ -1,4 +1,4 @@
-"""What every notebook must have, whatever it teaches. That it runs is tested by nbval."""
+"""What every notebook must have, whatever it teaches. nbval tests that it runs."""
 
 import re
 from pathlib import Path
@@ -22,15 +22,15 @@ def code_cells(path):
 
 
 def problems(path: Path, setup: str) -> list[str]:
-    """All that is wrong with one notebook, in words."""
+    """Return everything that is wrong with one notebook."""
     notebook, code = read(path), code_cells(path)
     outputs = [output for cell in code for output in cell.outputs]
     texts = [str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", "")) for output in outputs]
     first = notebook.cells[0].source
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     checks = {
-        "the set-up cell differs from the other notebooks'": code[0].source != setup,
-        "there is not exactly one cell tagged parameters": len(tagged) != 1,
+        "the setup cell differs from that of the other notebooks": code[0].source != setup,
+        "not exactly one cell is tagged parameters": len(tagged) != 1,
         "it was not run from top to bottom": [c.execution_count for c in code] != list(range(1, len(code) + 1)),
         "an output is an error": any(output.output_type == "error" for output in outputs),
         "stderr is shown": any(output.get("name") == "stderr" for output in outputs),
@@ -40,36 +40,36 @@ def problems(path: Path, setup: str) -> list[str]:
         "it does not say what you will do, learn and need": not all(
             word in first for word in ("**You will**", "**You will learn**", "**You need**")
         ),
-        "the title is no heading": not first.startswith("# "),
+        "the title is not a heading": not first.startswith("# "),
         "there is no Colab badge for this file": f"colab-badge.svg)](https://colab.research.google.com/github/decinb/decinb/blob/main/notebooks/{path.name})"
         not in first,
         "there are no exercises": not any("## Exercises" in cell.source for cell in notebook.cells),
-        "it holds no assert": not any(re.search(r"^\s*assert ", cell.source, re.M) for cell in code),
-        "it holds no figure": not any("image/png" in output.get("data", {}) for output in outputs),
-        "it keeps widget state": "widgets" in notebook.metadata,
+        "it has no assert": not any(re.search(r"^\s*assert ", cell.source, re.M) for cell in code),
+        "it has no figure": not any("image/png" in output.get("data", {}) for output in outputs),
+        "it stores widget state": "widgets" in notebook.metadata,
     }
     return [problem for problem, found in checks.items() if found]
 
 
-def test_there_are_six():
+def test_the_notebooks_are_numbered_from_one():
     numbers = [path.name[:2] for path in NOTEBOOKS]
     assert numbers == [f"{i:02d}" for i in range(1, len(numbers) + 1)] and len(numbers) >= 6
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_as_it_should_be(path):
+def test_a_notebook_has_no_problems(path):
     assert not problems(path, code_cells(NOTEBOOKS[0])[0].source)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS[7:], ids=lambda path: path.stem)
-def test_a_notebook_asks_no_more_of_a_pipeline_than_all_have(path):
-    """``MODEL`` may be Stable Diffusion, whose pipelines are diffusers' own."""
+def test_a_notebook_uses_only_attributes_that_every_pipeline_has(path):
+    """``MODEL`` may be Stable Diffusion, whose pipelines are diffusers' own classes."""
     assert not [
         cell.source for cell in code_cells(path) if re.search(r"\b(pipe|text)\.(image_size|deci_)", cell.source)
     ]
 
 
-def test_the_check_itself_finds_faults(tmp_path):
+def test_the_check_finds_problems(tmp_path):
     notebook = read(NOTEBOOKS[0])
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     setup = code[0].source
@@ -82,11 +82,11 @@ def test_the_check_itself_finds_faults(tmp_path):
     broken = tmp_path / "broken.ipynb"
     nbformat.write(notebook, broken)
     found = " ".join(problems(broken, setup))
-    for fault in ("set-up cell", "top to bottom", "is an error", "stderr", "machine path", "Colab badge"):
-        assert fault in found
+    for problem in ("setup cell", "top to bottom", "is an error", "stderr", "machine path", "Colab badge"):
+        assert problem in found
 
 
-def test_the_guides_values_are_the_guides():
+def test_the_notebooks_use_the_values_of_the_guide():
     sources = {path.stem[:2]: "\n".join(cell.source for cell in code_cells(path)) for path in NOTEBOOKS}
     assert "[0.75 + 0.05 * i for i in range(6)]" in sources["02"]
     assert "[i * 1.5 for i in range(3, 10)]" in sources["03"]
@@ -95,13 +95,12 @@ def test_the_guides_values_are_the_guides():
         assert axis in sources["05"]
 
 
-PLACE = re.compile(r"\[(\d\d)\]\(notebooks/(\w+)\.ipynb\)(?:, ([^|[]+))?")
+PLACE = re.compile(r"\[(\d\d)\]\(\.\./notebooks/(\w+)\.ipynb\)(?:, ([^|[]+))?")
 
 
-def test_each_step_of_the_articles_is_where_the_readme_says():
-    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    table = readme.partition("### Where each step of the articles is")[2].partition("\n## ")[0]
-    steps = [line for line in table.splitlines() if line.startswith("| ")][1:]
+def test_each_step_of_the_articles_is_where_the_docs_say():
+    page = (FOLDER.parent / "docs" / "articles.md").read_text(encoding="utf-8")
+    steps = [line for line in page.splitlines() if line.startswith("| ")][1:]
     assert len(steps) >= 24
     for step in steps:
         places = PLACE.findall(step)
@@ -111,4 +110,4 @@ def test_each_step_of_the_articles_is_where_the_readme_says():
             headings = {line.removeprefix("## ") for source in there for line in source.splitlines()}
             assert name.startswith(number)
             for section in filter(None, (part.strip() for part in re.sub(r"\(.*?\)", "", sections).split(";"))):
-                assert section in headings or section == "all of", f"{section!r} is no section of {name}"
+                assert section in headings or section == "all of", f"{section!r} is not a section of {name}"

@@ -1,4 +1,4 @@
-"""The pipelines around a U-Net-NAS: diffusers' own, but for the defaults and the door."""
+"""The DeciDiffusion pipelines equal those of diffusers, except for defaults and input validation."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def unet_calls(pipe, *args, **kwargs) -> int:
     return len(calls)
 
 
-def test_thirty_steps_unless_told_otherwise(small):
+def test_the_default_is_thirty_steps(small):
     pipe = load(small)
     assert unet_calls(pipe, "a red house", IMAGE, strength=0.1) == 3
     assert unet_calls(pipe, prompt="a red house", image=IMAGE, strength=0.1, num_inference_steps=None) == 3
@@ -94,6 +94,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_saved_pipeline_loads_in_a_fresh_process_by_three_classes(small, tmp_path):
     pipe = load(small)
     pipe.save_pretrained(tmp_path / "saved")
@@ -128,14 +129,14 @@ def test_the_bundled_folder_is_an_ordinary_diffusers_folder(tiny):
     np.testing.assert_array_equal(*both)
 
 
-# From one task to the other
+# From one task to another
 
 
-def same_parts(one: DiffusionPipeline, other: DiffusionPipeline) -> bool:
+def share_components(one: DiffusionPipeline, other: DiffusionPipeline) -> bool:
     return all(one.components[name] is other.components[name] for name in one.components)
 
 
-def test_a_pipeline_hands_its_parts_to_another_task(tiny, capfd):
+def test_pipelines_of_other_tasks_share_components(tiny, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         text = load_pipeline(tiny, task="text-to-image")
@@ -144,12 +145,12 @@ def test_a_pipeline_hands_its_parts_to_another_task(tiny, capfd):
         back.append(AutoPipelineForImage2Image.from_pipe(text))
     assert {type(pipe) for pipe in made} == {decinb.DeciDiffusionPipeline}
     assert {type(pipe) for pipe in back} == {decinb.DeciDiffusionImg2ImgPipeline}
-    assert all(same_parts(pipe, tiny) for pipe in (*made, *back))
+    assert all(share_components(pipe, tiny) for pipe in (*made, *back))
     assert text.image_size == tiny.image_size
     assert capfd.readouterr() == ("", "")
 
 
-def test_shared_parts_keep_their_numbers(small):
+def test_shared_components_keep_their_dtype(small):
     pipe = load(small, dtype="bfloat16")
     assert decinb.DeciDiffusionPipeline.from_pipe(pipe).unet.dtype == torch.bfloat16 == pipe.unet.dtype
 
@@ -168,7 +169,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_thirty_steps_and_a_rescale_of_guidance(text_to_image):
+def test_defaults_of_text_to_image(text_to_image):
     assert unet_calls(text_to_image, "a red house") == 30
     assert unet_calls(text_to_image, "a red house", 64, 64, 2) == 2
     stock = StableDiffusionPipeline(**text_to_image.components, requires_safety_checker=False)
@@ -191,7 +192,7 @@ def test_thirty_steps_and_a_rescale_of_guidance(text_to_image):
         ({"hieght": 64}, "unknown argument 'hieght'; did you mean 'height'?"),
         ({"image": IMAGE}, "unknown argument 'image'"),
         ({"strength": 0.5}, "unknown argument 'strength'"),
-        ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "negative_prompt must be one, or as many"),
+        ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "negative_prompt must have 1 or 3 items, got 2"),
         ({"prompt": None}, "prompt must be a string, got None"),
         ({"prompt": None, "prompt_embeds": [1, 2]}, "prompt_embeds must be a float tensor .*, got "),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 7)}, r"prompt_embeds must be .*, got \(1, 4, 7\)"),
@@ -202,17 +203,17 @@ def test_thirty_steps_and_a_rescale_of_guidance(text_to_image):
                 "prompt_embeds": torch.zeros(1, 4, 128),
                 "negative_prompt_embeds": torch.zeros(1, 5, 128),
             },
-            r"must have as many tokens of one width, got prompt_embeds \(1, 4, 128\) and negative_prompt_embeds \(1, 5",
+            r"must have the same number of tokens, got prompt_embeds \(1, 4, 128\) and negative_prompt_embeds \(1, 5",
         ),
     ],
 )
-def test_what_text_to_image_cannot_use(text_to_image, options, message):
+def test_text_to_image_refuses_bad_arguments(text_to_image, options, message):
     with pytest.raises(decinb.InputError, match=message) as caught:
         text_to_image(**{"prompt": "a red house", "num_inference_steps": 2, **options})
     assert "\n" not in str(caught.value)
 
 
-def test_text_to_image_is_saved_as_diffusers_own(text_to_image, tmp_path):
+def test_text_to_image_is_saved_as_a_diffusers_pipeline(text_to_image, tmp_path):
     text_to_image.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
     options = {"num_inference_steps": 2, "guidance_rescale": 0.7, "height": 64, "width": 64, "output_type": "np"}
@@ -224,10 +225,10 @@ def test_text_to_image_is_saved_as_diffusers_own(text_to_image, tmp_path):
     assert type(load(tmp_path)) is decinb.DeciDiffusionImg2ImgPipeline
 
 
-# Latents for a picture
+# Latents instead of an image
 
 
-def test_latents_are_taken_as_diffusers_takes_them(small, text_to_image):
+def test_latents_give_the_same_image_as_in_diffusers(small, text_to_image):
     pipe = load(small)
     pipe.set_progress_bar_config(disable=True)
     latents = text_to_image(
@@ -263,12 +264,12 @@ def depth(tiny) -> decinb.DeciDiffusionDepth2ImgPipeline:
     return pipe
 
 
-def test_depth_to_image_is_diffusers_own_but_for_the_steps(depth):
-    picture = decinb.load_image("day", size=64)
-    assert unet_calls(depth, "a red house", picture) == 24  # 30 at a strength of 0.8
+def test_depth_to_image_equals_diffusers_except_for_the_steps(depth):
+    image = decinb.load_image("day", size=64)
+    assert unet_calls(depth, "a red house", image) == 24  # 30 at a strength of 0.8
     stock = StableDiffusionDepth2ImgPipeline(**depth.components)
     stock.set_progress_bar_config(disable=True)
-    options = {"prompt": "a red house", "image": picture, "strength": 0.5, "num_inference_steps": 4}
+    options = {"prompt": "a red house", "image": image, "strength": 0.5, "num_inference_steps": 4}
     options["output_type"] = "np"
     near = torch.linspace(0, 1, 64).expand(1, 64, 64)
     with warnings.catch_warnings():
@@ -296,14 +297,17 @@ def test_depth_to_image_is_saved_and_loaded(depth, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image": torch.zeros(1, 4, 8, 8)}, "image must be a picture here, not latents"),
+        ({"image": torch.zeros(1, 4, 8, 8)}, "image must not be latents here"),
         ({"depth_map": torch.zeros(64, 64)}, r"depth_map must be a float tensor .*, got \(64, 64\)"),
         ({"depth_map": IMAGE}, "depth_map must be a float tensor"),
-        ({"depth_map": torch.zeros(1, 64, 64)}, "depth_map is the same everywhere"),
+        ({"depth_map": torch.zeros(1, 64, 64)}, "depth_map is constant"),
         ({"depth_map": torch.full((1, 64, 64), torch.inf)}, "depth_map holds NaN or infinity"),
-        ({"depth_map": torch.rand(3, 64, 64), "prompt": ["a", "b"]}, "depth_map has 3"),
+        (
+            {"depth_map": torch.rand(3, 64, 64), "prompt": ["a", "b"]},
+            "prompt must have 1 or 3 items, got 2 .image has 1, prompt has 2, depth_map has 3",
+        ),
     ],
 )
-def test_what_depth_to_image_cannot_use(depth, options, message):
+def test_depth_to_image_refuses_bad_arguments(depth, options, message):
     with pytest.raises(decinb.InputError, match=message):
         depth(**{"prompt": "a red house", "image": IMAGE, "num_inference_steps": 2, **options})

@@ -1,4 +1,4 @@
-"""The pictures of pictures: right files, every image in its place, labels that fit."""
+"""Tests of the plotting functions: files have the right names, images the right places, and labels fit."""
 
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -35,14 +35,14 @@ def flat(colour, size=(64, 64)):
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert not plt.get_fignums(), "a figure was left open"
 
 
 def places(file):
-    """The middle of every colour in a saved figure, as fractions (x, y) of it."""
+    """Return the middle of every colour in a saved figure, as fractions (x, y) of its size."""
     pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
     found = []
     for colour in COLOURS:
@@ -52,14 +52,14 @@ def places(file):
 
 
 def same(first, second):
-    """Equal but for the width of a label."""
+    """Compare positions, up to the width of a label."""
     return first == pytest.approx(second, abs=0.01)
 
 
-# --- the guide's row, and a plain grid ---
+# --- the guide's row and a plain grid ---
 
 
-def test_plot_images_saves_the_guides_row(in_a_folder_of_its_own):
+def test_plot_images_saves_the_guides_row(own_folder):
     plot_images([flat(colour) for colour in COLOURS], [0.75, 0.8, 0.8500000000000001, 0.9], "Strength")
     saved = Image.open("Strength_experiments.png")
     assert saved.size == (1500, 500)  # 15 x 5 inches at 100 dots, as in the guide
@@ -67,12 +67,12 @@ def test_plot_images_saves_the_guides_row(in_a_folder_of_its_own):
     assert x == sorted(x)
 
 
-def test_plot_images_takes_one_image_and_the_guides_title_with_a_colon(in_a_folder_of_its_own):
+def test_plot_images_takes_one_image_and_the_guides_title_with_a_colon(own_folder):
     plot_images([flat(COLOURS[0])], [30], "Steps:")
-    assert [file.name for file in in_a_folder_of_its_own.iterdir()] == ["Steps_experiments.png"]
+    assert [file.name for file in own_folder.iterdir()] == ["Steps_experiments.png"]
 
 
-def test_nine_images_stand_three_by_three(in_a_folder_of_its_own):
+def test_nine_images_make_three_rows_of_three(own_folder):
     images = [flat((9, 9, 9))] * 9
     images[0], images[2], images[6], images[8] = map(flat, COLOURS)
     plot_grid(images, [f"image {i}" for i in range(9)], columns=3, file="grid.png")
@@ -81,10 +81,10 @@ def test_nine_images_stand_three_by_three(in_a_folder_of_its_own):
     assert same(y0, y2) and same(y6, y8) and y0 < y6
 
 
-def test_images_without_titles_and_titles_without_images_are_refused():
+def test_missing_images_and_a_wrong_number_of_titles_are_refused():
     with pytest.raises(InputError, match="images is empty"):
         plot_images([], [], "Strength")
-    with pytest.raises(InputError, match="as many as images: got 1 for 2"):
+    with pytest.raises(InputError, match="one entry for each image: got 1 for 2 images"):
         plot_grid([flat(COLOURS[0])] * 2, ["one"])
 
 
@@ -93,21 +93,21 @@ def test_images_without_titles_and_titles_without_images_are_refused():
 
 @dataclass
 class Drawn:
-    """What a figure showed: texts and pictures, each with its box in pixels from the lower left corner."""
+    """The contents of a figure: texts and images, each with its box in pixels from the lower left corner."""
 
     frame: Bbox
     texts: list[tuple[str, Bbox]]
     sizes: list[float]
-    pictures: list[tuple[tuple[int, ...], Bbox]]
+    images: list[tuple[tuple[int, ...], Bbox]]
     boxes: list[Bbox]
 
-    def box(self, told: str) -> Bbox:
-        return next(box for text, box in self.texts if text == told)
+    def box(self, label: str) -> Bbox:
+        return next(box for text, box in self.texts if text == label)
 
     def under(self, column: str, row: str) -> tuple[int, ...] | None:
-        """The colour of the picture below one label and beside another."""
+        """Return the colour of the image below one label and to the right of another."""
         x, y = middle(self.box(column))[0], middle(self.box(row))[1]
-        return next((colour for colour, box in self.pictures if box.contains(x, y)), None)
+        return next((colour for colour, box in self.images if box.contains(x, y)), None)
 
 
 def middle(box):
@@ -116,7 +116,7 @@ def middle(box):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Every figure that is finished, measured before it is let go."""
+    """Collect the contents of every finished figure before it is closed."""
     seen, finish = [], plotting.finish
 
     def measured(figure, file=None):
@@ -128,7 +128,11 @@ def drawn(monkeypatch):
                 [(" ".join(text.get_text().split()), text.get_window_extent(renderer)) for text in ax.texts],
                 [text.get_fontsize() for text in ax.texts],
                 [(tuple(image.get_array()[0, 0].tolist()), image.get_window_extent(renderer)) for image in ax.images],
-                [patch.get_window_extent(renderer) for patch in ax.patches],
+                [
+                    ax.transData.transform_bbox(path.get_extents())
+                    for boxes in ax.collections
+                    for path in boxes.get_paths()
+                ],
             )
         )
         finish(figure, file)
@@ -138,19 +142,19 @@ def drawn(monkeypatch):
 
 
 def sweep_of(cells, size=(64, 64), seconds=1.5, image="day"):
-    """A finished sweep whose images are told apart by their colour: 40 for the first cell, 41 for the next."""
+    """Make a finished sweep whose images differ in colour: red 40 for the first cell, 41 for the second."""
     records = [{**DEFAULTS, "image": image, **cell, "steps_run": 24, "seconds": seconds} for cell in cells]
     images = [flat((40 + index, 0, 0), size) for index in range(len(cells))]
     return Sweep(flat(INPUT, size), "a house", cells, Images(images), records)
 
 
 def number(colour):
-    """Which cell a picture is of; None for the input."""
+    """Return the cell that an image belongs to; None for the input."""
     return None if colour[:3] == INPUT else colour[0] - 40
 
 
-def every_cell_is_right(sweep, drawn, column, row):
-    """Each cell stands below and beside the labels that ``column`` and ``row`` make of it."""
+def check_every_cell(sweep, drawn, column, row):
+    """Check that each cell is below and beside the labels that ``column`` and ``row`` make from it."""
     for index, cell in enumerate(sweep.cells):
         assert number(drawn.under(column(cell), row(cell))) == index
 
@@ -159,9 +163,9 @@ def two_axes():
     return sweep_of(grid(strength=[0.5, 0.75, 1.0], guidance_scale=[1, 9]))
 
 
-def test_two_arguments_are_laid_along_the_sides_that_are_named(drawn):
+def test_arguments_go_along_the_named_sides(drawn):
     two_axes().plot(rows="strength", cols="guidance_scale")
-    every_cell_is_right(
+    check_every_cell(
         two_axes(),
         drawn[0],
         lambda cell: f"guidance {cell['guidance_scale']}",
@@ -169,9 +173,9 @@ def test_two_arguments_are_laid_along_the_sides_that_are_named(drawn):
     )
 
 
-def test_the_argument_with_more_values_goes_along_the_top_by_itself(drawn):
+def test_by_default_the_argument_with_more_values_goes_along_the_top(drawn):
     two_axes().plot()
-    every_cell_is_right(
+    check_every_cell(
         two_axes(),
         drawn[0],
         lambda cell: f"strength {cell['strength']:g}",
@@ -179,19 +183,19 @@ def test_the_argument_with_more_values_goes_along_the_top_by_itself(drawn):
     )
 
 
-def test_one_argument_makes_one_row_that_begins_with_the_input(drawn):
+def test_one_argument_makes_one_row_after_the_input(drawn):
     sweep_of(grid(strength=[0.5, 0.75])).plot()
-    assert [number(colour) for colour, _ in sorted(drawn[0].pictures, key=lambda one: one[1].x0)] == [None, 0, 1]
+    assert [number(colour) for colour, _ in sorted(drawn[0].images, key=lambda one: one[1].x0)] == [None, 0, 1]
     assert sorted(text for text, _ in drawn[0].texts) == ["input", "strength 0.5", "strength 0.75"]
 
 
 def in_reading_order(page):
-    """The numbers of the cells from left to right, and row by row."""
-    by_place = sorted((round(-box.y0), round(box.x0), number(colour)) for colour, box in page.pictures)
+    """Return the numbers of the cells from left to right, row by row."""
+    by_place = sorted((round(-box.y0), round(box.x0), number(colour)) for colour, box in page.images)
     return [index for _, _, index in by_place]
 
 
-def test_three_arguments_nest_two_of_them_down_the_side(drawn):
+def test_of_three_arguments_two_are_nested_down_the_side(drawn):
     sweep = sweep_of(grid(strength=[0.5, 0.75, 1.0], guidance_scale=[1, 9], seed=[0, 1]))
     sweep.plot()
     wanted = [
@@ -204,7 +208,7 @@ def test_three_arguments_nest_two_of_them_down_the_side(drawn):
     down = sorted(drawn[0].texts, key=lambda one: -middle(one[1])[1])
     assert [text for text, box in down if box.x1 < drawn[0].box("input").x0] == [
         "seed 0",
-        "guidance 1",  # in the middle of what it spans
+        "guidance 1",  # centred on the rows that it spans
         "seed 1",
         "seed 0",
         "guidance 9",
@@ -212,13 +216,13 @@ def test_three_arguments_nest_two_of_them_down_the_side(drawn):
     ]
 
 
-def test_four_arguments_nest_on_both_sides_and_every_cell_is_there_once(drawn):
+def test_four_arguments_are_nested_on_both_sides_and_show_every_cell_once(drawn):
     sweep = sweep_of(
         grid(strength=[0.5, 0.75, 1.0], guidance_scale=[1, 9], seed=[0, 1, 2], num_inference_steps=[20, 30])
     )
     sweep.plot(rows=("num_inference_steps", "seed"), cols=["guidance_scale", "strength"])
-    told = [text for text, _ in drawn[0].texts]
-    assert {text: told.count(text) for text in ("steps 20", "guidance 1", "seed 2", "strength 1", "input")} == {
+    texts = [text for text, _ in drawn[0].texts]
+    assert {text: texts.count(text) for text in ("steps 20", "guidance 1", "seed 2", "strength 1", "input")} == {
         "steps 20": 1,
         "guidance 1": 1,
         "seed 2": 2,
@@ -237,11 +241,11 @@ def test_four_arguments_nest_on_both_sides_and_every_cell_is_there_once(drawn):
     assert in_reading_order(drawn[0]) == [None, *wanted]
 
 
-def test_groups_stand_further_apart_than_their_members(drawn):
+def test_gaps_between_groups_are_larger_than_within(drawn):
     sweep_of(grid(guidance_scale=[1, 9], strength=[0.5, 0.75])).plot(
         cols=("guidance_scale", "strength"), show_input=False
     )
-    boxes = sorted((box for _, box in drawn[0].pictures), key=lambda box: box.x0)
+    boxes = sorted((box for _, box in drawn[0].images), key=lambda box: box.x0)
     gaps = [after.x0 - before.x1 for before, after in pairwise(boxes)]
     assert gaps[0] == pytest.approx(gaps[2]) and gaps[1] > 2 * gaps[0] > 0
 
@@ -250,40 +254,40 @@ def test_a_place_without_a_cell_stays_empty(drawn):
     cells = [cell for cell in grid(strength=[0.5, 0.75], seed=[0, 1]) if cell != {"strength": 0.75, "seed": 1}]
     sweep_of(cells).plot(rows="seed", cols="strength")
     assert drawn[0].under("strength 0.75", "seed 1") is None
-    assert len(drawn[0].pictures) == 4 and not drawn[0].boxes
+    assert len(drawn[0].images) == 4 and not drawn[0].boxes
 
 
-def test_numbers_stand_in_order_unless_they_were_given_downwards(drawn):
+def test_numbers_ascend_unless_they_were_given_descending(drawn):
     for given, shown in (([0.8, 0.5, 0.6], [0.5, 0.6, 0.8]), ([0.8, 0.6, 0.5], [0.8, 0.6, 0.5])):
         sweep_of(grid(strength=given)).plot(show_input=False)
         texts = sorted(drawn.pop().texts, key=lambda one: one[1].x0)
         assert [text for text, _ in texts] == [f"strength {value}" for value in shown]
 
 
-def test_where_chooses_a_value_or_several(drawn):
+def test_where_selects_one_value_or_several(drawn):
     sweep = sweep_of(grid(strength=[0.5, 0.75, 1.0], seed=[0, 1]))
     sweep.plot(where={"seed": 1, "strength": [0.5, 1.0]})
-    assert [number(colour) for colour, _ in sorted(drawn[0].pictures, key=lambda one: one[1].x0)] == [None, 1, 5]
+    assert [number(colour) for colour, _ in sorted(drawn[0].images, key=lambda one: one[1].x0)] == [None, 1, 5]
 
 
-def test_only_what_is_shown_is_read_from_disk(in_a_folder_of_its_own, drawn):
+def test_only_the_images_shown_are_read_from_disk(own_folder, drawn):
     sweep = sweep_of(grid(strength=[0.5, 0.75], seed=[0, 1]))
     for index in range(4):
-        decinb.images.save_image(sweep.images[index], in_a_folder_of_its_own / f"{index}.png", {}, sweep.image)
-    sweep.images = Images([in_a_folder_of_its_own / f"{index}.png" for index in range(4)])
+        decinb.images.save_image(sweep.images[index], own_folder / f"{index}.png", {}, sweep.image)
+    sweep.images = Images([own_folder / f"{index}.png" for index in range(4)])
     for hidden in (1, 3):
-        (in_a_folder_of_its_own / f"{hidden}.png").unlink()
+        (own_folder / f"{hidden}.png").unlink()
     sweep.plot(where={"seed": 0})
-    assert [number(colour) for colour, _ in sorted(drawn[0].pictures, key=lambda one: one[1].x0)] == [None, 0, 2]
+    assert [number(colour) for colour, _ in sorted(drawn[0].images, key=lambda one: one[1].x0)] == [None, 0, 2]
 
 
-def test_seconds_stand_under_each_picture_when_asked_for(drawn):
+def test_seconds_are_written_below_each_image_on_request(drawn):
     sweep = two_axes()
     sweep.records[0]["seconds"] = 12.34
     sweep.plot(seconds=True)
-    told = [text for text, _ in drawn[0].texts]
-    assert told.count("1.50 s") == 5 and told.count("12.3 s") == 1
-    (first,) = [box for colour, box in drawn[0].pictures if number(colour) == 0]
+    texts = [text for text, _ in drawn[0].texts]
+    assert texts.count("1.50 s") == 5 and texts.count("12.3 s") == 1
+    (first,) = [box for colour, box in drawn[0].images if number(colour) == 0]
     note = drawn[0].box("12.3 s")
     assert note.y1 <= first.y0 + TOUCH and first.x0 < middle(note)[0] < first.x1
     two_axes().plot()
@@ -292,11 +296,11 @@ def test_seconds_stand_under_each_picture_when_asked_for(drawn):
 
 def test_the_input_can_be_left_out(drawn):
     two_axes().plot(show_input=False)
-    assert "input" not in [text for text, _ in drawn[0].texts] and len(drawn[0].pictures) == 6
+    assert "input" not in [text for text, _ in drawn[0].texts] and len(drawn[0].images) == 6
 
 
 @pytest.mark.parametrize("side", ["rows", "cols"])
-def test_each_of_several_inputs_stands_at_the_beginning_of_its_own_cells(drawn, side):
+def test_each_of_several_inputs_comes_before_its_own_cells(drawn, side):
     inputs = {name: flat((0, 0, shade)) for name, shade in (("one", 100), ("two", 200))}
     cells = grid(image=list(inputs.values()), strength=[0.5, 0.75])
     sweep = sweep_of(cells)
@@ -311,36 +315,36 @@ def test_each_of_several_inputs_stands_at_the_beginning_of_its_own_cells(drawn, 
 # --- pages ---
 
 
-def test_a_wide_grid_becomes_pages_that_say_which_they_are(in_a_folder_of_its_own, drawn):
+def test_a_wide_grid_becomes_numbered_pages(own_folder, drawn):
     strengths = [round(0.05 * i, 2) for i in range(1, 17)]
     sweep_of(grid(strength=strengths, seed=[0, 1])).plot(rows="seed", cols="strength", file="out/wide.png")
-    assert sorted(file.name for file in (in_a_folder_of_its_own / "out").iterdir()) == ["wide-1.png", "wide-2.png"]
+    assert sorted(file.name for file in (own_folder / "out").iterdir()) == ["wide-1.png", "wide-2.png"]
     assert [text for page in drawn for text, _ in page.texts if text.startswith("page")] == [
         "page 1 of 2",
         "page 2 of 2",
     ]
-    shown = [{number(colour) for colour, _ in page.pictures} for page in drawn]
-    assert shown == [{None, *range(16)}, {None, *range(16, 32)}]  # in halves: eight columns each, and the input
+    shown = [{number(colour) for colour, _ in page.images} for page in drawn]
+    assert shown == [{None, *range(16)}, {None, *range(16, 32)}]  # eight columns on each page, and the input
 
 
-def test_a_page_ends_between_groups(drawn):
+def test_pages_are_split_between_groups(drawn):
     sweep_of(grid(guidance_scale=[1, 2, 3], strength=[0.5, 0.6, 0.7, 0.8, 0.9])).plot(
         cols=("guidance_scale", "strength")
     )
-    assert [len(page.pictures) for page in drawn] == [1 + 10, 1 + 5]
+    assert [len(page.images) for page in drawn] == [1 + 10, 1 + 5]
 
 
 def test_the_size_of_a_page_can_be_chosen(drawn):
     two_axes().plot(rows="strength", cols="guidance_scale", page=2)
-    assert [len(page.pictures) for page in drawn] == [1 + 4, 1 + 2]
+    assert [len(page.images) for page in drawn] == [1 + 4, 1 + 2]
 
 
-def test_one_page_keeps_its_name(in_a_folder_of_its_own, drawn):
+def test_a_single_page_keeps_the_file_name(own_folder, drawn):
     two_axes().plot(file="sweep.png")
-    assert [file.name for file in in_a_folder_of_its_own.iterdir()] == ["sweep.png"]
+    assert [file.name for file in own_folder.iterdir()] == ["sweep.png"]
 
 
-# --- one after another ---
+# --- cells one after another ---
 
 
 @pytest.mark.parametrize(
@@ -351,10 +355,10 @@ def test_one_page_keeps_its_name(in_a_folder_of_its_own, drawn):
     ],
     ids=["scattered", "five arguments"],
 )
-def test_cells_that_make_no_table_follow_each_other_under_titles(drawn, cells):
+def test_cells_that_do_not_make_a_table_follow_each_other_under_titles(drawn, cells):
     sweep = sweep_of(cells)
     sweep.plot()
-    in_order = sorted(drawn[0].pictures, key=lambda one: (-round(one[1].y0), one[1].x0))
+    in_order = sorted(drawn[0].images, key=lambda one: (-round(one[1].y0), one[1].x0))
     assert [number(colour) for colour, _ in in_order] == [None, *range(len(cells))]
     for colour, box in in_order[1:]:
         titles = [
@@ -374,7 +378,7 @@ HARD = {
         grid(prompt=[LONG + "by day", LONG * 9 + "at night", "short"], seed=[0, 1]),
         {"rows": "seed", "cols": "prompt"},
     ),
-    "a word that is wider than its column": (
+    "a word wider than its column": (
         grid(
             prompt=["Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft", "b"],
             seed=[0, 1],
@@ -391,7 +395,7 @@ HARD = {
         ),
         {"seconds": True},
     ),
-    "one narrow picture": (grid(prompt=[LONG]), {"rows": "prompt", "cols": "negative_prompt"}),
+    "one narrow image": (grid(prompt=[LONG]), {"rows": "prompt", "cols": "negative_prompt"}),
     "titles": (
         [{"prompt": LONG * i, "strength": 0.5 + 0.01 * i, "guidance_scale": i, "seed": i} for i in range(1, 9)],
         {"seconds": True},
@@ -401,11 +405,11 @@ HARD = {
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 32), (32, 96)], ids=["square", "flat", "tall"])
 @pytest.mark.parametrize("cells, options", HARD.values(), ids=HARD.keys())
-def test_labels_are_readable_whole_and_clear_of_all_else(drawn, cells, options, size):
+def test_labels_are_readable_complete_and_do_not_overlap(drawn, cells, options, size):
     sweep_of(cells, size).plot(**options)
     for page in drawn:
-        assert min(page.sizes) >= 7  # points, the smallest that can be read
-        boxes = [*page.texts, *((f"picture {number(colour)}", box) for colour, box in page.pictures)]
+        assert min(page.sizes) >= 7  # points, the smallest readable size
+        boxes = [*page.texts, *((f"image {number(colour)}", box) for colour, box in page.images)]
         for name, box in boxes:
             inside = (
                 page.frame.x0 <= box.x0
@@ -419,26 +423,26 @@ def test_labels_are_readable_whole_and_clear_of_all_else(drawn, cells, options, 
             assert shared is None or min(shared.width, shared.height) <= TOUCH, f"{one} and {two} overlap"
 
 
-def test_prompts_that_begin_alike_are_told_by_what_differs(drawn):
+def test_prompts_that_begin_alike_are_labelled_by_their_difference(drawn):
     sweep_of(grid(prompt=[LONG + "by day", LONG + "at night"], seed=[0, 1, 2])).plot()
     assert {"… by day", "… at night"} <= {text for text, _ in drawn[0].texts}
 
 
-def test_prompts_too_long_for_their_place_are_still_told_apart(drawn):
+def test_prompts_cut_off_for_their_length_remain_distinguishable(drawn):
     sweep_of(grid(prompt=["x " + LONG * 9 + "by day", "x " + LONG * 9 + "at night", "y"], seed=[0, 1])).plot(
         cols="prompt", rows="seed"
     )
-    told = [text for text, _ in drawn[0].texts]
-    assert any(text.endswith("by day") for text in told) and any(text.endswith("at night") for text in told)
+    texts = [text for text, _ in drawn[0].texts]
+    assert any(text.endswith("by day") for text in texts) and any(text.endswith("at night") for text in texts)
 
 
-def test_a_prompt_with_dollar_signs_is_written_as_it_is(drawn):
+def test_dollar_signs_in_prompts_are_not_mathematics(drawn):
     prompts = ["a $5 roof", "a \\frac{1}{2} $ roof"]
     sweep_of(grid(prompt=prompts)).plot()
     assert set(prompts) <= {text for text, _ in drawn[0].texts}
 
 
-# --- what cannot be drawn ---
+# --- invalid arguments ---
 
 
 @pytest.mark.parametrize(
@@ -446,7 +450,7 @@ def test_a_prompt_with_dollar_signs_is_written_as_it_is(drawn):
     [
         (
             {"rows": "seed", "cols": "strength"},
-            "two cells fall on seed 0, strength 0.5: they also differ in guidance_scale; name it",
+            "two cells share the place of seed 0, strength 0.5: they also differ in guidance_scale; name it",
         ),
         (
             {"rows": "guidance", "cols": "strength"},
@@ -459,11 +463,11 @@ def test_a_prompt_with_dollar_signs_is_written_as_it_is(drawn):
         ({"where": {"guidance_scale": 5}}, r"where=.* leaves no cell: guidance_scale is 1 or 9"),
         ({"where": {"sed": 5}}, "'sed'.*mean 'seed'"),
         ({"where": 5}, "where must be a dict"),
-        ({"page": 0}, "page must be a whole number from 1 to 40, got 0"),
-        ({"page": 100}, "page must be a whole number from 1 to 40, got 100"),
+        ({"page": 0}, "page must be an integer from 1 to 40, got 0"),
+        ({"page": 100}, "page must be an integer from 1 to 40, got 100"),
     ],
 )
-def test_a_wrong_wish_is_refused_with_what_would_help(options, message):
+def test_invalid_arguments_are_refused_with_a_hint(options, message):
     with pytest.raises(InputError, match=message):
         two_axes().plot(**options)
 
@@ -473,22 +477,22 @@ def test_a_sweep_without_a_finished_cell_is_refused():
         sweep_of([]).plot()
 
 
-def test_a_cell_that_was_asked_for_twice_is_shown_once(drawn):
+def test_a_repeated_cell_is_shown_once(drawn):
     sweep_of([*grid(strength=[0.5, 0.75]), {"strength": 0.5}]).plot()
-    assert sorted(number(colour) for colour, _ in drawn[0].pictures[:-1]) == [0, 1]
+    assert sorted(number(colour) for colour, _ in drawn[0].images[:-1]) == [0, 1]
 
 
-# --- before it runs ---
+# --- plans and galleries ---
 
 
-def test_a_plan_is_drawn_as_the_same_grid_with_the_steps_in_empty_boxes(tiny, drawn):
+def test_a_plan_is_the_same_grid_with_numbers_of_steps_in_empty_boxes(tiny, drawn):
     cells = grid(strength=[0.5, 1.0], num_inference_steps=[1, 4, 10])
-    cells.remove({"strength": 0.5, "num_inference_steps": 1})  # which would leave no step to run
+    cells.remove({"strength": 0.5, "num_inference_steps": 1})  # no step would run
     decinb.plan(tiny, "day", "a house", cells, timed=False).plot(
         rows="strength", cols="num_inference_steps", file="plan.png"
     )
     (page,) = drawn
-    assert len(page.boxes) == 5 and len(page.pictures) == 1  # the input
+    assert len(page.boxes) == 5 and len(page.images) == 1  # the input
     for cell in cells:
         x, y = (
             middle(page.box(f"steps {cell['num_inference_steps']}"))[0],
@@ -509,6 +513,7 @@ decinb.show_gallery(images, ["warm", "cold", "cold"], ["one", "two", "three"])
 """
 
 
+@pytest.mark.slow
 def test_in_a_notebook_a_gallery_has_a_tab_for_each_group():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(GALLERY)])
     NotebookClient(notebook, kernel_name="python3").execute()
@@ -517,10 +522,10 @@ def test_in_a_notebook_a_gallery_has_a_tab_for_each_group():
     assert page.count("data:image/jpeg;base64,") >= 3 and "<script" not in page
     assert page.index("warm") < page.index("cold")
     assert all(title in page for title in ("one", "two", "three"))
-    assert "://" not in page, "nothing is fetched"
+    assert "://" not in page, "nothing is loaded from a network"
 
 
-def test_elsewhere_a_gallery_is_a_grid(tmp_path):
+def test_outside_a_notebook_a_gallery_is_a_grid(tmp_path):
     decinb.show_gallery([Image.new("RGB", (32, 32))] * 2, ["a", "b"])
-    with pytest.raises(InputError, match="groups must be as many as images: got 1 for 2"):
+    with pytest.raises(InputError, match="groups must have one entry for each image: got 1 for 2 images"):
         decinb.show_gallery([Image.new("RGB", (32, 32))] * 2, ["a"])

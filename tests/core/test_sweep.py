@@ -1,11 +1,10 @@
-"""Designs, the door of run_sweep, and what is kept when something goes wrong."""
+"""Sweeps: input validation, folders, replay, plans, and what is kept when something goes wrong."""
 
 import csv
 import json
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
@@ -18,15 +17,10 @@ from decinb.execution.store import Store
 from decinb.images import read_input, read_record, save_image
 from decinb.sweep import SweepError
 from decinb.utils.labels import label, plain
+from tests.helpers.sweeps import Stop, same
 
 QUICK = {"num_inference_steps": 2, "strength": 1.0}
 PROMPT = "a red house on snow at night"
-ONE_LEVEL = 1  # of 255: packs add in another order, and a value on the edge of two levels may fall to either side
-
-
-def same(made, other):
-    """Whether two pictures are the same computation, but for rounding."""
-    return np.abs(np.asarray(made, int) - np.asarray(other, int)).max() <= ONE_LEVEL
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +44,7 @@ def test_a_cell_equals_the_stock_call_alone(tiny, image):
     assert [record["steps_run"] for record in sweep.records] == [2, 2, 2]
 
 
-def test_defaults_are_the_guides(tiny, image):
+def test_defaults_are_those_of_the_guide(tiny, image):
     sweep = run_sweep(tiny, image, PROMPT, [{"strength": 0.1}], progress=False)
     assert sweep.records[0]["num_inference_steps"] == 30 and sweep.records[0]["steps_run"] == 3
 
@@ -64,7 +58,7 @@ def test_defaults_are_the_guides(tiny, image):
         (0.75, "cell 1: a cell must be a dict"),
     ],
 )
-def test_a_bad_cell_is_named_before_any_work(tiny, image, cell, message, tmp_path):
+def test_an_error_names_the_bad_cell_before_any_work(tiny, image, cell, message, tmp_path):
     with count_unet_calls(tiny) as count, pytest.raises(InputError, match=message) as caught:
         run_sweep(tiny, image, PROMPT, [QUICK, cell], folder=tmp_path / "made", progress=False)
     assert "\n" not in str(caught.value)
@@ -92,7 +86,7 @@ def test_a_bad_sweep_is_refused(tiny, image, given, message):
         run_sweep(tiny, **{"image": image, "prompt": PROMPT, "cells": [QUICK], **given})
 
 
-def test_sums_of_floats_are_read_as_meant(tiny, image):
+def test_sums_of_floats_are_rounded(tiny, image):
     strength = 0.0
     for _ in range(20):
         strength += 0.05
@@ -122,7 +116,7 @@ def test_every_image_is_on_disk_with_its_record_and_its_input(tiny, image, tmp_p
         assert str(tmp_path) not in json.dumps(record)
 
 
-def test_only_what_is_missing_is_made(tiny, image, tmp_path):
+def test_only_missing_images_are_computed(tiny, image, tmp_path):
     cells = [{**QUICK, "seed": seed} for seed in (1, 2)]
     first = run_sweep(tiny, image, PROMPT, cells, folder=tmp_path, progress=False)
     with count_unet_calls(tiny) as count:
@@ -134,7 +128,7 @@ def test_only_what_is_missing_is_made(tiny, image, tmp_path):
     assert decinb.load_sweep(tmp_path).cells == more.cells
 
 
-def test_a_broken_file_is_made_again(tiny, image, tmp_path):
+def test_a_damaged_file_is_replaced(tiny, image, tmp_path):
     sweep = run_sweep(tiny, image, PROMPT, [QUICK], folder=tmp_path, progress=False)
     file = next(tmp_path.glob("*.png"))
     before = sweep.images[0]
@@ -145,8 +139,8 @@ def test_a_broken_file_is_made_again(tiny, image, tmp_path):
 
 
 def test_another_prompt_image_model_or_scheduler_is_another_key(tiny, image, tmp_path):
-    for prompt, picture in ((PROMPT, image), (PROMPT, "night"), ("mountains", image), (PROMPT, image)):
-        run_sweep(tiny, picture, prompt, [QUICK], folder=tmp_path, progress=False)
+    for prompt, source in ((PROMPT, image), (PROMPT, "night"), ("mountains", image), (PROMPT, image)):
+        run_sweep(tiny, source, prompt, [QUICK], folder=tmp_path, progress=False)
     assert len(list(tmp_path.glob("*.png"))) == 3
     key = run_sweep(tiny, image, PROMPT, [QUICK], progress=False).records[0]["key"]
     scheduler = tiny.scheduler
@@ -163,8 +157,8 @@ def test_another_prompt_image_model_or_scheduler_is_another_key(tiny, image, tmp
     assert changed != key
 
 
-@pytest.mark.filterwarnings("ignore:cells that repeat another")
-def test_cells_that_come_to_one_computation_run_once(tiny, image, tmp_path):
+@pytest.mark.filterwarnings("ignore:.* cells repeat another")
+def test_cells_with_the_same_image_run_once(tiny, image, tmp_path):
     cells = [
         {"strength": 0.5, "num_inference_steps": 4},
         {"strength": 0.6, "num_inference_steps": 4},  # int(4 * 0.6) is 2 as well
@@ -177,7 +171,7 @@ def test_cells_that_come_to_one_computation_run_once(tiny, image, tmp_path):
     assert [read_record(tmp_path / name)["strength"] for name in names(tmp_path) if "0.6" in name] == [0.6]
 
 
-def test_an_image_is_made_again_from_its_png_alone(tiny, image, tmp_path):
+def test_replay_needs_only_the_png(tiny, image, tmp_path):
     cells = [{**QUICK, "seed": 3, "negative_prompt": "trees", "image": "sketch"}]
     sweep = run_sweep(tiny, image, PROMPT, cells, folder=tmp_path / "made", progress=False, guidance_rescale=0.5)
     file = shutil.move(next((tmp_path / "made").glob("*.png")), tmp_path / "alone.png")
@@ -193,19 +187,19 @@ def test_an_image_is_made_again_from_its_png_alone(tiny, image, tmp_path):
     ("changed", "message"),
     [
         ({"weights": "0"}, "other weights"),
-        ({"scheduler": "os.system"}, "names the scheduler 'os.system', which this pipeline cannot have"),
+        ({"scheduler": "os.system"}, "names the scheduler 'os.system', which DeciDiffusionImg2ImgPipeline cannot use"),
         ({"strength": 7}, "strength must be above 0"),
-        ({"seed": "x"}, "seed must be a whole number"),
+        ({"seed": "x"}, "seed must be an integer"),
     ],
 )
-def test_a_png_that_was_tampered_with_is_refused(tiny, image, tmp_path, changed, message):
+def test_replay_refuses_a_png_that_was_tampered_with(tiny, image, tmp_path, changed, message):
     sweep = run_sweep(tiny, image, PROMPT, [QUICK], progress=False)
     save_image(sweep.images[0], tmp_path / "made.png", {**sweep.records[0], **changed}, image)
     with pytest.raises(InputError, match=message):
         decinb.replay(tmp_path / "made.png", tiny)
 
 
-def test_a_png_fetches_no_model(tiny, image, tmp_path):
+def test_replay_downloads_no_model(tiny, image, tmp_path):
     sweep = run_sweep(tiny, image, PROMPT, [QUICK], progress=False)
     save_image(sweep.images[0], tmp_path / "made.png", {**sweep.records[0], "model": "someone/else"}, image)
     with pytest.raises(InputError, match="made by 'someone/else'.*give its pipe"):
@@ -219,7 +213,7 @@ def test_a_folder_without_a_sweep_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"sweep\.json in .* is damaged"):
         decinb.load_sweep(tmp_path)
     (tmp_path / "sweep.json").write_text('{"cells": [{"file": "../../etc/passwd", "cell": {}}]}')
-    with pytest.raises(InputError, match="no image is finished yet"):
+    with pytest.raises(InputError, match="no image of it is finished yet"):
         decinb.load_sweep(tmp_path)
 
 
@@ -240,8 +234,8 @@ def test_an_image_that_cannot_be_saved_is_not_lost(tiny, image, tmp_path):
     assert sweep.images[0].size == image.size
 
 
-@pytest.mark.filterwarnings("ignore:cells that repeat another")
-def test_a_plan_says_what_a_sweep_takes_before_it_runs(tiny, image, tmp_path):
+@pytest.mark.filterwarnings("ignore:.* cells repeat another")
+def test_a_plan_counts_what_a_sweep_takes_before_it_runs(tiny, image, tmp_path):
     cells = grid(strength=[0.5, 0.6, 1.0], guidance_scale=[1, 5], num_inference_steps=[4])
     with count_unet_calls(tiny) as count:
         planned = decinb.plan(tiny, image, PROMPT, cells, folder=tmp_path / "made", timed=False)
@@ -270,7 +264,7 @@ def test_a_plan_counts_the_calls_that_a_scheduler_really_makes(tiny, image):
         tiny.scheduler = scheduler
 
 
-def test_a_sweep_is_told_as_a_table_and_in_parts(tiny, image, tmp_path):
+def test_a_sweep_as_a_table_and_its_selection(tiny, image, tmp_path):
     cells = grid(strength=[0.5, 1.0], seed=[0, 1], num_inference_steps=[2])
     sweep = run_sweep(tiny, image, PROMPT, cells, progress=False)
     table = sweep.to_dataframe()
@@ -285,7 +279,7 @@ def test_a_sweep_is_told_as_a_table_and_in_parts(tiny, image, tmp_path):
         sweep.select(strenght=1)
 
 
-def test_several_images_go_through_one_sweep(tiny, image):
+def test_cells_may_name_their_own_images(tiny, image):
     cells = grid(image=["night", "sketch", image], **{name: [value] for name, value in QUICK.items()})
     sweep = run_sweep(tiny, image, PROMPT, cells, progress=False)
     assert [record["image"] for record in sweep.records][:2] == ["night", "sketch"]
@@ -293,35 +287,16 @@ def test_several_images_go_through_one_sweep(tiny, image):
     assert len({record["key"] for record in sweep.records}) == 3
 
 
-class Stop:
-    """Breaks the U-Net after some calls, as a person or a fault would."""
-
-    def __init__(self, pipe, calls, error):
-        self.left, self.error = calls, error
-        self.hook = pipe.unet.register_forward_pre_hook(self)
-
-    def __call__(self, *_):
-        self.left -= 1
-        if self.left < 0:
-            raise self.error
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.hook.remove()
-
-
 def test_stopping_keeps_and_returns_what_is_done(tiny, image, capsys, happened):
     cells = [{**QUICK, "seed": seed} for seed in range(3)]
     with Stop(tiny, 5, KeyboardInterrupt()):
-        sweep = run_sweep(tiny, image, PROMPT, cells, progress=False, pack=2)
+        sweep = run_sweep(tiny, image, PROMPT, cells, progress=False, max_rows=2)
     assert len(sweep) == 2 and sweep.cells == cells[:2]
     said = capsys.readouterr().out
     assert "2 of 3" in said
-    again = run_sweep(tiny, image, PROMPT, cells, progress=False, pack=2)
+    again = run_sweep(tiny, image, PROMPT, cells, progress=False, max_rows=2)
     assert same(again.images[1], sweep.images[1])
-    happened("F2", f"{said.strip()}; the next run made the same pictures")
+    happened("F2", f"{said.strip()}; the next run made the same images")
 
 
 def test_stopping_while_an_image_is_saved_loses_nothing(tiny, image, tmp_path, monkeypatch):
@@ -337,21 +312,21 @@ def test_stopping_while_an_image_is_saved_loses_nothing(tiny, image, tmp_path, m
     monkeypatch.setattr(Store, "save", save)
     cells = [{**QUICK, "seed": seed} for seed in range(6)]
     sweep = run_sweep(tiny, image, PROMPT, cells, folder=tmp_path, progress=False)
-    assert len(sweep) == 6, "all were denoised together when the first was saved"
+    assert len(sweep) == 6, "all of them were denoised when the first was saved"
     assert all(made.size == image.size for made in sweep.images)
 
 
-def test_a_fault_names_what_ran_and_loses_nothing(tiny, image, tmp_path):
+def test_an_error_names_the_running_cells_and_loses_nothing(tiny, image, tmp_path):
     cells = [{**QUICK, "seed": seed} for seed in range(3)]
     with (
-        Stop(tiny, 3, ValueError("a loose wire")),
-        pytest.raises(SweepError, match=r"cell 1 .*seed 1.*failed: a loose wire; 1 of 3") as caught,
+        Stop(tiny, 3, ValueError("broken")),
+        pytest.raises(SweepError, match=r"cell 1 .*seed 1.*failed: broken; 1 of 3") as caught,
     ):
-        run_sweep(tiny, image, PROMPT, cells, folder=tmp_path, progress=False, pack=2)
+        run_sweep(tiny, image, PROMPT, cells, folder=tmp_path, progress=False, max_rows=2)
     assert len(caught.value.sweep) == 1 == len(list(tmp_path.glob("*.png")))
 
 
-def test_a_cell_that_turns_to_nan_is_named_and_alone(tiny, image):
+def test_a_cell_with_nan_is_named_and_others_are_not_affected(tiny, image):
     cells = [{**QUICK, "guidance_scale": 1, "seed": seed} for seed in (0, 1)]
     calls = []
 
@@ -362,8 +337,8 @@ def test_a_cell_that_turns_to_nan_is_named_and_alone(tiny, image):
 
     hook = tiny.unet.register_forward_hook(poison)
     try:
-        with pytest.warns(UserWarning, match="cell .*seed 0: the U-Net gave NaN or infinity at step 2 of 2"):
-            sweep = run_sweep(tiny, image, PROMPT, cells, progress=False, pack=1)
+        with pytest.warns(UserWarning, match="cell .*seed 0: the U-Net returned NaN or infinity at step 2 of 2"):
+            sweep = run_sweep(tiny, image, PROMPT, cells, progress=False, max_rows=1)
     finally:
         hook.remove()
     alone = run_sweep(tiny, image, PROMPT, cells[1:], progress=False)
@@ -371,7 +346,7 @@ def test_a_cell_that_turns_to_nan_is_named_and_alone(tiny, image):
     assert same(sweep.images[0], alone.images[0])
 
 
-def test_the_pipelines_own_progress_bar_comes_back(tiny, image):
+def test_the_settings_of_the_pipelines_progress_bar_are_restored(tiny, image):
     before = dict(tiny._progress_bar_config)
     run_sweep(tiny, image, PROMPT, [QUICK], progress=False)
     assert tiny._progress_bar_config == before
@@ -380,3 +355,14 @@ def test_the_pipelines_own_progress_bar_comes_back(tiny, image):
 def test_labels_are_short_and_round():
     assert plain(0.8500000000000001) == "0.85"
     assert label({"strength": 0.75, "num_inference_steps": 30}) == "strength 0.75, steps 30"
+
+
+def test_max_rows_still_goes_by_its_old_name(tiny, image):
+    with pytest.warns(DeprecationWarning, match="pack is now called max_rows") as caught:
+        run_sweep(tiny, image, PROMPT, [QUICK], progress=False, pack=2)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_an_empty_sweep_is_a_table_with_a_header(tmp_path):
+    file = decinb.Sweep(None, PROMPT).to_csv(tmp_path / "empty.csv")
+    assert file.read_text().strip() == "image,prompt,negative_prompt,strength,guidance_scale,num_inference_steps,seed"

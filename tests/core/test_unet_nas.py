@@ -1,4 +1,4 @@
-"""UNetNAS: the published architecture to the last number, and everything that diffusers users expect of a U-Net."""
+"""Tests of UNetNAS: the published architecture, exactly, and what diffusers users expect of a U-Net."""
 
 import copy
 import itertools
@@ -31,10 +31,12 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 REFERENCE = json.loads((FIXTURES / "unet_nas_reference.json").read_text())
 V1_PARAMETERS = 814_746_884
 
-REFERENCE_ROUNDING = 2.5e-5  # the reference is float32, ours here float64; without the mid block's second pass: 6e-5
+REFERENCE_ROUNDING = (
+    2.5e-5  # the reference is float32, this is float64; without the mid block's second pass the error is 6e-5
+)
 FLOAT32_ROUNDING = 1e-4  # both are float32
-ROUNDING = 1e-5  # the same sums in another order, float32, on outputs of order one
-HALF = {torch.bfloat16: 0.05, torch.float16: 0.01}  # 8 and 11 bits a number, rounded at each of some thirty layers
+ROUNDING = 1e-5  # the same sums in another order, in float32, on outputs of order one
+HALF = {torch.bfloat16: 0.05, torch.float16: 0.01}  # 8 and 11 bits of precision, rounded at about thirty layers
 
 
 def wave(shape: tuple[int, ...], offset: float) -> torch.Tensor:
@@ -42,7 +44,7 @@ def wave(shape: tuple[int, ...], offset: float) -> torch.Tensor:
 
 
 def fill(model: torch.nn.Module) -> None:
-    """Weights by formula, so that they are the same everywhere and for ever."""
+    """Set the weights by a formula, so that they are the same on every system and in every version."""
     for k, (name, parameter) in enumerate(sorted(model.state_dict().items())):
         i = torch.arange(parameter.numel(), dtype=torch.float64)
         value = torch.sin(0.7390851 * i + 1.6180339 * k)
@@ -70,7 +72,7 @@ def run(model: UNetNAS, *given: torch.Tensor, **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", REFERENCE)
-def test_equals_the_published_definition(name):
+def test_outputs_equal_those_of_the_published_definition(name):
     case = REFERENCE[name]
     model = UNetNAS(case["configurations"], sample_size=16).eval()
     assert {key: list(tensor.shape) for key, tensor in model.state_dict().items()} == case["keys"]
@@ -100,7 +102,7 @@ def test_equals_the_published_definition(name):
     ],
 )
 def test_resnets_and_transformers_run_in_the_published_order(mixed, order):
-    """With the mid block's first ResNet run twice: the numbers of the reference depend little on that."""
+    """Includes the second run of the mid block's first ResNet, on which the reference values depend little."""
     configurations = {**REFERENCE["small"]["configurations"], "mix_block_in_forward": mixed}
     model = UNetNAS(configurations, sample_size=16)
     blocks, ran = [*model.down_blocks, model.mid_block, *model.up_blocks], []
@@ -114,7 +116,7 @@ def test_resnets_and_transformers_run_in_the_published_order(mixed, order):
     assert at_mid == [model.mid_block.modules_list[0], *model.mid_block.modules_list]
 
 
-def test_default_is_the_published_checkpoint_name_for_name():
+def test_the_default_has_the_parameters_of_the_published_checkpoint():
     with torch.device("meta"):
         model = UNetNAS()
     expected = json.loads((FIXTURES / "unet_nas_v1_state_dict.json").read_text())
@@ -128,7 +130,7 @@ def publish_unet(folder: Path, tensors: dict[str, torch.Tensor], configurations:
     return folder
 
 
-def test_loads_the_published_layout_without_a_warning_or_a_second_unet(small, tmp_path, monkeypatch, caplog):
+def test_the_published_layout_loads_without_a_warning_or_a_second_unet(small, tmp_path, monkeypatch, caplog):
     publish_unet(tmp_path, small.state_dict())
     forbid(monkeypatch, UNet2DConditionModel)
     built, register = [], torch.nn.Module.register_parameter
@@ -147,12 +149,12 @@ def test_loads_the_published_layout_without_a_warning_or_a_second_unet(small, tm
     torch.testing.assert_close(run(model), run(small), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape"])
-def test_weights_that_do_not_fit_are_refused_by_name(small, tmp_path, fault):
+@pytest.mark.parametrize("error", ["missing", "unexpected", "shape"])
+def test_weights_that_do_not_fit_are_refused_by_name(small, tmp_path, error):
     tensors, name = small.state_dict(), "mid_block.modules_list.0.conv1.weight"
-    if fault == "missing":
+    if error == "missing":
         del tensors[name]
-    elif fault == "unexpected":
+    elif error == "unexpected":
         tensors[name := "mid_block.surplus.weight"] = torch.zeros(1)
     else:
         tensors[name] = torch.zeros(1, 2, 3)
@@ -161,18 +163,19 @@ def test_weights_that_do_not_fit_are_refused_by_name(small, tmp_path, fault):
         UNetNAS.from_pretrained(tmp_path, subfolder="flexible_unet")
 
 
-def test_what_is_no_unet_nas_is_refused(tmp_path):
+def test_other_configurations_are_refused(tmp_path):
     publish_unet(tmp_path, {})
     write_json(tmp_path / "flexible_unet" / "config.json", ORDINARY_UNET)
     with pytest.raises(ModelError, match="configurations"):
         UNetNAS.from_pretrained(tmp_path, subfolder="flexible_unet")
     with pytest.raises(InputError, match=r"missing keys \['temb_dim'\], unknown keys \['tembdim'\]"):
         UNetNAS({"tembdim" if key == "temb_dim" else key: value for key, value in SMALL_UNET.items()})
-    with pytest.raises(InputError, match="same number of blocks"):
+    with pytest.raises(InputError, match="same length"):
         UNetNAS({**SMALL_UNET, "up_blocks_num_resnets": [2, 2]})
 
 
-def test_saving_and_loading_keeps_every_byte(small, tmp_path):
+@pytest.mark.slow
+def test_saving_and_loading_changes_no_byte(small, tmp_path):
     small.half().save_pretrained(tmp_path / "a")
     again = UNetNAS.from_pretrained(tmp_path / "a", torch_dtype=torch.float16)
     again.save_pretrained(tmp_path / "b")
@@ -200,7 +203,7 @@ def test_latents_of_any_size(small, size):
     assert run(small, sample, timesteps, text).shape == (1, 4, *size)
 
 
-def test_rows_of_a_batch_do_not_see_each_other(small):
+def test_rows_of_a_batch_are_independent(small):
     sample, timesteps, text = inputs(batch=3)
     together = run(small, sample, timesteps, text)
     alone = [run(small, sample[i : i + 1], timesteps[i], text[i : i + 1]) for i in range(3)]
@@ -213,6 +216,7 @@ def test_other_conditions_are_refused(small):
         small(*inputs(), added_cond_kwargs={"image_embeds": torch.zeros(1)})
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(small):
     torch._dynamo.reset()
     compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
@@ -231,7 +235,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(small):
     first = small.down_blocks[0].modules_list[0]
     first.register_forward_pre_hook(lambda *_: recomputed.append(1))
     checkpointed = gradients(small)
-    assert len(recomputed) == 2, "the block was not run again on the way back"
+    assert len(recomputed) == 2, "the block was not run again in the backward pass"
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, atol=ROUNDING, rtol=ROUNDING, msg=name)
 
@@ -249,14 +253,14 @@ def test_attention_processors_agree(small):
     torch.testing.assert_close(run(small), slow, atol=ROUNDING, rtol=ROUNDING)
 
 
-def test_several_texts_on_a_latent_share_what_does_not_read_them(small):
+def test_texts_of_one_latent_share_the_blocks_without_transformers(small):
     sample, timesteps, text = inputs(batch=3)
     latent_of = torch.tensor([1, 0, 1])
     rows = []
     for block in small.down_blocks[:2]:
         block.register_forward_hook(lambda module, _, output: rows.append(len(output[0])))
     together = run(small, sample[:2], timesteps[:2], text, latent_of=latent_of)
-    assert rows == [2, 3], "the first block has no Transformer"
+    assert rows == [2, 3], "only the first block has no Transformer"
     torch.testing.assert_close(
         together, run(small, sample[latent_of], timesteps[latent_of], text), atol=ROUNDING, rtol=0
     )
@@ -279,16 +283,17 @@ def test_sliced_attention_agrees(small):
     torch.testing.assert_close(run(small), plain, atol=ROUNDING, rtol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_lora_trains_saves_loads_and_scales(tmp_path):
     pipe = decinb.load_pipeline("tiny", device="cpu")
     image = Image.new("RGB", (64, 64), "teal")
 
-    def picture(**options) -> torch.Tensor:
+    def generate(**options) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         given = {"num_inference_steps": 2, "strength": 1.0, "generator": generator, "output_type": "latent"}
         return pipe("a red house", image, **given, **options).images
 
-    before = picture()
+    before = generate()
     trained = copy.deepcopy(pipe.unet)
     trained.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
     layers = get_peft_model_state_dict(trained)
@@ -297,8 +302,8 @@ def test_lora_trains_saves_loads_and_scales(tmp_path):
 
     pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     assert pipe.get_active_adapters() == ["default_0"]
-    changed = picture()
+    changed = generate()
     assert not torch.allclose(changed, before, atol=1e-2)
-    torch.testing.assert_close(picture(cross_attention_kwargs={"scale": 0.0}), before, atol=ROUNDING, rtol=ROUNDING)
+    torch.testing.assert_close(generate(cross_attention_kwargs={"scale": 0.0}), before, atol=ROUNDING, rtol=ROUNDING)
     pipe.unload_lora_weights()
-    torch.testing.assert_close(picture(), before, atol=ROUNDING, rtol=ROUNDING)
+    torch.testing.assert_close(generate(), before, atol=ROUNDING, rtol=ROUNDING)

@@ -1,4 +1,4 @@
-"""Sweeps in processes of their own: killed at any moment, or sharing the work."""
+"""Sweeps in separate processes: killed at any moment, or sharing the cells."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 import decinb
 from decinb.images import read_record
 
-ONE_LEVEL = 1  # of 255: packs of other cells add in another order
+ONE_LEVEL = 1  # of 255: sums over other batches round differently
 SWEEP = """
 import sys, torch, decinb
 from decinb.benchmark.counting import count_unet_calls
@@ -22,10 +22,10 @@ pipe = decinb.load_pipeline("tiny", device="cpu")
 cells = decinb.grid(strength=[0.5, 0.75, 1.0], guidance_scale=[1, 5], num_inference_steps=[10], seed=[0, 1])
 print("ready", flush=True)
 with count_unet_calls(pipe) as count:
-    sweep = decinb.run_sweep(pipe, "day", "a red house at night", cells, folder=sys.argv[1], pack=4, progress=False)
-sys.stdout.write(f"finished {len(sweep)} rows {count.rows}\\n")  # in one piece: two processes may write at once
+    sweep = decinb.run_sweep(pipe, "day", "a red house at night", cells, folder=sys.argv[1], max_rows=4, progress=False)
+sys.stdout.write(f"finished {len(sweep)} rows {count.rows}\\n")  # in one write, because two processes print at once
 """
-ROWS = (5 + 7 + 10) * (1 + 2) * 2  # of all cells one by one, before rows are shared
+ROWS = (5 + 7 + 10) * (1 + 2) * 2  # of all cells one by one
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def whole(script, folder):
 
 
 def same(folder, other):
-    """Whether two folders hold the same files: names, pictures, and records but for the seconds."""
+    """Check that two folders hold the same files, images, and records but for the seconds."""
     assert sorted(os.listdir(folder)) == sorted(os.listdir(other))
     assert (folder / "sweep.json").read_text() == (other / "sweep.json").read_text()
     for file in folder.glob("*.png"):
@@ -52,7 +52,7 @@ def same(folder, other):
         assert np.abs(np.asarray(mine, int) - np.asarray(theirs, int)).max() <= ONE_LEVEL
 
 
-def test_a_sweep_killed_five_times_ends_as_one_that_was_not(script, tmp_path, happened):
+def test_a_sweep_killed_five_times_ends_like_an_undisturbed_one(script, tmp_path, happened):
     rng, finished = random.Random(1), []
     for _ in range(5):
         run = subprocess.Popen([sys.executable, script, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
@@ -68,6 +68,7 @@ def test_a_sweep_killed_five_times_ends_as_one_that_was_not(script, tmp_path, ha
     happened("F1", f"killed five times, with {', '.join(map(str, finished))} of 12 images done; then as if undisturbed")
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_sweep(script, tmp_path, happened):
     # "--multi_gpu" is how accelerate spells several processes on one machine; without a GPU they use the CPU.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
@@ -79,15 +80,15 @@ def test_two_processes_share_a_sweep(script, tmp_path, happened):
     told = [line.split() for line in run.stdout.splitlines() if line.startswith("finished")]
     assert [words[1] for words in told] == ["12", "12"], "each process ends with the whole sweep"
     rows = [int(words[3]) for words in told]
-    assert min(rows) > ROWS / 4, "both have worked"
-    assert sum(rows) < 1.5 * ROWS, "and not twice the same"
+    assert min(rows) > ROWS / 4, "both have computed"
+    assert sum(rows) < 1.5 * ROWS, "and not the same images twice"
     whole(script, tmp_path / "alone")
     same(tmp_path / "shared", tmp_path / "alone")
     assert len(json.loads((tmp_path / "shared" / "sweep.json").read_text())["cells"]) == 12
-    happened("F10", "two processes of accelerate on one folder: they share the work")
+    happened("F10", "two processes of accelerate in one folder share the cells")
 
 
-def test_processes_that_share_need_a_folder(tiny, monkeypatch):
+def test_processes_that_share_a_sweep_need_a_folder(tiny, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(decinb.InputError, match="folder must be given where several processes share"):
+    with pytest.raises(decinb.InputError, match="folder must be given when several processes share"):
         decinb.run_sweep(tiny, "day", "night", [{"strength": 0.1}], progress=False)

@@ -1,4 +1,4 @@
-"""Where cells stand: which argument goes along which side, in which order, and on which page."""
+"""Tests of layouts: which argument goes along which side, in which order, and on which page."""
 
 import pytest
 
@@ -16,13 +16,13 @@ DEFAULTS = {
 }
 
 
-def records_of(cells):
+def with_defaults(cells):
     return [{**DEFAULTS, **cell} for cell in cells]
 
 
 def sizes(**counts):
-    """How many rows and columns a full product of so many values gets."""
-    layout = lay_out(records_of(grid(**{name: [i / 100 for i in range(1, n + 1)] for name, n in counts.items()})))
+    """Return the numbers of rows and columns for a full product of so many values."""
+    layout = lay_out(with_defaults(grid(**{name: [i / 100 for i in range(1, n + 1)] for name, n in counts.items()})))
     assert layout.titles is None
     return len(layout.rows), len(layout.columns)
 
@@ -38,44 +38,44 @@ def sizes(**counts):
         ({"strength": 2, "seed": 5, "guidance_scale": 5, "num_inference_steps": 6}, (2 * 6, 5 * 5)),
     ],
 )
-def test_more_values_go_along_the_top(counts, rows_and_columns):
+def test_the_argument_with_more_values_goes_along_the_top(counts, rows_and_columns):
     assert sizes(**counts) == rows_and_columns
 
 
-def test_prompts_are_outside_numbers_where_they_share_a_side():
-    layout = lay_out(records_of(grid(seed=[0, 1], strength=[0.5, 0.6, 0.7], prompt=["a", "b"])))
+def test_prompts_change_more_slowly_than_numbers_on_a_shared_side():
+    layout = lay_out(with_defaults(grid(seed=[0, 1], strength=[0.5, 0.6, 0.7], prompt=["a", "b"])))
     assert layout.rows == [("a", "seed 0"), ("a", "seed 1"), ("b", "seed 0"), ("b", "seed 1")]
 
 
-def test_a_side_that_is_not_named_takes_what_cells_would_else_fall_together_in():
-    records = records_of(grid(strength=[0.5, 0.6, 0.7], seed=[0, 1], guidance_scale=[1, 9]))
+def test_the_side_that_is_not_named_takes_what_keeps_cells_apart():
+    records = with_defaults(grid(strength=[0.5, 0.6, 0.7], seed=[0, 1], guidance_scale=[1, 9]))
     layout = lay_out(records, rows="strength")
     assert (len(layout.rows), len(layout.columns)) == (3, 4) and layout.columns[0] == ("guidance 1", "seed 0")
     assert len(lay_out(records, cols=("seed", "strength")).rows) == 2
-    zipped = records_of([{"strength": i / 10, "seed": i} for i in range(1, 5)])
+    zipped = with_defaults([{"strength": i / 10, "seed": i} for i in range(1, 5)])
     assert lay_out(zipped, cols="strength").rows == [()]
     with pytest.raises(InputError, match="they also differ in guidance_scale"):
-        lay_out([*records, *records_of(grid(prompt=["b", "c"], num_inference_steps=[20, 10]))], rows="strength")
+        lay_out([*records, *with_defaults(grid(prompt=["b", "c"], num_inference_steps=[20, 10]))], rows="strength")
 
 
-def test_a_pair_has_only_the_combinations_that_there_are():
+def test_a_pair_has_only_existing_combinations():
     cells = [{"strength": 0.5, "seed": 0}, {"strength": 0.5, "seed": 1}, {"strength": 0.75, "seed": 1}]
-    layout = lay_out(records_of(cells), cols=("strength", "seed"))
+    layout = lay_out(with_defaults(cells), cols=("strength", "seed"))
     assert layout.columns == [("strength 0.5", "seed 0"), ("strength 0.5", "seed 1"), ("strength 0.75", "seed 1")]
     assert layout.places == {(0, 0): 0, (0, 1): 1, (0, 2): 2}
 
 
-def test_any_plain_part_of_a_record_can_be_a_side():
+def test_any_hashable_value_of_a_record_can_be_a_side():
     records = [
-        {**record, "steps_run": 15 + i, "versions": {}} for i, record in enumerate(records_of([{}, {"seed": 1}]))
+        {**record, "steps_run": 15 + i, "versions": {}} for i, record in enumerate(with_defaults([{}, {"seed": 1}]))
     ]
     assert lay_out(records, cols="steps_run").columns == [("steps_run 15",), ("steps_run 16",)]
     with pytest.raises(InputError, match="'versions' is not an argument of every cell; the cells differ in seed"):
         lay_out(records, cols="versions")
 
 
-def test_cells_of_two_models_on_one_place_are_refused():
-    records = [{**record, "model": name} for record in records_of(grid(seed=[0, 1])) for name in ("tiny", "large")]
+def test_cells_of_two_models_in_one_place_are_refused():
+    records = [{**record, "model": name} for record in with_defaults(grid(seed=[0, 1])) for name in ("tiny", "large")]
     with pytest.raises(InputError, match="seed 0: they also differ in model; .* where={'model': ...}"):
         lay_out(records, cols="seed")
     assert len(lay_out(records, rows="model", cols="seed").places) == 4
@@ -84,28 +84,30 @@ def test_cells_of_two_models_on_one_place_are_refused():
 def test_a_table_that_would_be_mostly_empty_is_not_made():
     star = [{"strength": 0.5, "seed": 0}, *({"strength": 0.5, "seed": i} for i in range(1, 4))]
     star += [{"strength": 0.5 + i / 10, "seed": 0} for i in range(1, 4)]
-    layout = lay_out(records_of(star))
+    layout = lay_out(with_defaults(star))
     assert layout.titles[0].replace("\u00a0", " ") == "strength 0.5, seed 0"
     assert layout.places == {divmod(i, 4): i for i in range(7)}
 
 
 def test_free_places_come_first_where_cells_follow_each_other():
-    layout = lay_out(records_of([{"seed": i, "strength": 0.1 * i, "guidance_scale": i} for i in range(1, 8)]), free=1)
+    layout = lay_out(
+        with_defaults([{"seed": i, "strength": 0.1 * i, "guidance_scale": i} for i in range(1, 8)]), free=1
+    )
     assert layout.places[0, 1] == 0 and layout.places[1, 3] == 6 and (0, 0) not in layout.places
 
 
-def test_titles_name_only_what_differs_and_all_if_nothing_does():
-    told = [title.replace("\u00a0", " ") for title in titles(records_of(grid(prompt=["a", "b"], seed=[0, 1])))]
-    assert told == ["seed 0, a", "seed 1, a", "seed 0, b", "seed 1, b"]
-    assert titles(records_of([{}]))[0].replace("\u00a0", " ") == "strength 0.8, guidance 7.5, steps 30, seed 0"
+def test_titles_name_what_differs_or_everything_if_nothing_does():
+    found = [title.replace("\u00a0", " ") for title in titles(with_defaults(grid(prompt=["a", "b"], seed=[0, 1])))]
+    assert found == ["seed 0, a", "seed 1, a", "seed 0, b", "seed 1, b"]
+    assert titles(with_defaults([{}]))[0].replace("\u00a0", " ") == "strength 0.8, guidance 7.5, steps 30, seed 0"
 
 
-def test_what_varies_is_told_in_a_fixed_order():
-    assert varying(records_of(grid(seed=[0, 1], image=["day", "night"], strength=[0.5]))) == ["image", "seed"]
+def test_varying_arguments_have_a_fixed_order():
+    assert varying(with_defaults(grid(seed=[0, 1], image=["day", "night"], strength=[0.5]))) == ["image", "seed"]
 
 
 @pytest.mark.parametrize(
-    "prompts, told",
+    "prompts, labels",
     [
         (["a house by day", "a house at night"], ["a house by day", "a house at night"]),
         (
@@ -118,39 +120,39 @@ def test_what_varies_is_told_in_a_fixed_order():
         ),
         (["one two three four five six seven eight nine ten", "eleven"], None),
     ],
-    ids=["short", "middle", "one begins the other", "nothing alike"],
+    ids=["short", "middle", "one begins the other", "nothing in common"],
 )
-def test_what_long_prompts_share_is_left_out(prompts, told):
-    layout = lay_out(records_of(grid(prompt=prompts)))
-    assert [head[0] for head in layout.columns] == (told or prompts)
+def test_words_shared_by_long_prompts_are_left_out(prompts, labels):
+    layout = lay_out(with_defaults(grid(prompt=prompts)))
+    assert [head[0] for head in layout.columns] == (labels or prompts)
 
 
 # --- pages ---
 
 
-def pages(heads, most):
+def pages(heads, limit):
     layout = Layout([()], heads, {(0, i): i for i in range(len(heads))})
-    return [len(part.columns) for part in layout.pages(most)]
+    return [len(part.columns) for part in layout.pages(limit)]
 
 
 @pytest.mark.parametrize(
-    "count, most, lengths",
+    "count, limit, lengths",
     [(12, 12, [12]), (13, 12, [7, 6]), (25, 12, [9, 8, 8]), (3, 1, [1, 1, 1])],
 )
-def test_pages_are_of_like_size(count, most, lengths):
-    assert pages([(str(i),) for i in range(count)], most) == lengths
+def test_pages_are_of_similar_size(count, limit, lengths):
+    assert pages([(str(i),) for i in range(count)], limit) == lengths
 
 
 @pytest.mark.parametrize(
     "groups, lengths",
     [([5, 5, 5], [10, 5]), ([12, 1], [12, 1]), ([4] * 7, [12, 12, 4]), ([20, 2], [10, 12]), ([2, 20], [2, 10, 10])],
 )
-def test_groups_stay_whole_where_they_fit(groups, lengths):
+def test_groups_that_fit_on_a_page_are_not_split(groups, lengths):
     assert pages([(f"group {g}", f"member {i}") for g, size in enumerate(groups) for i in range(size)], 12) == lengths
 
 
-def test_every_place_is_on_one_page():
-    records = records_of(grid(strength=[i / 100 for i in range(1, 31)], seed=range(15)))
+def test_every_place_is_on_exactly_one_page():
+    records = with_defaults(grid(strength=[i / 100 for i in range(1, 31)], seed=range(15)))
     layout = lay_out(records)
     found = [index for part in layout.pages(12) for index in part.places.values()]
     assert sorted(found) == list(range(450))

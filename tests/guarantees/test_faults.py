@@ -1,8 +1,9 @@
 """The ten faults that are promised to end well, where no other test file has a better place for them.
 
-F1 and F10: also test_processes; F2: also test_sweep; F3: also test_denoise; F6: test_loading; F7: also test_hub.
+F1 and F10: also test_processes; F2: also test_sweep; F3: also test_batched; F6: test_loading; F7: also test_hub.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -25,12 +26,13 @@ from torch import nn
 
 import decinb
 from decinb import ModelError, SweepError, load_sweep, run_sweep
-from tests.checkpoints.test_hub import NUMBERS, USED, WAIT_S, Child
-from tests.helpers.fake_hub import FakeHub, commit, publish, small_model
+from tests.helpers.fake_hub import USED, FakeHub, commit, publish, small_model
+from tests.helpers.processes import WAIT_S, Child
 
 PROMPT = "a red house on snow at night"
 QUICK = {"num_inference_steps": 2, "strength": 1.0, "guidance_scale": 1.0}
 IMAGE = decinb.load_image("day", size=64)
+NUMBERS = itertools.count()
 UNET = "flexible_unet/diffusion_pytorch_model.safetensors"
 
 
@@ -110,7 +112,7 @@ def test_wrong_bytes_of_the_right_size_are_fetched_again(hub, child, repo, publi
 def test_wrong_bytes_twice_are_an_error_and_do_not_stay(hub, child, repo, published, happened):
     hub.misbehave[f"{repo}/{UNET}"] = ["wrong", "wrong"]
     answer = child.load(repo)
-    assert answer["error"] == "ModelError" and f"{repo}: {UNET} arrived twice with other bytes" in answer["message"]
+    assert answer["error"] == "ModelError" and f"{repo}: {UNET} was downloaded twice" in answer["message"]
     happened("F8", answer["message"].replace(repo, "acme/model"))
     assert "value" in child.load(repo)
 
@@ -232,7 +234,7 @@ def test_a_callback_of_the_users_is_called_as_it_was_and_may_return_nothing(tiny
 
 
 def test_a_sweep_writes_no_file_for_what_is_no_numbers(tiny, tmp_path, happened):
-    with hooked(tiny.unet, poison), pytest.warns(UserWarning, match="the U-Net gave NaN.*at step 1 of 2") as caught:
+    with hooked(tiny.unet, poison), pytest.warns(UserWarning, match="the U-Net returned NaN.*at step 1 of 2") as caught:
         sweep = run_sweep(tiny, IMAGE, PROMPT, [QUICK], folder=tmp_path, progress=False)
     assert len(sweep) == 0 and not list(tmp_path.glob("*.png"))
     happened("F4", caught[0].message)
@@ -276,7 +278,7 @@ def test_the_black_of_a_safety_checker_is_told_from_nan(tiny, tmp_path, happened
             return self
 
     pipe.feature_extractor = lambda images, return_tensors: Features()
-    with pytest.warns(UserWarning, match="black, since the safety checker took it for unsafe") as caught:
+    with pytest.warns(UserWarning, match="black, because the safety checker judged it unsafe") as caught:
         sweep = run_sweep(pipe, IMAGE, PROMPT, [QUICK], folder=tmp_path, progress=False)
     assert sweep.records[0]["blacked_out"] and not np.asarray(sweep.images[0]).any()
     assert load_sweep(tmp_path).records[0]["blacked_out"]

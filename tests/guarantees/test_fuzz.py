@@ -91,7 +91,7 @@ def test_a_value_is_understood_or_refused(value):
     outcome(validation.folder, value)
     outcome(validation.generators, value, 1)
     outcome(validation.choice, value, "it", ["pil", "np"])
-    assert len(validation.short_repr(value)) <= validation.TOLD + 1 and "\n" not in validation.short_repr(value)
+    assert len(validation.short_repr(value)) <= validation.MAX_REPR + 1 and "\n" not in validation.short_repr(value)
 
 
 names = st.sampled_from(["strength", "guidance_scale", "num_inference_steps", "seed", "prompt", "negative_prompt"])

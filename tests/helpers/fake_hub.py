@@ -1,8 +1,7 @@
-"""A hub on the loopback: serves folders in the hub's layout, counts requests, and misbehaves when told to. And models
-to put there.
+"""A hub on the loopback, which serves folders, counts requests and can be set to misbehave; and models to serve.
 
-Plain HTTP in the shape that ``huggingface_hub`` expects: ``/api/models/<repo>`` lists the files of a commit,
-``/<repo>/resolve/<revision>/<file>`` gives one of them.
+It answers as ``huggingface_hub`` expects: ``/api/models/<repo>`` lists the files of a commit, and
+``/<repo>/resolve/<revision>/<file>`` returns one of them.
 """
 
 import hashlib
@@ -25,24 +24,26 @@ from torch import nn
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.unet_nas import V1_CONFIGURATIONS, UNetNAS
 
-SILENCE_S = 120  # longer than any client here waits
+SILENCE_S = 120  # longer than any client in the tests waits
 
 
 class FakeHub:
     """A server for the folders in ``repos``, by repository id.
 
-    ``misbehave`` makes it answer otherwise for a repository, or for one ``repository/file``: "gated", "html", "silent",
-    "outside" (an ETag that is a path), or a status number such as 404 or 503. For one file a list of faults is met by
-    one download of it after the other, then by none: status numbers, "silent", "cut" (the connection ends at 90% of the
-    body), "stall" (silence after as much) and "wrong" (as many other bytes).
-    ``requests`` counts what was asked, by (method, path).
+    Attributes:
+        misbehave: what goes wrong, by repository or ``repository/file``: "gated", "html", "silent", "outside" (an ETag
+            that is a path), or a status such as 404 or 503. For a file it can also be a list, with one fault for each
+            download in turn: a status, "silent", "cut" (the connection ends at 90% of the body), "stall" (silence after
+            90%) or "wrong" (other bytes of the same number).
+        requests: the number of requests, by (method, path).
+        sent: the bytes of all bodies sent, by path.
     """
 
     def __init__(self, repos: dict[str, Path]):
         self.repos = dict(repos)
         self.misbehave: dict[str, str | int | list[str | int]] = {}
         self.requests: Counter[tuple[str, str]] = Counter()
-        self.sent: Counter[str] = Counter()  # bytes of bodies, by path
+        self.sent: Counter[str] = Counter()
         self.port = 0
         self.start()
 
@@ -51,7 +52,7 @@ class FakeHub:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Listen; after a stop, at the same address as before."""
+        """Listen; after ``stop``, at the same address as before."""
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self._server.daemon_threads = True
@@ -59,12 +60,12 @@ class FakeHub:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
-        """Be gone: connections are refused from here on."""
+        """Refuse all connections from now on."""
         self._server.shutdown()
         self._server.server_close()
 
     def fetched(self, repo: str) -> set[str]:
-        """The files of a repository that were downloaded."""
+        """Return the files of a repository that were downloaded."""
         start = f"/{repo}/resolve/{commit(repo)}/"
         return {
             path.removeprefix(start) for method, path in self.requests if method == "GET" and path.startswith(start)
@@ -72,59 +73,58 @@ class FakeHub:
 
 
 def commit(repo: str) -> str:
-    """The one commit that a repository has."""
+    """Return the only commit of a repository."""
     return hashlib.sha1(repo.encode()).hexdigest()
 
 
 def small_model(tiny: DeciDiffusionImg2ImgPipeline, folder: Path) -> Path:
-    """The bundled model as diffusers saves it, but with a small untrained U-Net, to be quick to load."""
+    """Save the bundled model with a small untrained U-Net, which loads fast."""
     torch.manual_seed(0)
     dim = tiny.text_encoder.config.hidden_size
     unet = UNetNAS({**SMALL_UNET, "cross_attention_dim": dim}, sample_size=16)
-    parts = {**tiny.components, "unet": unet}
-    DeciDiffusionImg2ImgPipeline(**parts).save_pretrained(folder)
+    DeciDiffusionImg2ImgPipeline(**{**tiny.components, "unet": unet}).save_pretrained(folder)
     return folder
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, cls: type) -> None:
-    """Fail the test if an object of the class is made."""
+    """Fail the test if an object of a class is created."""
 
-    @wraps(cls.__init__)  # its arguments are looked up by loaders
+    @wraps(cls.__init__)  # loaders look at its arguments
     def fail(*args: object, **kwargs: object) -> None:
-        pytest.fail(f"a {cls.__name__} was made")
+        pytest.fail(f"a {cls.__name__} was created")
 
     monkeypatch.setattr(cls, "__init__", fail)
 
 
 def digest(pipe: DiffusionPipeline) -> str:
-    """A hash of every weight of a pipeline."""
+    """Return a hash of all weights of a pipeline."""
     sha = hashlib.sha256()
-    for _, part in sorted(pipe.components.items()):
-        for name, tensor in sorted(part.state_dict().items()) if isinstance(part, nn.Module) else ():
+    for _, component in sorted(pipe.components.items()):
+        for name, tensor in sorted(component.state_dict().items()) if isinstance(component, nn.Module) else ():
             sha.update(f"{name} {tensor.dtype}".encode() + tensor.numpy().tobytes())
     return sha.hexdigest()
 
 
 def weights(folder: Path, component: str) -> Path:
-    """The file with the weights of a component: the plain one, beside its variants."""
+    """Return the file with the weights of a component, not a variant of it."""
     return min((folder / component).glob("*.safetensors"), key=lambda file: len(file.name))
 
 
 def as_pickle(folder: Path, component: str) -> Path:
-    """Leave the weights of a component as a pickle only, which is what comes back."""
+    """Replace the weights of a component by a pickle, and return its path."""
     safe = weights(folder, component)
     pickled = safe.with_name("pytorch_model.bin" if safe.stem == "model" else "diffusion_pytorch_model.bin")
     torch.save(load_file(safe), pickled)
-    for file in safe.parent.glob("*.safetensors"):  # any of them would go before a pickle
+    for file in safe.parent.glob("*.safetensors"):  # any of them is preferred to a pickle
         file.unlink()
     return pickled
 
 
 def publish(model: Path, folder: Path) -> Path:
-    """Lay a model that diffusers saved out as the published checkpoint is, with all that lies there and is not wanted.
+    """Copy a model that diffusers saved to the layout of the published checkpoint, with files that must not be used.
 
-    The U-Net is in ``flexible_unet`` under an ordinary U-Net's settings, the text encoder and the VAE have the tensor
-    names of their time, the tokenizer is in two files, and ``model_index.json`` asks for code from the repository.
+    The U-Net is in ``flexible_unet`` with the configuration of an ordinary U-Net, the text encoder and the VAE have
+    older tensor names, the tokenizer is in two files, and ``model_index.json`` asks for code from the repository.
     """
     shutil.copytree(model, folder)
     (folder / "unet").rename(folder / "flexible_unet")
@@ -169,6 +169,19 @@ SMALL_UNET = {
     "sample_size": 16,
 }
 
+# The files of a published model that are read.
+USED = {
+    "flexible_unet/config.json",
+    "flexible_unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "scheduler/scheduler_config.json",
+}
 DECOYS = (
     "README.md",
     "v1-5-pruned.ckpt",
@@ -183,7 +196,7 @@ DECOYS = (
     "feature_extractor/preprocessor_config.json",
 )
 
-ORDINARY_UNET = {  # what the published flexible_unet/config.json says beside `configurations`, and what is not so
+ORDINARY_UNET = {  # what the published flexible_unet/config.json has besides `configurations`, and what does not hold
     "_class_name": "FlexibleUNet2DConditionModel",
     "_diffusers_version": "0.21.4",
     "act_fn": "silu",
@@ -287,7 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
             files = [{"rfilename": name} for name in self.files(repo)]
             body = {"id": repo, "modelId": repo, "sha": commit(repo), "private": False, "tags": [], "siblings": files}
             self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        elif fault == "gated":  # as on the true hub: everyone sees the list, not everyone gets the files
+        elif fault == "gated":  # as on the real hub, the list of files is public
             self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
         elif rest[:1] != ["resolve"] or "/".join(rest[2:]) not in self.files(repo):
             self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit(repo)})

@@ -1,7 +1,7 @@
-"""The 40 bad inputs and 10 faults whose outcome decinb promises, and the table of what a run of the tests has seen.
+"""The 40 bad inputs and 10 faults whose outcome decinb guarantees, and the table of what the tests observed.
 
-A test that drives one of them says so through the fixture ``happened``; when all have been seen in one run, that run
-writes ``guarantees.md``. Several tests may tell of one case: all that they saw is listed.
+A test of one of these cases records its outcome with the fixture ``happened``. A run that observed all cases and passed
+writes ``guarantees.md``. Where several tests record one case, the table lists all their outcomes.
 """
 
 import re
@@ -9,87 +9,107 @@ from pathlib import Path
 
 TABLE = Path(__file__).parents[1] / "guarantees" / "guarantees.md"
 
+# What is given, and what is guaranteed.
 GUARANTEES: dict[str, tuple[str, str]] = {
     "E1": ("strength 0", "InputError with the allowed range"),
-    "E2": ("strength 0.01 of 8 steps", "InputError: 0 steps would run, and the smallest strength that leaves one"),
+    "E2": ("strength 0.01 of 8 steps", "InputError: 0 steps would run, with the smallest strength that leaves one"),
     "E3": ("strength -0.1", "InputError with the allowed range"),
     "E4": ("strength 1.2", "InputError with the allowed range"),
     "E5": ("strength NaN", "InputError naming strength"),
     "E6": ("strength '0.5' or None", "InputError naming strength"),
     "E7": ("strength True", "InputError naming strength"),
     "E8": ("strength 0.58 of 50 steps", "28 steps run, as in diffusers; plan and record say so"),
-    "E9": ("strengths 0.50, 0.56, 0.62 of 8 steps", "a warning, one computation, three labels"),
+    "E9": ("strengths 0.50, 0.56, 0.62 of 8 steps", "a warning, one computation, three labelled images"),
     "E10": ("0 steps", "InputError with the allowed range"),
     "E11": ("-1 steps", "InputError with the allowed range"),
     "E12": ("2.5 steps", "InputError with the allowed range"),
     "E13": ("1001 steps", "InputError with the allowed range"),
     "E14": ("1000 steps at strength 1", "InputError, not an IndexError"),
-    "E15": ("600 steps with leading spacing", "a warning that the schedule begins below full noise"),
+    "E15": ("600 steps with leading spacing", "a warning that the schedule starts below full noise"),
     "E16": ("guidance_scale NaN or infinite", "InputError naming guidance_scale"),
     "E17": ("guidance_scale -7.5", "InputError with the allowed range"),
     "E18": ("guidance_scale 1e38, 1e4", "InputError; a warning"),
     "E19": ("a negative prompt where guidance_scale is at most 1", "a warning that it is unused"),
-    "E20": ("guidence_scale=3", "an error that asks whether guidance_scale was meant"),
+    "E20": ("guidence_scale=3", "an error that suggests guidance_scale"),
     "E21": ("seed 1.5, 2**64", "InputError with the allowed range"),
     "E22": ("seed np.int64(7)", "accepted, the same as 7"),
     "E23": ("prompt None, [], ['a', None]", "InputError with the index"),
     "E24": (
         "a prompt, or a negative prompt, of 300 words",
-        "a warning with the lost words, also in the record",
+        "a warning that quotes the truncated text, which the record also holds",
     ),
     "E25": ("a lone surrogate; a million characters", "InputError"),
-    "E26": ("as many prompts as negative prompts, but one", "InputError, also without guidance"),
+    "E26": ("one negative prompt too few", "InputError, also without guidance"),
     "E27": ("image None, a missing path, a folder, a text file", "InputError naming the path"),
-    "E28": ("RGBA with transparency", "laid on white, of the same size"),
-    "E29": ("CMYK, grey with alpha, palette with transparency", "RGB of the same size, never taken for latents"),
-    "E30": ("grey, 1 bit, 16 bit, float", "RGB; half grey stays half grey"),
+    "E28": ("RGBA with transparency", "composited on white, same size"),
+    "E29": ("CMYK, grey with alpha, palette with transparency", "RGB of the same size, never mistaken for latents"),
+    "E30": ("grey, 1 bit, 16 bit, float", "RGB; mid-grey stays mid-grey"),
     "E31": ("EXIF orientations 2 to 8", "upright"),
-    "E32": ("a truncated JPEG or PNG; a web page named .png", "InputError: damaged; not a picture"),
+    "E32": ("a truncated JPEG or PNG; a web page named .png", "InputError: damaged; not an image"),
     "E33": ("1 x 1, 7 x 64; 64 x 2000", "InputError with the smallest size; a warning"),
-    "E34": ("513 x 511", "512 x 504 by cropping, both sizes in the record"),
+    "E34": ("513 x 511", "cropped to 512 x 504, both sizes in the record"),
     "E35": ("20000 x 20000 and 12000 x 12000 in a few kB", "InputError from the header, less than 50 MB of memory"),
-    "E36": ("arrays: uint8; floats to 255, NaN, CHW", "a picture; InputError"),
-    "E37": ("a list of different sizes; RGB beside RGBA", "InputError with index and sizes; converted"),
-    "E38": ("a URL: 404, web page, inward redirect, file:, data:, endless redirects", "InputError: URL, status, host"),
-    "E39": ("a URL that never ends, drips, or never answers", "stopped at 20 MB or 20 s"),
-    "E40": ("no cells; equal cells; very many; a huge grid", "InputError; merged; a warning; pages"),
-    "F1": ("kill -9 in the middle of a sweep", "nothing finished is lost, the end is the same"),
-    "F2": ("an interrupt in the middle of a step", "what is done is kept, the next run is as fresh"),
-    "F3": ("out of memory", "smaller packs; at one row a clear error; the model stays usable"),
-    "F4": ("NaN in the U-Net, in the VAE, by guidance", "the cell is named with stage and step, no black file"),
-    "F5": ("a full disk, a read-only folder", "images stay in memory or in a folder at hand, one clear warning"),
-    "F6": ("a truncated, corrupt, misshapen, incomplete, NaN or pickled model", "ModelError naming the part"),
-    "F7": ("a hub that refuses, fails, limits, gates, redirects, is silent", "ModelError within a minute, true cause"),
-    "F8": ("a download cut at 90%; the right size and wrong bytes", "resumed; fetched again"),
-    "F9": ("a callback or a plot that raises; no ipywidgets", "the sweep completes and saves"),
-    "F10": ("two threads, or two processes, on one pipeline or folder", "one waits or is refused, never a wrong image"),
+    "E36": ("arrays: uint8; floats to 255, NaN, CHW", "an image; InputError"),
+    "E37": ("a list of different sizes; RGB and RGBA mixed", "InputError with index and sizes; converted"),
+    "E38": (
+        "a URL: 404, web page, redirect to a private address, file:, data:, endless redirects",
+        "InputError: URL, status, host",
+    ),
+    "E39": ("a URL that never ends, sends too slowly, or never answers", "stopped at 20 MB or 20 s"),
+    "E40": ("no cells; equal cells; very many; a huge grid", "InputError; merged; a warning; several pages"),
+    "F1": ("kill -9 in the middle of a sweep", "no finished image is lost; the resumed sweep gives the same images"),
+    "F2": ("an interrupt in the middle of a step", "finished images are kept; the next run is not affected"),
+    "F3": ("out of memory", "smaller batches; at one row a clear error; the model stays usable"),
+    "F4": (
+        "NaN in the U-Net, in the VAE, by guidance",
+        "an error that names the cell, stage and step; no black image is saved",
+    ),
+    "F5": ("a full disk, a read-only folder", "images are kept in memory or in another folder, with one clear warning"),
+    "F6": (
+        "a model that is truncated, corrupt, of wrong shapes, incomplete, NaN or pickled",
+        "ModelError naming the component",
+    ),
+    "F7": (
+        "a hub that refuses, fails, limits, gates, redirects or does not answer",
+        "ModelError with the true cause within a minute",
+    ),
+    "F8": ("a download cut at 90%; one of the right size with wrong bytes", "resumed; downloaded again"),
+    "F9": ("a callback or a plot that raises; no ipywidgets", "the sweep completes and saves its images"),
+    "F10": ("two threads, or two processes, on one pipeline or folder", "one waits or is refused; no image is wrong"),
 }
 
 
-class Seen:
-    """What a run of the tests has seen of each case."""
+class Observed:
+    """The outcomes of the cases in one run of the tests, in this process or gathered from several."""
 
     def __init__(self) -> None:
-        self.by_case: dict[str, list[str]] = {}
+        self.outcomes: list[tuple[str, str, str]] = []  # case, outcome, file of the test
 
-    def happened(self, case: str, what: str) -> None:
-        """Note what came of a case: an error's or a warning's own words, or what was found."""
-        assert case in GUARANTEES, f"{case} is not among the promises"
-        told = " ".join(str(what).split()).replace("|", "\\|")
-        told = re.sub(r"(127\.0\.0\.1|localhost):\d+", r"\1", told)  # another port every time
-        told = re.sub(r"(?<![\w:/.])(/[\w.-]+)+/", "", told)  # and another folder
-        lines = self.by_case.setdefault(case, [])
-        if told not in lines:
-            lines.append(told)
+    def record(self, case: str, outcome: str, test: str) -> None:
+        """Record the outcome of a case.
 
-    def write(self) -> None:
-        if self.by_case.keys() == GUARANTEES.keys():
-            TABLE.write_text(self.table(), encoding="utf-8")
+        Args:
+            case: a key of ``GUARANTEES``.
+            outcome: the message of an error or warning, or what was found.
+            test: the id of the test, which begins with its file.
+        """
+        assert case in GUARANTEES, f"{case} is not one of the guarantees"
+        outcome = " ".join(str(outcome).split()).replace("|", "\\|")
+        outcome = re.sub(r"(127\.0\.0\.1|localhost):\d+", r"\1", outcome)  # the port differs in every run
+        outcome = re.sub(r"(?<![\w:/.])(/[\w.-]+)+/", "", outcome)  # and so does the folder
+        self.outcomes.append((case, outcome, test.partition("::")[0]))
+
+    def write(self, file: Path = TABLE) -> None:
+        """Write the table if every case was observed."""
+        if {case for case, *_ in self.outcomes} == GUARANTEES.keys():
+            file.write_text(self.table(), encoding="utf-8")
 
     def table(self) -> str:
-        rows = [
-            f"| {case} | {given} | {promised} | {'<br>'.join(self.by_case[case])} |"
-            for case, (given, promised) in GUARANTEES.items()
-        ]
-        head = "# What was promised, and what happened\n\nWritten by the tests when all have run and held.\n\n"
-        return head + "| | given | promised | happened |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+        """Return the table in Markdown. It does not depend on the order in which the files of tests ran."""
+        rows = []
+        for case, (given, guaranteed) in GUARANTEES.items():
+            found = sorted((outcome for outcome in self.outcomes if outcome[0] == case), key=lambda outcome: outcome[2])
+            observed = "<br>".join(dict.fromkeys(text for _, text, _ in found))
+            rows.append(f"| {case} | {given} | {guaranteed} | {observed} |")
+        head = "# What is guaranteed, and what the tests observed\n\nWritten by `make test` when every test passes.\n\n"
+        return head + "| | given | guaranteed | observed |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"

@@ -1,6 +1,7 @@
 """Networks of the real classes, small enough to run in milliseconds on one thread."""
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from decinb.unet_nas import V1_CONFIGURATIONS, UNetNAS
 
@@ -13,21 +14,31 @@ SMALL = {
     "temb_dim": 32,
     "num_attention_heads": 2,
 }
+"""A configuration of ``UNetNAS``."""
 
 
-def small_nas() -> UNetNAS:
-    return UNetNAS(SMALL, sample_size=8)
+def small_nas(sample_size: int = 8) -> UNetNAS:
+    """Return a small U-Net-NAS."""
+    return UNetNAS(SMALL, sample_size=sample_size)
 
 
 def small_sd() -> UNet2DConditionModel:
+    """Return a small U-Net with the blocks of Stable Diffusion v1.5."""
     return UNet2DConditionModel(
         sample_size=8, block_out_channels=(32, 32, 64, 64), cross_attention_dim=16, attention_head_dim=2
     )
 
 
 def small_vae() -> AutoencoderKL:
+    """Return a small VAE with the factor 8 of Stable Diffusion's."""
     return AutoencoderKL(
         block_out_channels=(32,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )
+
+
+def small_text_encoder() -> CLIPTextModel:
+    """Return a small text encoder with the vocabulary and the length of Stable Diffusion's."""
+    config = CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    return CLIPTextModel(config)

@@ -1,4 +1,4 @@
-"""Sweeps over every kind of pipeline: packed as each alone where that can be, by the pipeline's own call elsewhere."""
+"""Sweeps with every adapter: batched as if each image were made alone, or one after the other by the own call."""
 
 import logging
 
@@ -14,17 +14,25 @@ from decinb.benchmark.counting import count_unet_calls
 from decinb.checkpoints.dummies import DUMMIES, dummy
 from decinb.execution.replay import replay
 from decinb.loading import load_pipeline
-from decinb.sampling.adapters import defaults, kind_of
+from decinb.sampling.adapters import adapter_of
+from decinb.sampling.batched import BatchedAdapter
+from decinb.sampling.calls import defaults
+from decinb.sampling.sequential import SequentialAdapter
 from decinb.sweep import load_sweep, run_sweep
 
-LEVELS = 1  # of 255: what rounding to 8 bits leaves; networks that were never trained magnify any other, so float64
+LEVELS = 1  # of 255: rounding to 8 bits; in float64, since untrained networks amplify rounding errors
 IMAGES = "image-to-image"
 TEXT = "text-to-image"
 PROMPT = "a red house on snow"
 CELLS = [
     {"guidance_scale": 5.0, "num_inference_steps": 4, "seed": 1},
     {"guidance_scale": 5.0, "num_inference_steps": 4, "seed": 1, "negative_prompt": "trees"},
-    {"guidance_scale": 5.0, "num_inference_steps": 4, "seed": 1, "negative_prompt": PROMPT},  # both sides say the same
+    {
+        "guidance_scale": 5.0,
+        "num_inference_steps": 4,
+        "seed": 1,
+        "negative_prompt": PROMPT,
+    },  # guidance between equal prompts
     {"guidance_scale": 1.0, "num_inference_steps": 3, "seed": 2},
     {"guidance_scale": 2.0, "num_inference_steps": 5, "seed": 3, "prompt": "a sketch of a house by night"},
 ]
@@ -48,7 +56,7 @@ def cells_for(task: str) -> list[dict]:
 
 
 def stock(pipe, cell: dict, image: Image.Image | None) -> Image.Image:
-    """The pipeline's own call with the arguments of a cell."""
+    """Return what the pipeline's own call makes of a cell."""
     given = {"prompt": PROMPT, **cell}
     generator = torch.Generator().manual_seed(given.pop("seed"))
     if image is not None:
@@ -59,7 +67,7 @@ def stock(pipe, cell: dict, image: Image.Image | None) -> Image.Image:
 
 
 def farthest(one: Image.Image, other: Image.Image) -> int:
-    """The largest difference of two pictures, in levels of 255."""
+    """Return the largest difference of two images, in levels of 255."""
     return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
 
 
@@ -76,9 +84,9 @@ PACKED = [
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
 @pytest.mark.parametrize(("name", "task"), PACKED)
-def test_packed_cells_are_as_their_own_calls(name, task):
+def test_batched_cells_equal_their_own_calls(name, task):
     pipe = make(name, task)
-    assert kind_of(pipe) is not None
+    assert isinstance(adapter_of(pipe), BatchedAdapter)
     image = decinb.load_image("day", size=64) if task == IMAGES else None
     cells = cells_for(task)
     with count_unet_calls(pipe) as count:
@@ -90,23 +98,23 @@ def test_packed_cells_are_as_their_own_calls(name, task):
     assert farthest(sweep.images[0], sweep.images[1]) > LEVELS, "the negative prompt matters"
 
 
-def test_what_cannot_be_packed_is_called_one_by_one_and_it_is_said(capsys, tmp_path):
+def test_other_pipelines_are_called_one_by_one_with_a_note(capsys, tmp_path):
     pipe, image = make("kandinsky-2-2", IMAGES), decinb.load_image("day", size=64)
-    assert kind_of(pipe) is None
+    assert isinstance(adapter_of(pipe), SequentialAdapter)
     cells = cells_for(IMAGES)[:2] + cells_for(IMAGES)[:1]
     assert "not packed" in str(decinb.plan(pipe, image, PROMPT, cells))
     sweep = run_sweep(pipe, image, PROMPT, cells, progress=False, folder=tmp_path)
     assert capsys.readouterr().out.count("KandinskyV22Img2ImgCombinedPipeline is not packed") == 1
     for cell, made in zip(cells, sweep.images, strict=True):
         assert farthest(made, stock(pipe, cell, image)) == 0
-    assert len(list(tmp_path.glob("*.png"))) == 2, "cells that are the same are made once"
+    assert len(list(tmp_path.glob("*.png"))) == 2, "equal cells are computed once"
     assert farthest(replay(sweep.images.sources[1], pipe), sweep.images[1]) == 0
 
     run_sweep(pipe, image, PROMPT, cells, progress=False, folder=tmp_path)
-    assert capsys.readouterr().out == "", "nothing is left to do"
+    assert capsys.readouterr().out == "", "nothing is left to compute"
 
 
-def test_a_sweep_of_text_to_image_is_planned_kept_and_replayed(tmp_path, tiny):
+def test_a_sweep_of_text_to_image_is_planned_saved_and_replayed(tmp_path, tiny):
     pipe = load_pipeline(tiny, task=TEXT)
     cells = decinb.grid(guidance_scale=[2, 5], seed=[0, 1])
     cells = [{**cell, "num_inference_steps": 2} for cell in cells]
@@ -145,36 +153,38 @@ def seeded() -> dict:
 @pytest.mark.parametrize(
     ("name", "task", "image", "cell", "message"),
     [
-        ("tiny", TEXT, "day", {}, "image must be None: a DeciDiffusionPipeline makes images from text alone"),
+        ("tiny", TEXT, "day", {}, "image must be None: DeciDiffusionPipeline makes images from text alone"),
         (
             "tiny",
             TEXT,
             None,
             {"strength": 0.5},
-            "cell 0: strength must be left out: the call of a DeciD",
+            "cell 0: strength must be left out: DeciDiffusionPipeline does not take it",
         ),
         (
             "tiny",
             TEXT,
             None,
             {"image": "day"},
-            "cell 0: image must be left out: the call of a DeciDiff",
+            "cell 0: image must be left out: DeciDiffusionPipeline does not take it",
         ),
         ("tiny", IMAGES, None, {}, "image must be a sample's name.*got None"),
         ("kandinsky-2-2", IMAGES, "day", {"strength": 0.001}, "leaves 0 steps"),
     ],
 )
-def test_what_a_kind_does_not_take_is_refused(name, task, image, cell, message):
+def test_arguments_that_a_pipeline_does_not_take_are_refused(name, task, image, cell, message):
     with pytest.raises(InputError, match=message):
         run_sweep(make(name, task), image, PROMPT, [cell])
 
 
-def test_a_rescale_that_a_call_does_not_take_is_refused():
-    with pytest.raises(InputError, match="guidance_rescale must be 0: the call of a KandinskyV22Img2ImgCombined"):
+def test_a_guidance_rescale_that_a_call_does_not_take_is_refused():
+    with pytest.raises(
+        InputError, match="guidance_rescale must be 0: KandinskyV22Img2ImgCombinedPipeline does not take it"
+    ):
         run_sweep(make("kandinsky-2-2", IMAGES), "day", PROMPT, [{}], guidance_rescale=0.5)
 
 
-def test_cells_take_the_defaults_of_their_pipeline():
+def test_defaults_are_those_of_the_pipeline():
     found = {name: defaults(make(name, IMAGES)) for name in ("tiny", *DUMMIES)}
     steps = {name: values["num_inference_steps"] for name, values in found.items()}
     assert steps == {
@@ -195,7 +205,7 @@ def test_cells_take_the_defaults_of_their_pipeline():
     assert defaults(make("tiny", TEXT))["guidance_rescale"] == 0.7
 
 
-def test_pictures_from_text_and_from_a_picture_share_a_folder(tmp_path, tiny):
+def test_images_from_text_and_from_images_share_a_folder(tmp_path, tiny):
     text = load_pipeline(tiny, task=TEXT)
     cells = [{"num_inference_steps": 2, "seed": seed} for seed in (0, 1)]
     run_sweep(tiny, "day", PROMPT, [{**cell, "strength": 1.0} for cell in cells], progress=False, folder=tmp_path)
@@ -209,7 +219,7 @@ def test_pictures_from_text_and_from_a_picture_share_a_folder(tmp_path, tiny):
     assert len(both.select(image=None)) == 2
 
 
-def test_another_size_of_a_picture_from_text_is_another_picture(tmp_path, tiny):
+def test_the_key_of_an_image_from_text_depends_on_its_size(tmp_path, tiny):
     text = load_pipeline(tiny, task=TEXT)
     keys = set()
     for name in ("tiny", "sd-v1-5"):  # as the entry of a model may be changed
@@ -218,32 +228,30 @@ def test_another_size_of_a_picture_from_text_is_another_picture(tmp_path, tiny):
     assert len(keys) == 2
 
 
-def test_what_the_own_call_of_a_pipeline_never_sees_is_refused():
+def test_a_cell_argument_missing_from_the_call_is_refused():
     parts = {name: part for name, part in dummy("sd-v1-5").components.items() if part is not None}
     pipe = StableDiffusionInstructPix2PixPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     assert decinb.plan(pipe, "day", PROMPT, [{"guidance_scale": 5}]).calls == 100
-    with pytest.raises(
-        InputError, match="cell 0: strength must be left out: the call of a StableDiffusionInstructPix2"
-    ):
+    with pytest.raises(InputError, match="cell 0: strength must be left out: StableDiffusionInstructPix2PixPipeline"):
         run_sweep(pipe, "day", PROMPT, [{"strength": 0.5}])
 
 
 @pytest.mark.parametrize("pipe", [None, "tiny", 5])
-def test_what_is_no_pipeline_is_refused(pipe):
+def test_anything_but_a_pipeline_is_refused(pipe):
     for call in (decinb.run_sweep, decinb.plan):
-        with pytest.raises(InputError, match="pipe must be a pipeline, as load_pipeline gives it, got"):
+        with pytest.raises(InputError, match="pipe must be a pipeline, as load_pipeline returns it, got"):
             call(pipe, "day", PROMPT, [{}])
 
 
 @pytest.mark.parametrize("name", DUMMIES)
-def test_a_sweep_is_as_quiet_as_its_libraries_are_not(name, recwarn, monkeypatch):
-    said = []  # the handlers of the libraries hold on to the stderr that they found first
-    monkeypatch.setattr(logging.StreamHandler, "emit", lambda _, record: said.append(record.getMessage()))
+def test_a_sweep_hides_the_logs_of_its_libraries(name, recwarn, monkeypatch):
+    logged = []  # capsys misses these: the libraries' handlers keep the stderr of their import
+    monkeypatch.setattr(logging.StreamHandler, "emit", lambda _, record: logged.append(record.getMessage()))
     pipe, words = dummy(name), " ".join(["a red house"] * 30)
     cells = [{"num_inference_steps": 2, "strength": 1.0, "prompt": prompt} for prompt in (PROMPT, words)]
     run_sweep(pipe, decinb.load_image("day", size=64), PROMPT, cells, progress=False)
-    assert said == []
+    assert logged == []
     shown = [str(warning.message) for warning in recwarn if warning.category is not DeprecationWarning]
     assert len(shown) == 1 and shown[0].startswith("prompt is too long"), shown

@@ -3,10 +3,11 @@
 import random
 
 import pytest
+from PIL import Image
 
 from decinb import InputError
 from decinb.scenes import ATTRIBUTES, Scene, caption, random_scene, web_caption
-from decinb.scenes.adherence import named_attributes
+from decinb.scenes.adherence import adherence, named_attributes
 from decinb.scenes.captions import LEFT_OUT, PHRASES, WRONG
 from decinb.scenes.judge import VALUES
 
@@ -86,7 +87,10 @@ def test_the_documented_share_of_web_captions_is_wrong():
         ("a sketch of a red barn at night", {"style": "sketch", "building": "barn", "house": "plain"}),
         ("a red house and a blue barn", {}),
         ("a lake with fir trees", {"lake": True, "trees": "pine"}),
-        ("a dragon", {}),
+        ("THE RED HOUSES BY MOONLIGHT", {"house": "red", "building": "cottage", "time": "night"}),
+        ("a mountain and a fir tree", {"mountains": True, "trees": "pine"}),
+        ("everyday pictorial sandwiches", {}),
+        ("", {}),
     ],
 )
 def test_what_a_prompt_names(prompt, expected):
@@ -106,3 +110,9 @@ def test_named_values_are_those_of_the_judge():
 def test_a_prompt_must_be_text():
     with pytest.raises(InputError, match="prompt must be a string, got int"):
         named_attributes(3)
+
+
+@pytest.mark.parametrize("prompt", ["a photo of a cat", "", "a red house and a blue barn"])
+def test_a_prompt_that_names_nothing_is_refused(prompt):
+    with pytest.raises(InputError, match="prompt must name an attribute"):
+        adherence(Image.new("RGB", (16, 16)), prompt)

@@ -23,7 +23,7 @@ def test_answers_are_those_of_a_scene(judge):
     rng = random.Random(0)
     scenes = [random_scene(rng) for _ in range(8)]
     images = [render(scene) for scene in scenes]
-    for seen in judge.see(images):
+    for seen in judge.classify(images):
         hidden = {"time", "ground"} if seen["style"] == "sketch" else set()
         assert seen.keys() == VALUES.keys() - hidden
         assert all(value in VALUES[name] for name, value in seen.items())
@@ -36,7 +36,7 @@ def test_a_saved_judge_answers_the_same(judge, tmp_path):
     judge.save(tmp_path / "judge.safetensors")
     image = render(Scene(house="red"))
     again = Judge.load(tmp_path / "judge.safetensors")
-    assert again.see([image]) == judge.see([image])
+    assert again.classify([image]) == judge.classify([image])
     assert torch.allclose(again.features([image]), judge.features([image]), atol=0.02)  # stored in fp16
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from decinb.scenes import Scene, render
-from decinb.scenes.judge import VALUES, to_pixels
+from decinb.scenes.judge import VALUES, to_tensor
 from decinb.tiny import train_judge
 
 
@@ -21,8 +21,8 @@ def test_labels_are_those_of_what_can_be_seen():
 def test_damaged_images_are_still_images():
     torch.manual_seed(0)
     random.seed(0)
-    pixels = torch.stack([to_pixels(render(Scene(house="red", layout=i))) for i in range(4)])
-    damaged = train_judge.damage(pixels.clone())
+    pixels = torch.stack([to_tensor(render(Scene(house="red", layout=i))) for i in range(4)])
+    damaged = train_judge.distort(pixels.clone())
     assert damaged.shape == pixels.shape and damaged.min() >= 0 and damaged.max() <= 1
     assert 0.01 < (damaged - pixels).abs().mean() < 0.3
 
@@ -32,3 +32,13 @@ def test_a_judge_learns_the_time_of_day(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     first, last = (float(line.split("time ")[1].split(",")[0]) for line in (lines[0], lines[-1]))
     assert last < 0.8 * first
+
+
+def test_the_command_trains_saves_and_tests_a_judge(tmp_path, capsys):
+    file = tmp_path / "judge.safetensors"
+    sizes = "--scenes 64 --epochs 1 --test-scenes 4 --threads 1"
+    train_judge.main(f"--file {file} {sizes}".split() + ["--seed", "1"])
+    assert "renders: style" in capsys.readouterr().out
+    before = file.read_bytes()
+    train_judge.main(f"--file {file} --test {sizes}".split())
+    assert file.read_bytes() == before

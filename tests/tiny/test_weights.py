@@ -4,12 +4,14 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from decinb.loading import load_pipeline
 from decinb.models import MODELS
-from decinb.scenes import random_scene, render
-from decinb.scenes.judge import Judge, accuracy, through_vae
+from decinb.scenes import Scene, caption, random_scene, render
+from decinb.scenes.adherence import adherence
+from decinb.scenes.judge import WEIGHTS, Judge, accuracy, through_vae
 from decinb.tiny import evaluate, evaluate_depth, tasks, train_judge
 
 RESULTS = Path(__file__).parents[2] / "results" / "tiny"
@@ -39,8 +41,28 @@ def test_the_judge_is_right_about_renders(unseen):
 
 def test_the_judge_is_right_about_damaged_renders_and_through_the_vae(unseen, tiny):
     scenes, images = unseen
-    for shown in (train_judge._damaged(images), through_vae(images, tiny.vae)):
+    for shown in (train_judge._distorted(images), through_vae(images, tiny.vae)):
         assert min(accuracy(Judge.load(), scenes, shown)[name] for name in scenes[0].visible()) > 0.92
+
+
+def test_images_adhere_to_their_own_captions_and_not_to_others(unseen):
+    scenes, images = unseen
+    own = [adherence(image, caption(scene)) for scene, image in zip(scenes, images, strict=True)]
+    assert np.mean(own) > 0.97
+    day, night = Scene(house="red", layout=9), Scene(time="night", ground="snow", house="blue", layout=9)
+    assert adherence(render(day), caption(night)) == 3 / 6  # the style, the weather and the kind of building
+    assert adherence([render(day), render(night)], "at night") == [0.0, 1.0]
+
+
+def test_the_judge_takes_images_of_any_size_and_mode():
+    scene = Scene(time="sunset", ground="snow", house="white", trees="round", mountains=True, layout=4)
+    images = [render(scene, 512), render(scene).convert("RGBA"), render(scene, 256).resize((300, 200))]
+    assert Judge.load().classify(images) == [scene.visible()] * 3
+    assert Judge.load().classify([]) == []
+
+
+def test_the_judge_is_small():
+    assert WEIGHTS.stat().st_size < 1_000_000
 
 
 def test_the_card_shows_the_stored_figures(stored):

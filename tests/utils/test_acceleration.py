@@ -23,6 +23,7 @@ print(kept, faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc gives memory back so eagerly")
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch):
     def told(keep: str) -> tuple[str, int]:

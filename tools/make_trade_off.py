@@ -1,6 +1,6 @@
-"""Draw what ``python -m decinb.tiny.evaluate`` measured of image to image: ``python docs/make_trade_off.py``.
+"""Draw what ``python -m decinb.tiny.evaluate`` measured of image to image: ``python tools/make_trade_off.py``.
 
-The change made against the layout kept, over strength: the picture of SDEdit (Meng et al., 2021, arXiv:2108.01073).
+The figure shows changes made against layout kept for all strengths, as in SDEdit (Meng et al., 2021, arXiv:2108.01073).
 """
 
 import json
@@ -28,7 +28,7 @@ for ax, name in zip(axes, ["day to night", "grass to snow", "sketch to painting"
         cmap="viridis",
         zorder=2,
     )
-    ax.set(title=name, xlabel="pictures that show the change", xlim=(-0.05, 1.05), ylim=(0, 1))
+    ax.set(title=name, xlabel="fraction of images with the change", xlim=(-0.05, 1.05), ylim=(0, 1))
 axes[0].set_ylabel("overlap of the house with its place")
 figure.colorbar(shown, ax=axes, label="strength", pad=0.01)
 figure.savefig(ROOT / "docs" / "trade_off.png", dpi=80)

@@ -1,4 +1,4 @@
-"""Make the pictures of the README: ``python docs/make_pictures.py`` (two minutes on two cores)."""
+"""Make the pictures of the README: ``python tools/make_pictures.py`` (two minutes on two cores)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,32 +26,35 @@ DEPTH = [
 
 
 def draw(rows: Sequence[tuple[str, Sequence[Image.Image]]], titles: Sequence[str], file: str, edge: float) -> None:
-    """Pictures in rows, each under its column's title, and under each row what it was to become.
+    """Draw images in rows, with a title above each and the prompt below each row, and save the figure.
 
     Args:
-        edge: the share of the figure's height that is left free above and below.
+        rows: prompts, each with its images.
+        titles: of the columns.
+        file: the name of the figure, in this folder.
+        edge: the fraction of the height to leave free above and below.
     """
     figure, axes = plt.subplots(len(rows), len(titles), figsize=(13.5, 0.4 + 1.85 * len(rows)), layout="constrained")
-    for line, (prompt, pictures) in zip(axes.tolist(), rows, strict=True):
-        for ax, picture, title in zip(line, pictures, titles, strict=True):
-            ax.imshow(picture)
+    for line, (prompt, images) in zip(axes.tolist(), rows, strict=True):
+        for ax, image, title in zip(line, images, titles, strict=True):
+            ax.imshow(image)
             ax.axis("off")
             ax.set_title(title, fontsize=9)
         line[0].text(0, 143, f"to: {prompt}", fontsize=10).set_in_layout(False)
     figure.get_layout_engine().set(hspace=0.14, rect=(0, edge, 1, 1 - 1.5 * edge))
-    figure.savefig(Path(__file__).with_name(file), dpi=110)
+    figure.savefig(Path(__file__).parents[1] / "docs" / file, dpi=110)
 
 
-def pictures(pipes: Sequence, name: str, prompt: str, **axes: Sequence) -> list[Image.Image]:
-    """An input, and what each pipeline makes of it in every cell of a grid."""
+def sweep_images(pipes: Sequence, name: str, prompt: str, **axes: Sequence) -> list[Image.Image]:
+    """Return an input and the images that each pipeline makes from it in every cell of a grid."""
     image = decinb.load_image(name, size=128)
     sweeps = [decinb.run_sweep(pipe, image, prompt, decinb.grid(**axes), progress=False) for pipe in pipes]
     return [image, *(made for sweep in sweeps for made in sweep.images)]
 
 
 tiny, depth = decinb.load_pipeline("tiny"), decinb.load_pipeline("tiny-depth")
-rows = [(prompt, pictures([tiny], name, prompt, strength=STRENGTHS)) for name, prompt in HERO]
+rows = [(prompt, sweep_images([tiny], name, prompt, strength=STRENGTHS)) for name, prompt in HERO]
 draw(rows, ["input", *(f"strength {strength}" for strength in STRENGTHS)], "hero.png", 0.03)
-rows = [(prompt, pictures([depth, tiny], name, prompt, strength=[1.0], seed=SEEDS)) for name, prompt in DEPTH]
+rows = [(prompt, sweep_images([depth, tiny], name, prompt, strength=[1.0], seed=SEEDS)) for name, prompt in DEPTH]
 titles = [f"{name}, strength 1" for name in ("tiny-depth", "tiny") for _ in SEEDS]
 draw(rows, ["input", *titles], "depth.png", 0.06)

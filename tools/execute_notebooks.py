@@ -1,4 +1,4 @@
-"""Run the notebooks in place, from the first cell to the last: ``python docs/execute_notebooks.py [name ...]``.
+"""Run the notebooks in place, from the first cell to the last: ``python tools/execute_notebooks.py [name ...]``.
 
 What is left out of the files: the state of progress bars, times of execution, and anything a kernel wrote to stderr.
 Figures are stored small, in 256 colours. An error stops everything and leaves that notebook as it was.

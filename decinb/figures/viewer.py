@@ -1,0 +1,142 @@
+"""A sweep as one HTML page with a slider for each axis: in a notebook's output, or as a file that needs nothing else.
+
+Without JavaScript (an untrusted notebook, GitHub) what remains is a plain list of labelled images.
+"""
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+from uuid import uuid4
+
+from PIL import Image
+
+from decinb.errors import InputError
+from decinb.utils.labels import ARGUMENTS, SHORT, describe, label, plain
+
+FACTS = ("image", "prompt", "negative_prompt", *SHORT, "steps_run", "seconds")
+"""What the panel shows of the current cell, in this order."""
+
+LOSSY_QUALITY = 90  # of WebP: half the size of a lossless image, and no difference that the eye can see
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """HTML that a notebook shows as the output of a cell."""
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def viewer(
+    images: Sequence[Image.Image],
+    records: Sequence[Mapping[str, Any]],
+    input_image: Image.Image | None = None,
+    scores: Mapping[str, Sequence[float]] | None = None,
+    lossless: bool = False,
+) -> str:
+    """Return a sweep as an HTML fragment.
+
+    Args:
+        images: one for each record.
+        records: what made each image, with diffusers' argument names.
+        input_image: shown first, and the first choice of what to compare with.
+        scores: more numbers to show of each cell, by name: one value for each record.
+        lossless: embed the pixels exactly; by default as WebP of quality 90.
+
+    Raises:
+        InputError: there are no images, or scores of another number.
+    """
+    if not records:
+        raise InputError("a viewer needs at least one image: the sweep is empty")
+    for score, values in (scores or {}).items():
+        if len(values) != len(records):
+            raise InputError(f"scores[{score!r}] must have one value per image, {len(records)}, got {len(values)}")
+    root = f"decinb-{uuid4().hex[:8]}"
+    axes = _axes(records)
+    names = [", ".join(describe(axis, record[axis]) for axis in axes) or label(record) for record in records]
+    shown = [
+        *([("input", input_image)] if input_image else []),
+        *((name, image) for name, image in zip(names, images, strict=True)),
+    ]
+    data = {
+        "has_input": input_image is not None,
+        "axes": [
+            {"name": axis, "label": SHORT.get(axis, axis.replace("_", " ")), "values": list(map(_text, values))}
+            for axis, values in axes.items()
+        ],
+        "cells": [
+            {
+                "at": {axis: values.index(record[axis]) for axis, values in axes.items()},
+                "facts": _facts(record) + [[score, plain(values[i])] for score, values in (scores or {}).items()],
+                "file": re.sub(r"[^\w.=-]+", "_", f"{i:03d}_{names[i]}") + ".webp",
+                "code": _code(record),
+            }
+            for i, record in enumerate(records)
+        ],
+    }
+    figures = "\n".join(_figure(text, image, lossless) for text, image in shown)
+    sources = files("decinb.figures")
+    script = sources.joinpath("viewer.js").read_text(encoding="utf-8").replace("__ID__", root)
+    # "<" is escaped so that a prompt with "</script>" in it cannot end the script.
+    embedded = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    return (
+        f'<div class="decinb-viewer" id="{root}">\n{sources.joinpath("viewer.html").read_text(encoding="utf-8")}'
+        f"<details open><summary>all {len(images)} images</summary>\n"
+        f'<div class="all">\n{figures}\n</div></details>\n'
+        f'<script type="application/json">{embedded}</script>\n</div>\n<script>\n{script}</script>'
+    )
+
+
+def page(title: str, body: str) -> str:
+    """Return a fragment as a whole HTML page that loads nothing from anywhere."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{html.escape(title)}</title>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _axes(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the arguments in which records differ, each with its values: numbers in order, others as they come."""
+    axes = {}
+    for name in ARGUMENTS:
+        values = list(dict.fromkeys(record.get(name) for record in records))
+        if len(values) > 1:
+            numeric = all(isinstance(value, (int, float)) for value in values)
+            axes[name] = sorted(values) if numeric else values
+    return axes
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else plain(value)
+
+
+def _facts(record: Mapping[str, Any]) -> list[list[str]]:
+    return [[name.replace("_", " "), _text(record[name])] for name in FACTS if record.get(name) is not None]
+
+
+def _code(record: Mapping[str, Any]) -> str:
+    """Return the lines that make one image again."""
+    arguments = {name: record[name] for name in ("prompt", "negative_prompt", *SHORT) if record.get(name) is not None}
+    prompt = arguments.pop("prompt", "")
+    image = "None" if record.get("image") is None else "image"
+    return f"decinb.run_sweep(pipe, {image}, {prompt!r}, [{arguments!r}]).images[0]"
+
+
+def _figure(text: str, image: Image.Image, lossless: bool) -> str:
+    data = io.BytesIO()
+    image.save(data, "WEBP", lossless=lossless, quality=LOSSY_QUALITY, method=4)
+    source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+    caption = html.escape(text)
+    return f'<figure><img src="{source}" alt="{caption}" width="128"><figcaption>{caption}</figcaption></figure>'

@@ -1,0 +1,90 @@
+"""The vocabulary of sampling: a job asks for one image, and steps and results report what became of many of them."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from diffusers import SchedulerMixin
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make: the validated arguments of one call of a pipeline.
+
+    For text to image, ``image`` is None and ``strength`` is 1.
+    """
+
+    image: Image.Image | None
+    prompt: str
+    negative_prompt: str | None
+    strength: float
+    guidance_scale: float
+    num_inference_steps: int
+    seed: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance is on, as in diffusers only at a scale above 1."""
+        return self.guidance_scale > 1
+
+    @property
+    def skipped(self) -> int:
+        """The number of steps skipped because the input is not pure noise. ``int`` truncates, as in diffusers."""
+        return max(self.num_inference_steps - int(self.num_inference_steps * self.strength), 0)
+
+    @property
+    def start_key(self) -> tuple[int, ...]:
+        """What decides the first latents. Jobs with equal keys, as in a sweep of guidance, share their first rows."""
+        return id(self.image), self.seed, self.num_inference_steps, self.skipped
+
+    def schedule(self, like: SchedulerMixin, device: torch.device) -> tuple[SchedulerMixin, Tensor]:
+        """Return a new scheduler of the same class and config, and the timesteps it will run, one per U-Net call."""
+        scheduler = type(like).from_config(like.config)
+        scheduler.set_timesteps(self.num_inference_steps, device=device)
+        begin = self.skipped * scheduler.order
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        return scheduler, scheduler.timesteps[begin:]
+
+
+class Conditioning(NamedTuple):
+    """The text of one row: a prompt, or None for zeros, and whether it is the negative side of guidance."""
+
+    text: str | None
+    negative: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """A job that has ended.
+
+    Args:
+        index: its number in the list of jobs.
+        image: None if an error occurred.
+        error: where NaN or infinity appeared; None if the image is good.
+        seconds: its share of the time.
+        blacked_out: whether a safety checker replaced the image with a black one.
+    """
+
+    index: int
+    image: Image.Image | None
+    error: str | None
+    seconds: float
+    blacked_out: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress on a list of jobs.
+
+    Args:
+        rows: U-Net rows computed in this step; 0 when jobs only started or were decoded.
+        results: jobs that ended in this step.
+        active: latents of the jobs in progress by index; None for a pipeline that does not expose them.
+    """
+
+    rows: int
+    results: list[Result]
+    active: dict[int, Tensor | None]

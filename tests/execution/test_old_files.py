@@ -1,0 +1,78 @@
+"""Folders that decinb saved before this version: they load, they resume, and their images can be made again.
+
+``tests/fixtures/sweep_v0`` was written by that version with the calls below. Keys contain a hash of the bundled model's
+weights, so after training that model again, these tests fail until new files are saved.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import decinb
+from decinb import Link, load_sweep, replay, run_chain, run_sweep
+from decinb.benchmark.counting import count_unet_calls
+from decinb.images import read_input, read_record
+
+OLD = Path(__file__).parents[1] / "fixtures" / "sweep_v0"
+ONE_LEVEL = 1  # of 255: another processor rounds differently
+PROMPT = "a red house on snow at night"
+CELLS = [
+    {"strength": 0.5, "num_inference_steps": 4},
+    {"strength": 1.0, "num_inference_steps": 2, "guidance_scale": 3.0, "negative_prompt": "trees", "seed": 7},
+    {"strength": 0.7, "num_inference_steps": 3, "guidance_scale": 1.0, "prompt": "a sketch of mountains"},
+]
+TEXT_CELLS = [{"num_inference_steps": 2, "guidance_scale": 4.0}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a copy of the old files, since a sweep writes into its folder."""
+    return Path(shutil.copytree(OLD, tmp_path / "old"))
+
+
+@pytest.fixture(scope="module")
+def text(tiny):
+    pipe = decinb.load_pipeline(tiny, task="text-to-image")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_old_sweeps_load(folder):
+    sweep = load_sweep(folder / "image")
+    assert sweep.cells == CELLS and sweep.prompt == PROMPT and sweep.image.size == (64, 64)
+    assert [record["steps_run"] for record in sweep.records] == [2, 2, 2]
+    assert {image.size for image in sweep.images} == {(64, 64)}
+    text_sweep = load_sweep(folder / "text")
+    assert text_sweep.cells == TEXT_CELLS and text_sweep.image is None
+
+
+def test_old_sweeps_resume_without_computing_anything(tiny, text, folder):
+    image = read_input(next((folder / "image").glob("*.png")))
+    for pipe, source, cells, given, name in (
+        (tiny, image, CELLS, {"seed": 5, "guidance_rescale": 0.3}, "image"),
+        (text, None, TEXT_CELLS, {}, "text"),
+    ):
+        before = {file: file.read_bytes() for file in (folder / name).iterdir()}
+        old = load_sweep(folder / name)
+        with count_unet_calls(pipe) as count:
+            again = run_sweep(pipe, source, PROMPT, cells, folder=folder / name, progress=False, **given)
+        assert count.calls == 0 and again.records == old.records
+        assert {file: file.read_bytes() for file in (folder / name).iterdir() if file.name != ".lock"} == before
+
+
+def test_old_chains_keep_their_files(tiny, folder):
+    before = {file: file.read_bytes() for file in (folder / "chain").iterdir()}
+    first = Link(tiny, PROMPT, negative_prompt="trees", num_inference_steps=2, strength=1.0)
+    second = Link(tiny, "a sketch of mountains", num_inference_steps=4, strength=0.5, guidance_scale=2.0)
+    run_chain([first, second], read_input(next(iter(before))), seed=3, folder=folder / "chain")
+    assert {file: file.read_bytes() for file in (folder / "chain").iterdir()} == before
+
+
+@pytest.mark.parametrize("path", sorted(OLD.rglob("*.png")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_old_images_can_be_made_again(tiny, text, path):
+    made = replay(path, text if read_record(path)["image"] is None else tiny)
+    with Image.open(path) as saved:
+        assert np.abs(np.asarray(made, int) - np.asarray(saved.convert("RGB"), int)).max() <= ONE_LEVEL
