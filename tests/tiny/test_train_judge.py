@@ -37,7 +37,7 @@ def test_a_judge_learns_the_time_of_day(capsys):
 def test_the_command_trains_saves_and_tests_a_judge(tmp_path, capsys):
     file = tmp_path / "judge.safetensors"
     sizes = "--scenes 64 --epochs 1 --test-scenes 4 --threads 1"
-    train_judge.main(f"--file {file} {sizes}".split() + ["--seed", "1"])
+    train_judge.main([*f"--file {file} {sizes}".split(), "--seed", "1"])
     assert "renders: style" in capsys.readouterr().out
     before = file.read_bytes()
     train_judge.main(f"--file {file} --test {sizes}".split())
