@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionDepth2ImgPipeline
 
-from decinb.checkpoints.components import Files, contents, read_part
+from decinb.checkpoints.components import Files, find_components, load_component
 from decinb.loading import load_pipeline
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionDepth2ImgPipeline
@@ -47,10 +47,10 @@ def load(folder: Path = BUNDLED, shared: str | Path = "tiny") -> DeciDiffusionDe
         ModelError: a part is missing, or not whole.
     """
     lent = load_pipeline(shared, device="cpu").components
-    own = contents(Files.of(folder)).parts
+    own = find_components(Files.in_folder(folder)).components
     return DeciDiffusionDepth2ImgPipeline(
         **{name: lent[name] for name in SHARED},
-        **{name: read_part(name, part, folder, torch.float32) for name, part in own.items()},
+        **{name: load_component(name, part, folder, torch.float32) for name, part in own.items()},
     )
 
 

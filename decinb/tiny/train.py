@@ -253,7 +253,15 @@ def train(
             512 on a GPU.
         dtype: of the computation; by default bfloat16 where the device is fast at it, else float32.
         workers: processes that draw scenes; by default one for each core.
+
+    Raises:
+        InputError: a stage has no minutes, or ``folder`` holds a run with other settings.
     """
+    if not (unet_minutes > 0 and (vae_minutes > 0 or begin)):
+        raise InputError(
+            f"vae_minutes and unet_minutes must be above 0, got {vae_minutes:g} and {unet_minutes:g}; "
+            "vae_minutes may be 0 with a model to begin with"
+        )
     on_cpu = device.type == "cpu"
     vae_batch, batch = vae_batch or (8 if on_cpu else 64), batch or (64 if on_cpu else 512)
     dtype = dtype or fast_dtype(device)
@@ -274,7 +282,7 @@ def train(
         parts = make_unet(), make_text_encoder(tokenizer)
     moments = encode_all(vae, images, folder / "moments.npy", device, dtype)
     print("writing captions", flush=True)
-    tokens = draw_captions([*drawn], tokenizer, captions, seed)
+    tokens = draw_captions(drawn, tokenizer, captions, seed)
     empty = draw_captions(drawn[:1], tokenizer, 1, seed, lambda scene, rng: "")[0, 0]
     parts = train_unet(
         moments,

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
+from decinb.errors import InputError
 from decinb.loading import load_pipeline
 from decinb.scenes import IMAGE_SIZE, Scene, depth_map
 from decinb.tiny.data import draw_all, draw_captions, draw_scenes, to_input
@@ -180,7 +181,14 @@ def train(
         captions: captions a scene.
         batch: rows a step of the U-Net; by default 32 on a CPU, 256 on a GPU.
         workers: processes that draw scenes; by default one for each core.
+
+    Raises:
+        InputError: a stage has no minutes, or ``folder`` holds a run with other settings.
     """
+    if not (estimator_minutes > 0 and unet_minutes > 0):
+        raise InputError(
+            f"estimator_minutes and unet_minutes must be above 0, got {estimator_minutes:g} and {unet_minutes:g}"
+        )
     dtype = fast_dtype(device)
     folder.mkdir(parents=True, exist_ok=True)
     check_same_run(folder / "settings.json", {"scenes": scenes, "seed": seed, "begin": str(begin)})

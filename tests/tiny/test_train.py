@@ -203,7 +203,6 @@ def test_a_small_vae_learns(tmp_path):
 
 
 def test_the_whole_run_leaves_a_folder_that_loads_and_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(networks, "VAE_WIDTHS", (8, 8, 8, 16))
     monkeypatch.setattr(train, "make_vae", lambda: networks.make_vae((8, 8, 8, 16)))
     monkeypatch.setattr(train, "make_unet", lambda: networks.make_unet(SMALL))
     monkeypatch.setattr(train, "make_text_encoder", lambda tokenizer: networks.make_text_encoder(tokenizer, width=32))
@@ -218,6 +217,8 @@ def test_the_whole_run_leaves_a_folder_that_loads_and_resumes(tmp_path, monkeypa
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] > steps
     with pytest.raises(InputError, match="holds a run with"):
         train.train(tmp_path, unet_minutes=SECONDS, **{**given, "scenes": 17})
+    with pytest.raises(InputError, match="vae_minutes and unet_minutes must be above 0"):
+        train.train(tmp_path, unet_minutes=0, **given)
 
 
 def test_a_run_may_begin_with_a_model_whose_vae_and_tokenizer_it_keeps(tmp_path, tiny):

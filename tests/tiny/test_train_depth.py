@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from decinb import ModelError
+from decinb import InputError, ModelError
 from decinb.loading import load_pipeline
 from decinb.scenes import Scene, depth_map, render
 from decinb.scenes.judge import Judge
@@ -133,3 +133,8 @@ def test_the_measurement_runs(bundled, tiny, monkeypatch):
     report = evaluate_depth.evaluate(bundled, tiny, 3)
     assert json.loads(json.dumps(report)) == report
     assert "depth 0.6" in evaluate_depth.table(report)
+
+
+def test_a_stage_needs_minutes(tmp_path):
+    with pytest.raises(InputError, match="must be above 0, got 0 and 1"):
+        train_depth.train(tmp_path, 4, 0, 1, 0, CPU)
