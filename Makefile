@@ -21,6 +21,8 @@ export MALLOC_TOP_PAD_ := 268435456
 # At most WORKERS processes, which share the cores. All tests of a file, and all cells of a notebook, run in one of them.
 PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses $(WORKERS) --dist loadfile
 
+QUICK  := $(addprefix tests/,core sampling execution figures utils scenes)
+
 .PHONY: demo quick test style fuzz notebooks architecture environment clean
 .DEFAULT_GOAL := demo
 
@@ -50,7 +52,7 @@ style: environment
 	$(BIN)/ruff format --check .
 
 quick: style
-	$(PYTEST) -m "not slow and not browser and not cuda" tests
+	$(PYTEST) -m "not slow and not browser and not cuda" $(QUICK)
 
 test: style
 	$(PYTEST)

@@ -16,7 +16,7 @@ _lazy_getattr, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "designs": ["grid", "one_at_a_time", "random_design", "zipped"],
-        "errors": ["InputError", "ModelError"],
+        "errors": ["InputError", "ModelError", "SweepError"],
         "execution.chains": ["Chain", "Link", "run_chain"],
         "execution.plan": ["Plan", "plan"],
         "execution.replay": ["replay"],
@@ -32,7 +32,7 @@ _lazy_getattr, __dir__, __all__ = lazy_loader.attach(
         ],
         "plotting": ["plot_grid", "plot_images", "show_gallery"],
         "scenes.adherence": ["adherence", "named_attributes"],
-        "sweep": ["Sweep", "SweepError", "load_sweep", "run_sweep"],
+        "sweep": ["Sweep", "load_sweep", "run_sweep"],
         "unet_nas": ["ModelMixin", "UNetNAS"],  # diffusers looks for ModelMixin here when it loads a saved pipeline
     },
 )

@@ -1,9 +1,50 @@
-"""The two errors that decinb raises. Each message says what was given, what is allowed, and what to do next."""
+"""The errors that decinb raises. Each message says what was given, what is allowed, and what to do next.
+
+In a notebook, an error is two lines: the user's own line and the message. ``%tb`` shows the whole traceback.
+"""
+
+import sys
+import traceback
+from pathlib import Path
 
 
-class InputError(ValueError):
+class _TwoLines:
+    """An error that IPython shows in two lines."""
+
+    _was_shown = False
+
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that IPython shows: two the first time, the whole traceback after that, for ``%tb``."""
+        if self._was_shown:
+            tb = sys.modules["IPython"].get_ipython().InteractiveTB
+            return tb.structured_traceback(type(self), self, self.__traceback__, tb_offset=1)
+        self._was_shown = True
+        message = f"{type(self).__name__}: {self}  (%tb shows the traceback)"
+        if line := _user_line(self):
+            return [f"line {line.lineno}: {line.line}", message]
+        return [message]
+
+
+class InputError(_TwoLines, ValueError):
     """An argument cannot be used. Raised before any work starts."""
 
 
-class ModelError(OSError):
+class ModelError(_TwoLines, OSError):
     """A model cannot be loaded (its folder, files, tensors or source), or its output is NaN."""
+
+
+class SweepError(_TwoLines, RuntimeError):
+    """A sweep failed while it ran. Its ``sweep`` holds everything that was finished before."""
+
+    def __init__(self, message: str, sweep: object):
+        super().__init__(message)
+        self.sweep = sweep
+
+
+def _user_line(error: BaseException) -> traceback.FrameSummary | None:
+    """Return the last line of the user's code that led to an error: the one that called decinb."""
+    package = str(Path(__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    calls = [i for i, frame in enumerate(frames) if frame.filename.startswith(package)]
+    before = frames[: calls[0]] if calls else frames
+    return before[-1] if before else None

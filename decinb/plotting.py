@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -97,13 +98,14 @@ def show_gallery(
     import ipyplot
     from IPython.utils.capture import capture_output
 
-    tabs = [group.translate(UNBREAKABLE) for group in groups]
+    # ipyplot puts all texts into its page unescaped.
+    tabs = [html.escape(group).translate(UNBREAKABLE) for group in groups]
     with capture_output() as captured:  # ipyplot displays everything twice: as a page, and as the page's source
         ipyplot.plot_class_tabs(
             [_data_url(image, 2 * width) for image in images],
             tabs,
             tabs_order=list(dict.fromkeys(tabs)),
-            custom_texts=None if titles is None else list(titles),
+            custom_texts=None if titles is None else list(map(html.escape, titles)),
             max_imgs_per_tab=len(images),
             img_width=width,
             show_url=False,

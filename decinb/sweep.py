@@ -14,9 +14,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.designs import Cell
-from decinb.errors import InputError
+from decinb.errors import InputError, SweepError
 from decinb.execution.plan import make_plan
 from decinb.execution.provenance import ImageRecord
+from decinb.execution.results import Results
 from decinb.execution.runner import Runner, is_shared
 from decinb.execution.store import Images, Store
 from decinb.figures import viewer
@@ -128,14 +129,6 @@ class Sweep:
         return file
 
 
-class SweepError(RuntimeError):
-    """A sweep failed while it ran. Its ``sweep`` holds everything that was finished before."""
-
-    def __init__(self, message: str, sweep: Sweep):
-        super().__init__(message)
-        self.sweep = sweep
-
-
 def run_sweep(
     pipe: DiffusionPipeline,
     image: Source | None,
@@ -198,8 +191,8 @@ def run_sweep(
     adapter = adapter_of(pipe)
     given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
     with pipeline_lock(pipe):  # for planning too, which reads the scheduler
-        plan = make_plan(adapter, cells, given, guidance_rescale, store)
-        return _run(Runner(adapter, plan, store, max_rows, progress, show))
+        results = Results(make_plan(adapter, cells, given, guidance_rescale, store), store)
+        return _run(Runner(adapter, results, max_rows, progress, show), results)
 
 
 def load_sweep(folder: str | Path) -> Sweep:
@@ -213,29 +206,29 @@ def load_sweep(folder: str | Path) -> Sweep:
     return Sweep(image, records[0]["prompt"], [r["cell"] for r in records], Images(paths), records, store.folder)
 
 
-def _run(runner: Runner) -> Sweep:
-    """Run a plan and return its sweep: complete, or what was done when the user interrupted it."""
+def _run(runner: Runner, results: Results) -> Sweep:
+    """Return the sweep of a run: complete, or what was done when the user interrupted it."""
     try:
         runner.run()
     except KeyboardInterrupt:
-        print(f"stopped: {len(runner.results)} of {len(runner.plan.cells)} cells are done")
+        print(f"stopped: {len(results)} of {len(results.plan.cells)} cells are done")
     except Exception as error:
-        if isinstance(error, InputError) and not len(runner.results):  # refused late, by the folder or the U-Net
+        if isinstance(error, InputError) and not len(results):  # refused late, by the folder or the U-Net
             raise
-        raise SweepError(_describe_failure(runner, error), _to_sweep(runner)) from error
-    return _to_sweep(runner)
+        raise SweepError(_describe_failure(results, error), _to_sweep(results)) from error
+    return _to_sweep(results)
 
 
-def _to_sweep(runner: Runner) -> Sweep:
-    folder = None if runner.store is None else runner.store.folder
-    return Sweep(runner.plan.image, runner.plan.prompt, *runner.results.in_order(), folder)
+def _to_sweep(results: Results) -> Sweep:
+    folder = None if results.store is None else results.store.folder
+    return Sweep(results.plan.image, results.plan.prompt, *results.in_order(), folder)
 
 
-def _describe_failure(runner: Runner, error: Exception) -> str:
-    cells = runner.in_progress
-    named = "; ".join(f"cell {i} ({label(runner.plan.records[i])})" for i in cells[:3]) or "the sweep"
+def _describe_failure(results: Results, error: Exception) -> str:
+    cells = results.in_progress
+    named = "; ".join(f"cell {i} ({label(results.plan.records[i])})" for i in cells[:3]) or "the sweep"
     more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
-    done = f"{len(runner.results)} of {len(runner.plan.cells)} cells are done and are in this error's `sweep`"
+    done = f"{len(results)} of {len(results.plan.cells)} cells are done and are in this error's `sweep`"
     return f"{named}{more} failed: {error}; {done}"
 
 

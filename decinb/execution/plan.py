@@ -153,7 +153,7 @@ def make_plan(
         rows=rows,
         seconds=None if per_row is None else rows * per_row,
         # Three bytes a pixel: a colourful PNG and its input, each compressed to half its size at best.
-        bytes=sum(3 * math.prod(adapter.output_size(jobs[i])) for i in missing),
+        bytes=sum(3 * math.prod(records[i]["image_size"]) for i in missing),
         notes=_warn_and_note(adapter, cells, jobs, records, len(missing)),
     )
 
@@ -255,7 +255,7 @@ def _jobs_to_records(
     for cell, job, source in zip(cells, jobs, inputs, strict=True):
         texts = {"prompt": job.prompt, "negative_prompt": (job.negative_prompt or "") if job.guided else ""}
         truncated = {name: end for name, text in texts.items() if (end := truncated_text(text))}
-        record = image_record(adapter, cell, job, source["image"], shared)
+        record = image_record(cell, job, source["image"], adapter.output_size(job), adapter.key_parts(job), shared)
         records.append({**record, "original_size": source["original_size"], "truncated": truncated})
     return records
 

@@ -51,15 +51,21 @@ LINK_FIELDS = ["task", *MADE_BY, *LINK_ARGUMENTS]
 
 
 def image_record(
-    adapter: Adapter, cell: Cell, job: Job, image_name: str | None, shared: Mapping[str, Any]
+    cell: Cell,
+    job: Job,
+    image_name: str | None,
+    size: tuple[int, int],
+    key_parts: Mapping[str, Any],
+    shared: Mapping[str, Any],
 ) -> ImageRecord:
     """Return the record of a cell's image, with its key, before the image is made.
 
     Args:
-        adapter: of the pipeline that will make it.
         cell: as the user wrote it.
         job: the cell, validated and completed.
         image_name: what to call the input.
+        size: width and height of the image in pixels.
+        key_parts: what else decides the image, depending on the pipeline; see ``Adapter.key_parts``.
         shared: what all images of the sweep have in common, from ``shared_record``.
     """
     hashed = None if job.image is None else image_hash(job.image)
@@ -70,7 +76,7 @@ def image_record(
         **arguments,
         "steps_run": job.num_inference_steps - job.skipped,
         "image_hash": hashed,
-        "image_size": list(adapter.output_size(job)),
+        "image_size": list(size),
         **shared,
         "key": key(
             **decides,
@@ -78,7 +84,7 @@ def image_record(
             prompt=job.prompt,
             num_inference_steps=job.num_inference_steps,
             seed=job.seed,
-            **adapter.key_parts(job),
+            **key_parts,
         ),
     }
 

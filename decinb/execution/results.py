@@ -31,6 +31,8 @@ class Results:
         """The numbers of the cells that share an image, by key."""
         for i, record in enumerate(plan.records):
             self.cells_of.setdefault(record["key"], []).append(i)
+        self.in_progress: list[int] = []
+        """The numbers of the cells that are being computed."""
         self._finished: dict[int, tuple[Image.Image | Path, ImageRecord]] = {}
         self._failed: set[str] = set()  # keys of jobs that ended without an image
         self._refused = False  # whether the folder could not be written to

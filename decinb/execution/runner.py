@@ -7,9 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from decinb.execution.plan import Plan
 from decinb.execution.results import Results
-from decinb.execution.store import Store, open_image
+from decinb.execution.store import open_image
 from decinb.figures.live import LiveGrid, progress_bar
 from decinb.sampling.base import Adapter
 from decinb.sampling.jobs import Result, Step
@@ -27,37 +26,30 @@ def is_first() -> bool:
 
 
 class Runner:
-    """Computes the images of a plan.
+    """Computes the images of a plan that are not finished.
 
     Args:
         adapter: of the pipeline.
-        plan: what to compute.
-        store: where images are saved; None keeps them in memory.
+        results: of the plan, where images go, even if the run is interrupted or fails.
         max_rows: the most rows in a U-Net call; None chooses for the device.
         progress: show a bar.
         show: show a grid that fills, in a notebook.
     """
 
-    def __init__(
-        self, adapter: Adapter, plan: Plan, store: Store | None, max_rows: int | None, progress: bool, show: bool
-    ):
-        self.adapter, self.plan, self.store = adapter, plan, store
+    def __init__(self, adapter: Adapter, results: Results, max_rows: int | None, progress: bool, show: bool):
+        self.adapter, self.results, self.plan = adapter, results, results.plan
         self.max_rows, self.progress = max_rows, progress
-        self.results = Results(plan, store)
-        self.in_progress: list[int] = []
-        """The numbers of the cells that are being computed."""
         self._pending: list[tuple[str, Result]] = []  # came out of the last step, not yet in the results
         self._grid: LiveGrid | None = None
         if show:
             with self._only_display():
-                self._grid = LiveGrid(adapter.pipe, plan.image, plan.records)
+                self._grid = LiveGrid(adapter.pipe, self.plan.image, self.plan.records)
 
     def run(self) -> None:
-        """Compute what is missing. Finished images are in ``results`` even if this is interrupted or fails."""
-        # Of several processes, the first locks the folder for all.
-        lock = self.store.locked() if self.store is not None and is_first() else nullcontext()
+        """Compute what is missing, in a folder that no other run uses at the same time."""
+        store = self.results.store
         try:
-            with lock:
+            with store.locked() if store is not None and is_first() else nullcontext():  # the first locks it for all
                 if is_first():
                     self.results.list_cells()
                 self._load_saved()  # now, because waiting for the folder may have changed it
@@ -108,7 +100,7 @@ class Runner:
 
     def _take(self, step: Step, keys: Sequence[str]) -> None:
         """Keep what a step has finished, and show how far the rest is."""
-        self.in_progress = sorted(self._cell(keys[index]) for index in step.active)
+        self.results.in_progress = sorted(self._cell(keys[index]) for index in step.active)
         self._pending += [(keys[result.index], result) for result in step.results]
         self._take_pending()
         with self._only_display():

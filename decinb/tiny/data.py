@@ -1,7 +1,6 @@
 """What the networks learn from: scenes, their images as bytes, and their captions as tokens. Drawn once and kept."""
 
 import itertools
-import os
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from decinb.scenes import IMAGE_SIZE, Scene, random_scene, render, web_caption
+from decinb.utils.files import replacing
 
 
 def draw_scenes(count: int, seed: int) -> list[Scene]:
@@ -33,15 +33,21 @@ def draw_all(scenes: Sequence[Scene], file: Path, size: int = IMAGE_SIZE, worker
         workers: number of processes; by default one for each core.
     """
     if not file.exists():
-        part = file.with_suffix(".part")
-        images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(scenes), 3, size, size))
-        with ProcessPoolExecutor(workers) as pool:
+        with replacing(file) as part, ProcessPoolExecutor(workers) as pool:
+            images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(scenes), 3, size, size))
             for i, image in enumerate(pool.map(draw, scenes, itertools.repeat(size), chunksize=64)):
                 images[i] = image
-        images.flush()
-        del images  # Windows does not rename open files
-        os.replace(part, file)
+            images.flush()
+            del images  # Windows does not rename open files
     return np.load(file, mmap_mode="r")
+
+
+def cached(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Load an array from a file; make and save it first if there is none."""
+    if not file.exists():
+        with replacing(file) as part, open(part, "wb") as stream:
+            np.save(stream, make())
+    return np.load(file)
 
 
 def to_input(images: np.ndarray | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from decinb.utils.files import replacing
 
 
 @dataclass
@@ -140,9 +141,8 @@ class Stage:
             "averages": self.averages,
             "optimizer": self.optimizer.state_dict(),
         }
-        part = self.file.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, self.file)
+        with replacing(self.file) as part:
+            torch.save(state, part)
 
     def _restore(self) -> None:
         state = torch.load(self.file, map_location=self.device, weights_only=True)

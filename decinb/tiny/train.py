@@ -11,7 +11,6 @@ same command is given again.
 import argparse
 import copy
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -27,7 +26,7 @@ from decinb.errors import InputError
 from decinb.loading import load_pipeline
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.scenes.captions import LEFT_OUT, WRONG
-from decinb.tiny.data import draw_all, draw_captions, draw_scenes, to_input
+from decinb.tiny.data import cached, draw_all, draw_captions, draw_scenes, to_input
 from decinb.tiny.losses import diffusion_loss, image_loss, vae_loss
 from decinb.tiny.networks import make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
 from decinb.tiny.stage import Stage
@@ -153,14 +152,14 @@ def encode_all(
     vae: AutoencoderKL, images: np.ndarray, file: Path, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Encode images as ``encode`` does and keep the result in a file. A finished file is reused."""
-    if not file.exists():
+
+    def make() -> np.ndarray:
         print("encoding the scenes", flush=True)
         moments = encode(nn.Module.to(vae, device, dtype), images, device)
         vae.float()
-        part = file.with_suffix(".part.npy")
-        np.save(part, moments.cpu().numpy())
-        os.replace(part, file)
-    return torch.from_numpy(np.load(file)).to(device)
+        return moments.cpu().numpy()
+
+    return torch.from_numpy(cached(file, make)).to(device)
 
 
 def train_unet(

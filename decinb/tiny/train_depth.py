@@ -11,7 +11,6 @@ Source: the depth-conditioned model of Stable Diffusion 2 (Rombach et al. 2022, 
 import argparse
 import copy
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 from decinb.errors import InputError
 from decinb.loading import load_pipeline
 from decinb.scenes import IMAGE_SIZE, Scene, depth_map
-from decinb.tiny.data import draw_all, draw_captions, draw_scenes, to_input
+from decinb.tiny.data import cached, draw_all, draw_captions, draw_scenes, to_input
 from decinb.tiny.evaluate_depth import measure, table
 from decinb.tiny.losses import image_loss
 from decinb.tiny.stage import Stage
@@ -226,11 +225,7 @@ def train(
 
 def _depths(scenes: Sequence[Scene], file: Path) -> np.ndarray:
     """Return the depth of every scene, (scenes, height, width), from a file if it was drawn before."""
-    if not file.exists():
-        part = file.with_suffix(".part.npy")
-        np.save(part, np.stack([depth_map(scene) for scene in scenes]))
-        os.replace(part, file)
-    return np.load(file)
+    return cached(file, lambda: np.stack([depth_map(scene) for scene in scenes]))
 
 
 def save(

@@ -7,7 +7,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 import decinb
 from decinb.benchmark import latency, options, packing, plots
-from decinb.utils import acceleration
+from decinb.utils.acceleration import compile_network, has_compiler, uncompile_network
 from tests.helpers.small import small_nas, small_text_encoder, small_vae
 
 SAME = 40  # dB; rounding alone gives more than 80
@@ -69,7 +69,7 @@ def test_without_a_compiler_there_is_a_warning_and_no_change(monkeypatch):
     assert "forward" not in vars(pipe.unet)
 
 
-@pytest.mark.skipif(not acceleration.has_compiler(), reason="torch needs a C++ compiler")
+@pytest.mark.skipif(not has_compiler(), reason="torch needs a C++ compiler")
 def test_a_compiled_network_gives_the_same_and_its_hooks_run():
     network = FeedForward(8).eval()
     given = torch.randn(2, 4, 8)
@@ -77,8 +77,8 @@ def test_a_compiled_network_gives_the_same_and_its_hooks_run():
     network.register_forward_hook(lambda module, args, output: seen.append(len(output)))
     with torch.no_grad():
         plain = network(given)
-        acceleration.compile_network(network)
+        compile_network(network)
         compiled = network(given)
-        acceleration.uncompile_network(network)
+        uncompile_network(network)
     torch.testing.assert_close(compiled, plain, atol=ROUNDING, rtol=0)
     assert seen == [2, 2] and "forward" not in vars(network)

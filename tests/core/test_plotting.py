@@ -509,7 +509,7 @@ GALLERY = """
 from PIL import Image
 import decinb
 images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
-decinb.show_gallery(images, ["warm", "cold", "cold"], ["one", "two", "three"])
+decinb.show_gallery(images, ["warm", "cold", "cold"], ["one", "two", "<script>three</script>"])
 """
 
 

@@ -226,6 +226,7 @@ def test_an_unknown_argument_is_named(tiny):
 # --- files ---
 
 
+@pytest.mark.slow
 def test_every_image_is_saved_and_can_be_replayed(tiny, text, image, tmp_path):
     ways = {
         "text": run_chain(

@@ -52,6 +52,7 @@ def same(folder, other):
         assert np.abs(np.asarray(mine, int) - np.asarray(theirs, int)).max() <= ONE_LEVEL
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_five_times_ends_like_an_undisturbed_one(script, tmp_path, happened):
     rng, finished = random.Random(1), []
     for _ in range(5):

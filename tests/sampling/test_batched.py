@@ -219,6 +219,7 @@ def test_max_rows_is_never_exceeded(tiny, max_rows):
     assert max(len(step.active) for step in steps) <= max_rows
 
 
+@pytest.mark.slow
 def test_more_jobs_take_no_more_memory(tiny):
     def most_held(number: int) -> int:
         gc.collect()
