@@ -59,7 +59,7 @@ test: style
 	$(PYTEST)
 
 fuzz: environment
-	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/guarantees/test_fuzz.py
+	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/guarantees/test_fuzz.py tests/guarantees/test_proofs.py
 
 # Everything runs inside the folder: from here, Python could take it for the package of the same name.
 mindspore: .venv-mindspore/ready

@@ -16,7 +16,7 @@ _lazy_getattr, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "designs": ["grid", "one_at_a_time", "random_design", "zipped"],
-        "errors": ["InputError", "ModelError", "SweepError"],
+        "errors": ["InputError", "ModelError", "Stopped", "SweepError"],
         "execution.chains": ["Chain", "Link", "run_chain"],
         "execution.plan": ["Plan", "plan"],
         "execution.replay": ["replay"],

@@ -93,7 +93,15 @@ def _lists(axes: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
     for name, values in axes.items():
         if isinstance(values, (str, dict)) or not isinstance(values, Iterable):
             raise InputError(f"{name} must be a list of values, got {validation.short_repr(values)}")
-    lists = {name: values if isinstance(values, Sequence) else list(values) for name, values in axes.items()}
+    lists = {name: values if isinstance(values, Sequence) else _bounded(name, values) for name, values in axes.items()}
     if empty := [name for name, values in lists.items() if not len(values)]:
         raise InputError(f"{empty[0]} is an empty list: give at least one value")
     return lists
+
+
+def _bounded(name: str, values: Iterable[Any]) -> list[Any]:
+    """Return the values of a generator, which may never end."""
+    found = list(itertools.islice(values, MAX_CELLS + 1))
+    if len(found) > MAX_CELLS:
+        raise InputError(f"{name} has more than {MAX_CELLS:,} values, or never ends: give a list")
+    return found

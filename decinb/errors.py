@@ -42,6 +42,14 @@ class SweepError(_TwoLines, RuntimeError):
         self.sweep = sweep
 
 
+class Stopped(_TwoLines, KeyboardInterrupt):
+    """The user interrupted a sweep or a chain. Its ``done`` is that sweep or chain, with all that was finished."""
+
+    def __init__(self, message: str, done: object):
+        super().__init__(message)
+        self.done = done
+
+
 def _user_line(error: BaseException) -> traceback.FrameSummary | None:
     """Return the last line of the user's code that led to an error: the one that called decinb."""
     package = str(Path(__file__).parent) + os.sep

@@ -1,17 +1,22 @@
 """Read images that users give, and save images with the record of how they were made.
 
 ``load_image`` turns a sample's name, a path, a URL, bytes, an array, a tensor or a PIL image into an upright RGB image
-of a size that a model takes. ``save_image`` writes a PNG, complete or not at all, with a record inside.
+of a size that a model takes. ``save_image`` writes a PNG, complete or not at all, with a record inside, and a seal: the
+hash of all bytes before it. A file that was edited since, even by a program that keeps the record, is refused.
 """
 
 import functools
+import hashlib
 import io
 import json
 import os
 import re
+import stat
+import struct
 import warnings
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +48,11 @@ MAX_ASPECT = 4  # models are not trained on longer images
 
 RECORD = "decinb"  # the PNG text chunk with the record
 INPUT = b"inPt"  # the PNG chunk with the input image; the capitals say: ancillary, private, safe to copy
+SEAL = b"seAL"  # the PNG chunk before the last with the SHA-256 of what comes before it: not safe to copy
+END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
+OUTPUT_HASH = "output_hash"  # a field of all records that were ever sealed
+UNREADABLE = (OSError, KeyError, ValueError, TypeError, RecursionError, SyntaxError)  # what damaged files raise
+MAX_SAVED = 32_000_000  # pixels of an image with a record: 100 MB when it is decoded
 
 Source = str | os.PathLike[str] | bytes | np.ndarray | torch.Tensor | Image.Image
 """What ``load_image`` takes."""
@@ -156,46 +166,98 @@ def save_image(image: Image.Image, path: Path, record: dict[str, Any], input_ima
         info.add(INPUT, _lossless(input_image))
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=info)
-    write_atomically(path, file.getvalue())
+    write_atomically(path, _sealed(file.getvalue()))
+
+
+class Saved(NamedTuple):
+    """What a PNG holds that decinb saved.
+
+    Args:
+        image: the image.
+        record: what it was made from.
+        input_image: the image that it was made from, or None.
+        sealed: whether the seal proves that nothing was changed; False for files of earlier versions, which have none.
+    """
+
+    image: Image.Image
+    record: dict[str, Any]
+    input_image: Image.Image | None
+    sealed: bool
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
     """Return the record inside a PNG that decinb saved.
 
     Raises:
-        InputError: the file is not such a PNG, or is damaged.
+        InputError: the file is not such a PNG, is damaged, or was changed.
     """
-    return _read(path)[0]
+    return read_saved(path).record
 
 
 def read_input(path: str | Path) -> Image.Image:
     """Return the input image inside a PNG that decinb saved.
 
     Raises:
-        InputError: the file is not such a PNG, is damaged, or was made without an input image.
+        InputError: the file is not such a PNG, is damaged, was changed, or was made without an input image.
     """
-    image = _read(path)[1]
+    image = read_saved(path).input_image
     if image is None:
         raise InputError(f"{str(path)!r} does not contain the image that it was made from")
     return image
 
 
-def _read(path: str | Path) -> tuple[dict[str, Any], Image.Image | None]:
+def read_saved(path: str | Path) -> Saved:
+    """Return all that is inside a PNG that decinb saved.
+
+    Raises:
+        InputError: the file is not such a PNG, is damaged, or was changed.
+    """
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        data = _read_regular_file(Path(path))
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.width * image.height > MAX_SAVED:
+                raise ValueError("the image is too large")
             image.load()
             record = json.loads(image.text[RECORD])
             if not isinstance(record, dict):
                 raise ValueError("the record is not a dict")
-            inside = next((chunk[1] for chunk in image.private_chunks if chunk[0] == INPUT), None)
-        if inside is None:
-            return record, None
-        with Image.open(io.BytesIO(inside), formats=("WEBP",)) as input_image:
-            if max(input_image.size) > MAX_SIDE:
-                raise ValueError("the image inside is too large")
-            return record, input_image.convert("RGB")
-    except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            own = {chunk[0]: chunk[1] for chunk in image.private_chunks}
+            image = image.convert("RGB")
+        input_image = _decode_input(own[INPUT]) if INPUT in own else None
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise InputError(f"{str(path)!r} is not a PNG that decinb saved, or is damaged") from error
+    sealed = _has_seal(data)
+    if not sealed and (SEAL in own or OUTPUT_HASH in record):
+        raise InputError(f"{str(path)!r} was changed after decinb saved it")
+    return Saved(image, record, input_image, sealed)
+
+
+def _read_regular_file(path: Path) -> bytes:
+    """Return the bytes of a file. Devices and pipes, which might never end, and very large files are refused."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
+        raise ValueError("not a file of at most 250 MB")
+    return path.read_bytes()
+
+
+def _decode_input(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=("WEBP",)) as image:
+        if max(image.size) > MAX_SIDE:
+            raise ValueError("the image inside is too large")
+        return image.convert("RGB")
+
+
+def _sealed(png: bytes) -> bytes:
+    """Return a PNG file with a seal before its last chunk."""
+    before = png.removesuffix(END)
+    seal = hashlib.sha256(before).digest()
+    return before + struct.pack(">I", len(seal)) + SEAL + seal + struct.pack(">I", zlib.crc32(SEAL + seal)) + END
+
+
+def _has_seal(png: bytes) -> bool:
+    """Return whether a PNG file ends with its seal, and the seal is right."""
+    before = png[: -len(END) - 44]  # the length, type and checksum of the chunk around 32 bytes
+    return len(before) > 0 and _sealed(before + END) == png
 
 
 @functools.lru_cache(8)

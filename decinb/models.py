@@ -168,8 +168,10 @@ def image_size(pipe: DiffusionPipeline) -> int:
     """Return the height and width in pixels of the images that a pipeline's model was trained on."""
     if known := MODELS.get(str(pipe.config.get("_name_or_path"))):
         return known.image_size
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    sample = getattr(network.config, "sample_size", None) if network is not None else None
+    networks = [getattr(pipe, name, None) for name in ("unet", "transformer")]
+    # Compared with None, because a compiled network has no truth value.
+    network = next((network for network in networks if network is not None), None)
+    sample = None if network is None else getattr(network.config, "sample_size", None)
     if sample is None:
         return getattr(pipe, "default_sample_size", 64) * getattr(pipe, "vae_scale_factor", 8)
     return max(sample if isinstance(sample, (list, tuple)) else (sample,)) * getattr(pipe, "vae_scale_factor", 8)

@@ -14,18 +14,18 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.designs import Cell
-from decinb.errors import InputError, SweepError
+from decinb.errors import InputError, Stopped, SweepError
 from decinb.execution.plan import make_plan
-from decinb.execution.provenance import ImageRecord
+from decinb.execution.provenance import ImageRecord, distinguish_inputs
 from decinb.execution.results import Results
-from decinb.execution.runner import Runner, is_shared
+from decinb.execution.runner import Runner, check_processes, is_shared
 from decinb.execution.store import Images, Store
 from decinb.figures import viewer
 from decinb.images import Source
 from decinb.sampling.adapters import adapter_of
 from decinb.utils import validation
 from decinb.utils.files import write_atomically
-from decinb.utils.labels import ARGUMENTS, label
+from decinb.utils.labels import ARGUMENTS
 from decinb.utils.locks import pipeline_lock
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ def run_sweep(
     alone. All cells are checked before the first one runs, and cells with the same result are computed once.
 
     With a folder, each image is saved as soon as it is finished, and images that are there already are not computed
-    again: after an interruption, or to add cells, call this again. Interrupting the notebook cell returns what is
-    done. If the folder cannot be written to, a warning says so and images stay in memory.
+    again: after an interruption, or to add cells, call this again. If the folder cannot be written to, a warning says
+    so and images stay in memory.
 
     Under ``accelerate launch``, all processes share the cells through ``folder``. Otherwise a second thread with the
     same pipeline, or a second process in the same folder, waits until the first is done.
@@ -177,6 +177,8 @@ def run_sweep(
     Raises:
         InputError: an argument or a cell cannot be used; the message names it.
         SweepError: the sweep failed while it ran; its ``sweep`` holds what was finished before.
+        Stopped: the sweep was interrupted. It is a ``KeyboardInterrupt``, so it ends the notebook's cell; its ``done``
+            is a sweep of what was finished.
     """
     if pack is not None:
         warnings.warn(
@@ -187,6 +189,7 @@ def run_sweep(
         max_rows = validation.count(pack, "pack")
     elif max_rows is not None:
         max_rows = validation.count(max_rows, "max_rows")
+    check_processes()
     if folder is None and is_shared():
         raise InputError("folder must be given when several processes share a sweep: they exchange images through it")
     store = None if folder is None else Store(validation.folder(folder))
@@ -205,15 +208,16 @@ def load_sweep(folder: str | Path) -> Sweep:
     """
     store = Store(folder)
     paths, records, image = store.read()
+    records = distinguish_inputs(records)
     return Sweep(image, records[0]["prompt"], [r["cell"] for r in records], Images(paths), records, store.folder)
 
 
 def _run(runner: Runner, results: Results) -> Sweep:
-    """Return the sweep of a run: complete, or what was done when the user interrupted it."""
     try:
         runner.run()
-    except KeyboardInterrupt:
-        print(f"stopped: {len(results)} of {len(results.plan.cells)} cells are done")
+    except KeyboardInterrupt as interrupt:
+        results.save_again()
+        raise Stopped(_describe_stop(results), _to_sweep(results)) from interrupt
     except Exception as error:
         if isinstance(error, InputError) and not len(results):  # found only now, in the folder or the U-Net
             raise
@@ -226,12 +230,23 @@ def _to_sweep(results: Results) -> Sweep:
     return Sweep(results.plan.image, results.plan.prompt, *results.in_order(), folder)
 
 
+def _describe_stop(results: Results) -> str:
+    done = f"{len(results)} of {len(results.plan.cells)} cells are done"
+    if results.store is None:
+        return (
+            f"{done}, and sys.last_value.done holds them; with folder=..., running a stopped sweep again goes on from "
+            "where it was"
+        )
+    folder = str(results.store.folder)
+    return f"{done} and saved; to go on, run this again; to see what is done, decinb.load_sweep({folder!r})"
+
+
 def _describe_failure(results: Results, error: Exception) -> str:
     cells = results.in_progress
-    named = "; ".join(f"cell {i} ({label(results.plan.records[i])})" for i in cells[:3]) or "the sweep"
+    named = "; ".join(f"cell {i} ({results.plan.label(i)})" for i in cells[:3]) or "the sweep"
     more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
     done = f"{len(results)} of {len(results.plan.cells)} cells are done and are in this error's `sweep`"
-    return f"{named}{more} failed: {error}; {done}"
+    return f"{named}{more} failed: {validation.describe_error(error)}; {done}"
 
 
 def _flatten(record: ImageRecord) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from decinb.errors import InputError
+from decinb.execution.provenance import unknown_parts
 from decinb.execution.results import Results
 from decinb.execution.store import open_image
 from decinb.figures.live import LiveGrid, progress_bar
@@ -16,13 +18,26 @@ from decinb.utils import validation
 
 
 def is_shared() -> bool:
-    """Return whether this is one of several processes, as ``accelerate launch`` and ``torchrun`` start them."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Return whether this is one of several processes, as ``accelerate launch`` and ``torchrun`` start them.
+
+    Raises:
+        InputError: the environment variable ``WORLD_SIZE`` is not a number.
+    """
+    given = os.environ.get("WORLD_SIZE") or "1"
+    if not given.isdecimal():
+        raise InputError(f"WORLD_SIZE in the environment must be a number of processes, got {given!r}: unset it")
+    return int(given) > 1
 
 
 def is_first() -> bool:
     """Return whether this is the first of several processes, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_shared() or os.environ.get("RANK", "0") == "0"
+
+
+def check_processes() -> None:
+    """Warn if the environment has only a part of what a launcher sets: this process then computes everything."""
+    if os.environ.get("RANK") and not os.environ.get("WORLD_SIZE"):
+        validation.warn("RANK is set in the environment, but not WORLD_SIZE: this process runs the whole sweep alone")
 
 
 class Runner:
@@ -52,6 +67,8 @@ class Runner:
             with store.locked() if store is not None and is_first() else nullcontext():  # the first locks it for all
                 if is_first():
                     self.results.list_cells()
+                    if store is not None and (unknown := unknown_parts(self.plan.records[0])):
+                        print(f"decinb: {unknown[0]} may change unseen: with it, images are made anew every time")
                 self._load_saved()  # now, because waiting for the folder may have changed it
                 missing = self.results.missing
                 if missing and self.adapter.note and is_first():

@@ -28,12 +28,15 @@ from decinb.unet_nas import UNetNAS
 from decinb.utils import validation
 
 DECODE_BATCH = 4  # latents per call of the VAE's decoder: more gain little speed and take much memory
+REHEARSALS, REHEARSED_STEPS = 8, 100  # schedules of a sweep that are tried without the U-Net, and their steps
 CACHED_PROMPTS = 64  # encoded prompts kept at least
 LARGE_LATENT = 1e4  # latents are a few units large; a U-Net cannot handle values beyond this
 
 # Latent pixels per U-Net call: one small image leaves even a CPU half idle, a large one does not.
 LATENT_PIXELS = {"cpu": 64 * 16 * 16, "mps": 16 * 64 * 64, "cuda": 64 * 64 * 64}
 MAX_ROWS = 64
+PARTS = 4  # of a sweep, one of which runs at a time
+SMALLEST_PART = 8  # of the most rows: such calls still run at more than 80% of the speed
 
 Item, Output = TypeVar("Item"), TypeVar("Output")
 
@@ -66,6 +69,10 @@ class BatchedAdapter(Adapter):
         self, job: Job, encoded: Any, scheduler: SchedulerMixin, timestep: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Return a job's first latents, (1, channels, height, width)."""
+
+    @abstractmethod
+    def add_noise(self, scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """Return the latents at the first timestep, from those of the input and noise."""
 
     def extra_input(self, encoded: Any) -> Tensor | None:
         """Return the channels that the U-Net sees beside the latents at every step, or None."""
@@ -103,26 +110,54 @@ class BatchedAdapter(Adapter):
 
     def count_calls(self, jobs: Sequence[Job]) -> list[int]:
         calls: dict[tuple[int, int], int] = {}
-        for i, job in enumerate(jobs):
-            steps = job.num_inference_steps, job.skipped
-            if steps not in calls:
-                try:
-                    calls[steps] = len(job.schedule(self.pipe.scheduler, self.device)[1])
-                except Exception as error:
-                    name = type(self.pipe.scheduler).__name__
-                    raise InputError(
-                        f"cell {i}: {name} cannot run {job.num_inference_steps} steps at strength {job.strength:g}: "
-                        f"{' '.join(str(error).split())}"
-                    ) from error
+        distinct = {(job.num_inference_steps, job.skipped): i for i, job in reversed(list(enumerate(jobs)))}
+        every = max(1, len(distinct) // REHEARSALS)
+        for number, (steps, i) in enumerate(sorted(distinct.items())):
+            job = jobs[i]
+            try:
+                scheduler, timesteps = job.schedule(self.pipe.scheduler, self.device)
+                calls[steps] = len(timesteps)
+                if number % every == 0 or number == len(distinct) - 1:
+                    self._rehearse(scheduler, timesteps[:REHEARSED_STEPS])
+            except Exception as error:
+                name = type(self.pipe.scheduler).__name__
+                raise InputError(
+                    f"cell {i}: {name} cannot run {job.num_inference_steps} steps at strength {job.strength:g}: "
+                    f"{validation.describe_error(error)}"
+                ) from error
         return [calls[job.num_inference_steps, job.skipped] for job in jobs]
+
+    @torch.no_grad()
+    def _rehearse(self, scheduler: SchedulerMixin, timesteps: Tensor) -> None:
+        """Run a scheduler on noise alone, since some that are made for other pipelines fail only in the middle."""
+        generator = torch.Generator().manual_seed(0)
+
+        def noise(channels: int) -> Tensor:
+            values = torch.randn(1, channels, 2, 2, generator=generator)
+            return values.to(self.device, self.pipe.unet.dtype)
+
+        channels, predicted = self.pipe.vae.config.latent_channels, self.pipe.unet.config.out_channels
+        latents = self.add_noise(scheduler, noise(channels), noise(channels), timesteps[:1])
+        step_arguments = self.pipe.prepare_extra_step_kwargs(generator, 0.0)
+        for timestep in timesteps:
+            scheduler.scale_model_input(latents, timestep)
+            latents = scheduler.step(noise(predicted), timestep, latents, **step_arguments, return_dict=False)[0]
+        if not latents.isfinite().all():
+            raise ValueError("it turns noise into NaN or infinity")
 
     def rows(self, job: Job) -> int:
         return 2 if job.guided else 1
 
     def default_max_rows(self, jobs: Sequence[Job]) -> int:
-        """Return how many rows of the largest image make a U-Net call that uses the device well."""
+        """Return how many rows of the largest image make a U-Net call that uses the device well.
+
+        Jobs that run together end together, so a call takes no more than a part of them: a sweep that is stopped after
+        a third of its time has about a third of its images. Very small calls would cost more than that is worth.
+        """
         area = max((math.prod(self.latent_size(job)) for job in jobs), default=1)
-        return max(2, min(MAX_ROWS, LATENT_PIXELS.get(self.device.type, LATENT_PIXELS["cpu"]) // area))
+        most = min(MAX_ROWS, LATENT_PIXELS.get(self.device.type, LATENT_PIXELS["cpu"]) // area)
+        part = -(-sum(self.rows(job) for job in jobs) // PARTS)
+        return max(2, min(most, max(part, most // SMALLEST_PART)))
 
     @torch.no_grad()
     def seconds_per_row(self, jobs: Sequence[Job]) -> float:
@@ -150,8 +185,8 @@ class BatchedAdapter(Adapter):
     def run(self, jobs: Sequence[Job], max_rows: int | None = None, guidance_rescale: float = 0.0) -> Iterator[Step]:
         """Make an image for every job, many in each U-Net call; see ``Adapter.run``.
 
-        The longest jobs start first, so that calls stay full until the end, and no more jobs are in memory than fit
-        into one call. A call that runs out of memory is repeated with half the rows.
+        No more jobs are in memory than fit into one call. A call that runs out of memory is repeated with half the
+        rows.
 
         Yields:
             A ``Step`` when jobs start, after each step of all active jobs, and after each call of the VAE's decoder.
@@ -234,18 +269,24 @@ class _PackedRun:
 
     def __post_init__(self) -> None:
         self.pipe, self.device = self.adapter.pipe, self.adapter.device
-        starts: dict[tuple[int, ...], int] = {}  # jobs with the same start must start together to share rows
-        for job in self.jobs:
-            starts.setdefault(job.start_key, len(starts))
-
-        def longest_first(numbered: tuple[int, Job]) -> tuple[int, int]:
-            job = numbered[1]
-            return job.skipped - job.num_inference_steps, starts[job.start_key]
-
-        self.waiting = deque(sorted(enumerate(self.jobs), key=longest_first))
+        self.waiting = deque(self._ordered())
         self.encode_prompt = lru_cache(max(CACHED_PROMPTS, self.max_rows))(self.adapter.encode_prompt)
         self.encoded_images: dict[int, Any] = {}  # by id: Pillow would compare images pixel by pixel
         self.image_uses = Counter(id(job.image) for job in self.jobs)
+
+    def _ordered(self) -> list[tuple[int, Job]]:
+        """Return the jobs with their numbers, in the order in which they start.
+
+        They are dealt like cards, from the longest to the shortest, into as many hands as there are full calls. Every
+        hand then has short and long jobs, so images appear evenly, and within a hand the longest start first, so calls
+        stay full. Jobs with the same start stay together, since they share rows.
+        """
+        together: dict[tuple[int, ...], list[tuple[int, Job]]] = {}
+        for i, job in enumerate(self.jobs):
+            together.setdefault(job.start_key, []).append((i, job))
+        longest_first = sorted(together.values(), key=lambda jobs: jobs[0][1].skipped - jobs[0][1].num_inference_steps)
+        hands = max(1, round(sum(map(self.adapter.rows, self.jobs)) / self.max_rows))
+        return [one for hand in range(hands) for jobs in longest_first[hand::hands] for one in jobs]
 
     def run(self) -> Iterator[Step]:
         try:
@@ -372,7 +413,7 @@ class _PackedRun:
     ) -> list[Tensor]:
         """Return the U-Net's prediction for every row, in calls of at most ``max_rows`` rows of one shape."""
         # U-Net-NAS starts without the text, so that part is computed once for both rows of a job.
-        shares_latents = isinstance(self.pipe.unet, UNetNAS)
+        shares_latents = isinstance(getattr(self.pipe.unet, "_orig_mod", self.pipe.unet), UNetNAS)  # or compiled
 
         def call_unet(rows: list[int]) -> Tensor:
             encoded = [self.encode_prompt(conditionings[row], tuple(latents[row].shape[-2:])) for row in rows]

@@ -1,7 +1,10 @@
 """Write the arguments of a cell and their values as labels, and wrap text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from textwrap import shorten
 from typing import Any
+
+LONG = 60  # characters of a prompt in a label
 
 SHORT = {"strength": "strength", "guidance_scale": "guidance", "num_inference_steps": "steps", "seed": "seed"}
 """The arguments in labels and file names, in this order, and their short names."""
@@ -10,9 +13,11 @@ ARGUMENTS = ("image", "prompt", "negative_prompt", *SHORT)
 """The arguments of a cell. If two share a side of a grid, the earlier one here changes more slowly."""
 
 
-def label(cell: dict[str, Any]) -> str:
-    """Return a cell as the label of its image."""
-    return ", ".join(describe(name, cell[name]) for name in SHORT if name in cell) or "defaults"
+def label(cell: Mapping[str, Any], texts: Iterable[str] = ()) -> str:
+    """Return a cell as the label of its image: its numbers, and those of its texts that are named."""
+    numbers = [describe(name, cell[name]) for name in SHORT if name in cell]
+    words = [shorten(describe(name, cell[name]), LONG, placeholder="…") for name in texts if name in cell]
+    return ", ".join(numbers + words) or "defaults"
 
 
 def describe(name: str, value: Any) -> str:

@@ -41,10 +41,9 @@ def file_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
         if waiting:
             print(waiting, flush=True)
         lock.acquire()
-    except (OSError, NotImplementedError):  # a read-only folder, or a network drive without locks: go on without
-        yield
-        return
+    except (OSError, NotImplementedError):
+        pass  # a read-only folder, or a network drive without locks: go on without
     try:
         yield
     finally:
-        lock.release()
+        lock.release()  # does nothing if it is not held

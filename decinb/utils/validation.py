@@ -220,11 +220,10 @@ def late_start(steps: int, scheduler: Any) -> str | None:
     try:
         fresh.set_timesteps(steps)
     except Exception as error:
-        raise InputError(
-            f"num_inference_steps: {name} does not support {steps}: {' '.join(str(error).split())}"
-        ) from error
+        raise InputError(f"num_inference_steps: {name} does not support {steps}: {describe_error(error)}") from error
     total, first = scheduler.config.get("num_train_timesteps", 1000), float(fresh.timesteps[0])
-    if first >= 0.85 * total * (1 - 1 / steps):  # the first timestep may be one step below the top
+    # The first timestep may be one step below the top; EDM's are logarithms of the noise, and always start at the top.
+    if hasattr(scheduler, "precondition_noise") or first >= 0.85 * total * (1 - 1 / steps):
         return None
     return f"num_inference_steps {steps} starts at timestep {first:.0f} of {total} with {name}: use fewer steps"
 
@@ -273,6 +272,11 @@ def short_repr(value: Any) -> str:
         words = f"a value of type {type(value).__name__}"
     half = MAX_REPR // 2
     return words if len(words) <= MAX_REPR else f"{words[:half]}…{words[-half:]}"  # the end of a path tells most
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error's message on one line, or its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _number(value: Any, name: str, allowed: str) -> float:

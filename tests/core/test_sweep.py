@@ -11,8 +11,9 @@ from diffusers import HeunDiscreteScheduler, PNDMScheduler
 from PIL import Image
 
 import decinb
-from decinb import InputError, grid, run_sweep
+from decinb import InputError, Stopped, grid, run_sweep
 from decinb.benchmark.counting import count_unet_calls
+from decinb.execution.provenance import record_key
 from decinb.execution.store import Store
 from decinb.images import read_input, read_record, save_image
 from decinb.sweep import SweepError
@@ -189,12 +190,17 @@ def test_replay_needs_only_the_png(tiny, image, tmp_path):
         ({"weights": "0"}, "other weights"),
         ({"scheduler": "os.system"}, "names the scheduler 'os.system', which DeciDiffusionImg2ImgPipeline cannot use"),
         ({"strength": 7}, "strength must be above 0"),
+        ({"strength": 0.5}, "its arguments do not match its key"),
         ({"seed": "x"}, "seed must be an integer"),
     ],
 )
 def test_replay_refuses_a_png_that_was_tampered_with(tiny, image, tmp_path, changed, message):
     sweep = run_sweep(tiny, image, PROMPT, [QUICK], progress=False)
-    save_image(sweep.images[0], tmp_path / "made.png", {**sweep.records[0], **changed}, image)
+    forged = {**sweep.records[0], **changed}
+    save_image(sweep.images[0], tmp_path / "made.png", forged, image)
+    with pytest.raises(InputError, match="does not match" if "strength" not in changed else message):
+        decinb.replay(tmp_path / "made.png", tiny)
+    save_image(sweep.images[0], tmp_path / "made.png", {**forged, "key": record_key(forged)}, image)
     with pytest.raises(InputError, match=message):
         decinb.replay(tmp_path / "made.png", tiny)
 
@@ -287,13 +293,13 @@ def test_cells_may_name_their_own_images(tiny, image):
     assert len({record["key"] for record in sweep.records}) == 3
 
 
-def test_stopping_keeps_and_returns_what_is_done(tiny, image, capsys, happened):
+def test_stopping_keeps_what_is_done_and_ends_the_cell(tiny, image, happened):
     cells = [{**QUICK, "seed": seed} for seed in range(3)]
-    with Stop(tiny, 5, KeyboardInterrupt()):
-        sweep = run_sweep(tiny, image, PROMPT, cells, progress=False, max_rows=2)
+    with Stop(tiny, 5, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt) as caught:
+        run_sweep(tiny, image, PROMPT, cells, progress=False, max_rows=2)
+    sweep, said = caught.value.done, str(caught.value)
     assert len(sweep) == 2 and sweep.cells == cells[:2]
-    said = capsys.readouterr().out
-    assert "2 of 3" in said
+    assert "2 of 3 cells are done, and sys.last_value.done holds them" in said
     again = run_sweep(tiny, image, PROMPT, cells, progress=False, max_rows=2)
     assert same(again.images[1], sweep.images[1])
     happened("F2", f"{said.strip()}; the next run made the same images")
@@ -310,10 +316,13 @@ def test_stopping_while_an_image_is_saved_loses_nothing(tiny, image, tmp_path, m
 
     Store_save = Store.save
     monkeypatch.setattr(Store, "save", save)
-    cells = [{**QUICK, "seed": seed} for seed in range(6)]
-    sweep = run_sweep(tiny, image, PROMPT, cells, folder=tmp_path, progress=False)
+    cells = [{**QUICK, "guidance_scale": 1, "seed": seed} for seed in range(6)]
+    with pytest.raises(Stopped, match=r"6 of 6 cells are done and saved; to go on.*load_sweep\(") as caught:
+        run_sweep(tiny, image, PROMPT, cells, folder=tmp_path, progress=False)
+    sweep = caught.value.done
     assert len(sweep) == 6, "all of them were denoised when the first was saved"
     assert all(made.size == image.size for made in sweep.images)
+    assert decinb.load_sweep(tmp_path).records == sweep.records
 
 
 def test_an_error_names_the_running_cells_and_loses_nothing(tiny, image, tmp_path):
