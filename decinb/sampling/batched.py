@@ -277,16 +277,23 @@ class _PackedRun:
     def _ordered(self) -> list[tuple[int, Job]]:
         """Return the jobs with their numbers, in the order in which they start.
 
-        They are dealt like cards, from the longest to the shortest, into as many hands as there are full calls. Every
-        hand then has short and long jobs, so images appear evenly, and within a hand the longest start first, so calls
-        stay full. Jobs with the same start stay together, since they share rows.
+        They are dealt like cards, from the longest to the shortest, into as many hands as there are full calls, so
+        every hand has short and long jobs. The shortest of a hand start first, so images appear evenly, but the longest
+        of the last one, so calls stay full until the end. Jobs with the same start stay together: they share rows.
         """
         together: dict[tuple[int, ...], list[tuple[int, Job]]] = {}
         for i, job in enumerate(self.jobs):
             together.setdefault(job.start_key, []).append((i, job))
-        longest_first = sorted(together.values(), key=lambda jobs: jobs[0][1].skipped - jobs[0][1].num_inference_steps)
+
+        def length(jobs: list[tuple[int, Job]]) -> int:
+            return jobs[0][1].num_inference_steps - jobs[0][1].skipped
+
+        longest_first = sorted(together.values(), key=length, reverse=True)
         hands = max(1, round(sum(map(self.adapter.rows, self.jobs)) / self.max_rows))
-        return [one for hand in range(hands) for jobs in longest_first[hand::hands] for one in jobs]
+        dealt = [longest_first[hand::hands] for hand in range(hands)]
+        for hand in dealt[:-1]:
+            hand.sort(key=length)
+        return [one for hand in dealt for jobs in hand for one in jobs]
 
     def run(self) -> Iterator[Step]:
         try:
