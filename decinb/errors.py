@@ -42,6 +42,12 @@ class SweepError(_TwoLines, RuntimeError):
         self.sweep = sweep
 
 
+def reason(error: BaseException) -> str:
+    """Return what an error says, on one line, after its class if the text says nothing: ``KeyError: 'seconds'``."""
+    text = " ".join(str(error).split())
+    return text if " " in text else f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def _user_line(error: BaseException) -> traceback.FrameSummary | None:
     """Return the last line of the user's code that led to an error: the one that called decinb."""
     package = str(Path(__file__).parent) + os.sep

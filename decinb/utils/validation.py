@@ -1,17 +1,19 @@
 """Input validation: turn what a user gave into a plain value, or raise one clear line that says what is allowed."""
 
+import itertools
 import math
 import numbers
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from decinb.errors import InputError
+from decinb.errors import InputError, reason
 
 MAX_STEPS = 999  # of 1,000 timesteps; a scheduler with an offset reaches one less
 MAX_SEED = 2**63 - 1
@@ -21,6 +23,7 @@ MAX_CHARACTERS = 4_000  # of a prompt; a text encoder reads about 300
 MAX_SIDE = 2048  # pixels of an image that a pipeline takes or makes
 MIN_SIDE = 64
 MULTIPLE = 8  # a latent pixel stands for 8 x 8 image pixels
+MAX_NAME = 255  # bytes of the name of a file or folder
 MAX_REPR = 80  # characters of a value that an error message repeats
 
 
@@ -157,11 +160,41 @@ def generators(value: Any, number: int) -> None:
         raise InputError(f"generator must be one generator or a list of {number}, one per image, got {len(value)}")
 
 
-def folder(value: Any) -> str | os.PathLike[str]:
+def path(value: Any, name: str) -> Path:
+    """Validate a path to a file or folder, which need not exist; ``~`` at its start is the user's home."""
+    try:
+        text = os.fsdecode(value)
+        longest = max(len(os.fsencode(part)) for part in text.split(os.sep))
+        if not text or "\0" in text:
+            raise ValueError
+        found = Path(text).expanduser()
+    except (TypeError, ValueError, RuntimeError):  # not a path, not to be encoded, or there is no such user
+        raise InputError(f"{name} must be a path, got {short_repr(value)}") from None
+    if longest > MAX_NAME:
+        raise InputError(f"{name} must have names of at most {MAX_NAME} bytes, got {longest} in {short_repr(text)}")
+    return found
+
+
+def folder(value: Any) -> Path:
     """Validate the name of a folder, which need not exist."""
-    if not isinstance(value, (str, os.PathLike)) or not str(value) or "\0" in str(value):
-        raise InputError(f"folder must be a path, got {short_repr(value)}")
-    return value
+    return path(value, "folder")
+
+
+def bounded_list(values: Any, name: str, most: int) -> Sequence[Any]:
+    """Return the values of an argument as a sequence; a generator is read, but not beyond ``most`` values.
+
+    Raises:
+        InputError: it is not a list or the like, or a generator of more values.
+    """
+    try:
+        if isinstance(values, (str, bytes, dict)):
+            raise TypeError
+        read = values if isinstance(values, Sequence) else list(itertools.islice(values, most + 1))
+    except TypeError:  # not iterable, or an array without dimensions
+        raise InputError(f"{name} must be a list of values, got {short_repr(values)}") from None
+    if read is not values and len(read) > most:
+        raise InputError(f"{name} must have at most {most:,} values, got more: is it an endless generator?")
+    return read
 
 
 def choice(value: Any, name: str, allowed: Iterable[str]) -> str:
@@ -220,9 +253,7 @@ def late_start(steps: int, scheduler: Any) -> str | None:
     try:
         fresh.set_timesteps(steps)
     except Exception as error:
-        raise InputError(
-            f"num_inference_steps: {name} does not support {steps}: {' '.join(str(error).split())}"
-        ) from error
+        raise InputError(f"num_inference_steps: {name} does not support {steps}: {reason(error)}") from error
     total, first = scheduler.config.get("num_train_timesteps", 1000), float(fresh.timesteps[0])
     if first >= 0.85 * total * (1 - 1 / steps):  # the first timestep may be one step below the top
         return None
