@@ -21,8 +21,8 @@ MAX_GUIDANCE = 10_000  # more overflows in half precision
 HIGH_GUIDANCE = 30  # more gives over-saturated images
 MAX_CHARACTERS = 4_000  # of a prompt; a text encoder reads about 300
 MAX_SIDE = 2048  # pixels of an image that a pipeline takes or makes
-MIN_SIDE = 64
-MULTIPLE = 8  # a latent pixel stands for 8 x 8 image pixels
+MULTIPLE = 8  # a latent pixel stands for 8 x 8 image pixels, with most VAEs
+MIN_SIDE = MULTIPLE
 MAX_NAME = 255  # bytes of the name of a file or folder
 MAX_REPR = 80  # characters of a value that an error message repeats
 
@@ -66,14 +66,28 @@ def count(value: Any, name: str) -> int:
     return _integer(value, name, 1, 1000)
 
 
-def side(value: Any, name: str) -> int:
-    """Validate the height or width of an image in pixels: a multiple of 8 from 64 to 2048."""
+def side(value: Any, name: str, multiple: int = MULTIPLE) -> int:
+    """Validate the height or width of an image in pixels: a multiple of 8, or of what a VAE needs, up to 2048."""
     number = _real(value)
-    if number is None or number % MULTIPLE or not MIN_SIDE <= number <= MAX_SIDE:
+    if number is None or not multiple <= number <= MAX_SIDE or number % multiple:
         raise InputError(
-            f"{name} must be a multiple of {MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}, got {short_repr(value)}"
+            f"{name} must be a multiple of {multiple} from {multiple} to {MAX_SIDE}, got {short_repr(value)}"
         )
     return int(number)
+
+
+def plain_tensor(value: torch.Tensor, name: str) -> torch.Tensor:
+    """Refuse a tensor that does not hold its numbers one by one: on the meta device, sparse, quantised or complex."""
+    problems = {
+        "on the meta device": value.is_meta,
+        "sparse": value.layout != torch.strided,
+        "quantised": value.is_quantized,
+        "complex": value.is_complex(),
+    }
+    for problem, is_so in problems.items():
+        if is_so:
+            raise InputError(f"{name} must be an ordinary tensor, got one that is {problem}")
+    return value
 
 
 def latents(value: Any, channels: int) -> torch.Tensor | None:
@@ -88,7 +102,7 @@ def latents(value: Any, channels: int) -> torch.Tensor | None:
     """
     if not (torch.is_tensor(value) and value.ndim == 4 and value.shape[1] == channels and value.is_floating_point()):
         return None
-    if not value.isfinite().all():
+    if not plain_tensor(value, "image").isfinite().all():
         raise InputError("image holds latents with NaN or infinity")
     return value
 
@@ -98,7 +112,7 @@ def embeds(value: Any, name: str, width: int) -> torch.Tensor:
     if not (torch.is_tensor(value) and value.ndim == 3 and value.shape[2] == width and value.is_floating_point()):
         got = tuple(value.shape) if torch.is_tensor(value) else short_repr(value)
         raise InputError(f"{name} must be a float tensor (prompts, tokens, {width}), got {got}")
-    if not value.isfinite().all():
+    if not plain_tensor(value, name).isfinite().all():
         raise InputError(f"{name} holds NaN or infinity")
     return value
 
@@ -108,7 +122,7 @@ def depth_map(value: Any) -> torch.Tensor:
     if not (torch.is_tensor(value) and value.ndim == 3 and value.is_floating_point() and value.numel()):
         got = tuple(value.shape) if torch.is_tensor(value) else short_repr(value)
         raise InputError(f"depth_map must be a float tensor (images, height, width), got {got}")
-    if not value.isfinite().all():
+    if not plain_tensor(value, "depth_map").isfinite().all():
         raise InputError("depth_map holds NaN or infinity")
     if (value.amin((1, 2)) == value.amax((1, 2))).any():  # diffusers divides by the range
         raise InputError("depth_map is constant: it must distinguish near from far")
