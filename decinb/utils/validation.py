@@ -53,17 +53,25 @@ def fraction(value: Any, name: str) -> float:
 
 def num_inference_steps(value: Any, where: str = "") -> int:
     """Validate a number of denoising steps: 1 to 999."""
-    return _integer(value, f"{where}num_inference_steps", 1, MAX_STEPS)
+    return integer(value, f"{where}num_inference_steps", 1, MAX_STEPS)
 
 
 def seed(value: Any, where: str = "") -> int:
     """Validate a seed: 0 to 2**63 - 1."""
-    return _integer(value, f"{where}seed", 0, MAX_SEED)
+    return integer(value, f"{where}seed", 0, MAX_SEED)
 
 
 def count(value: Any, name: str) -> int:
     """Validate a count: 1 to 1,000."""
-    return _integer(value, name, 1, 1000)
+    return integer(value, name, 1, 1000)
+
+
+def integer(value: Any, name: str, low: int, high: int) -> int:
+    """Validate an integer between two bounds, both of them allowed."""
+    number = _real(value)
+    if number is None or not low <= number <= high or number != int(number):
+        raise InputError(f"{name} must be an integer from {low} to {high}, got {short_repr(value)}")
+    return int(number)
 
 
 def side(value: Any, name: str, multiple: int = MULTIPLE) -> int:
@@ -90,20 +98,21 @@ def plain_tensor(value: torch.Tensor, name: str) -> torch.Tensor:
     return value
 
 
-def latents(value: Any, channels: int) -> torch.Tensor | None:
+def latents(value: Any, channels: int, name: str = "image") -> torch.Tensor | None:
     """Validate latents as a pipeline returns them with ``output_type="latent"``; return None for any other input.
 
     Args:
         value: latents are a float tensor (images, channels, height / 8, width / 8).
         channels: those of the VAE's latents.
+        name: the argument that an error names.
 
     Raises:
         InputError: the latents hold NaN or infinity.
     """
     if not (torch.is_tensor(value) and value.ndim == 4 and value.shape[1] == channels and value.is_floating_point()):
         return None
-    if not plain_tensor(value, "image").isfinite().all():
-        raise InputError("image holds latents with NaN or infinity")
+    if not plain_tensor(value, name).isfinite().all():
+        raise InputError(f"{name} holds latents with NaN or infinity")
     return value
 
 
@@ -325,13 +334,6 @@ def _number(value: Any, name: str, allowed: str) -> float:
     if number is None or not math.isfinite(number):
         raise InputError(f"{name} must be a number {allowed}, got {short_repr(value)}")
     return round(float(number), 6)  # a list built by adding 0.05 ends in 1.0000000000000002
-
-
-def _integer(value: Any, name: str, low: int, high: int) -> int:
-    number = _real(value)
-    if number is None or not low <= number <= high or number != int(number):
-        raise InputError(f"{name} must be an integer from {low} to {high}, got {short_repr(value)}")
-    return int(number)
 
 
 def _real(value: Any) -> Any:
