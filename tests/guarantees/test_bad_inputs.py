@@ -362,7 +362,7 @@ def test_load_image_refuses_what_is_not_an_image(happened, tmp_path, source, mes
         ("http://127.0.0.1:9/x.png", "a private address"),
         ([], "image is an empty list: give at least one"),
         (("a", 5), r"image\[0\]: image 'a' is neither a file"),
-        ([IMAGE, IMAGE.resize((9, 9))], r"image\[1\]: image must be at least"),
+        ([IMAGE, IMAGE.resize((7, 9))], r"image\[1\]: image must be at least"),
     ],
 )
 def test_pipeline_call_refuses_bad_images(tiny, image, message):
