@@ -23,6 +23,7 @@ MAX_CHARACTERS = 4_000  # of a prompt; a text encoder reads about 300
 MAX_SIDE = 2048  # pixels of an image that a pipeline takes or makes
 MULTIPLE = 8  # a latent pixel stands for 8 x 8 image pixels, with most VAEs
 MIN_SIDE = MULTIPLE
+MAX_SCHEDULER_NUMBER = 100_000  # in its configuration; nearly all have 1,000 training timesteps
 MAX_NAME = 255  # bytes of the name of a file or folder
 MAX_REPR = 80  # characters of a value that an error message repeats
 
@@ -220,6 +221,13 @@ def bounded_list(values: Any, name: str, most: int) -> Sequence[Any]:
     return read
 
 
+def scheduler_config(config: dict[str, Any]) -> None:
+    """Refuse a scheduler's configuration with a number so large that its tables would fill the memory."""
+    name, number = largest_number(config)
+    if number > MAX_SCHEDULER_NUMBER:
+        raise InputError(f"{name} must be at most {MAX_SCHEDULER_NUMBER:,}, got {short_repr(number)}")
+
+
 def choice(value: Any, name: str, allowed: Iterable[str]) -> str:
     """Validate one of a few allowed strings."""
     allowed = list(allowed)
@@ -347,3 +355,17 @@ def _real(value: Any) -> Any:
     except OverflowError:
         return math.inf if value > 0 else -math.inf
     return value
+
+
+def largest_number(config: Any) -> tuple[str, float]:
+    """Return the finite number of the greatest magnitude in a value from JSON, and the name of its entry."""
+    found, pending = ("", 0.0), [("", config)]
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [(str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, (list, tuple)):
+            pending += [(name, inner) for inner in value]
+        elif isinstance(value, (int, float)) and (isinstance(value, int) or math.isfinite(value)):
+            found = max(found, (name, abs(value)), key=lambda entry: entry[1])
+    return found
