@@ -436,4 +436,8 @@ def _scheduler(path: Path, default: type[SchedulerMixin]) -> SchedulerMixin:
         cls = default
     with as_model_error(f"scheduler: cannot be created from {path}"):
         validation.scheduler_config(config)
-        return cls.from_config(config)
+        scheduler = cls.from_config(config)
+        betas = getattr(scheduler, "betas", None)
+        if torch.is_tensor(betas) and not betas.isfinite().all():
+            raise ValueError("its betas are NaN or infinite")
+        return scheduler

@@ -97,7 +97,7 @@ def check_file(component: str, file: Path, repair: str) -> None:
         raise error(f"is truncated: {size:,} of {expected:,} bytes")
     try:
         types = _types(file)
-    except (SafetensorError, OSError, ValueError) as cause:
+    except (SafetensorError, OSError, ValueError, MemoryError) as cause:
         raise error(f"is damaged or truncated ({reason(cause)})") from cause
     for name, kind in types.items():
         if kind not in WEIGHT_TYPES and not name.endswith(NOT_WEIGHTS):

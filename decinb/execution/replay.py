@@ -1,12 +1,14 @@
 """Make an image again from nothing but its PNG."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 
-from decinb.errors import InputError, reason
+from decinb.errors import InputError, ModelError, reason
 from decinb.execution.chains import Link, read_links, run_calls
 from decinb.execution.plan import make_job
 from decinb.execution.provenance import (
@@ -44,7 +46,19 @@ def replay(path: str | Path, pipe: DiffusionPipeline | Sequence[DiffusionPipelin
         InputError: the file is not such a PNG, or the pipeline has other weights than the one that made it.
     """
     record = read_record(path)
-    return _replay_chain(path, record, pipe) if CHAIN in record else _replay_cell(path, record, pipe)
+    with _as_input_error(str(path)):
+        return _replay_chain(path, record, pipe) if CHAIN in record else _replay_cell(path, record, pipe)
+
+
+@contextmanager
+def _as_input_error(name: str) -> Iterator[None]:
+    """Raise any error of the ``with`` block as an InputError: what fails is what the file says."""
+    try:
+        yield
+    except (InputError, ModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{name!r} cannot be made again: {reason(error)}") from error
 
 
 def _replay_cell(path: str | Path, record: ImageRecord, pipe: DiffusionPipeline | None) -> Image.Image:
@@ -122,18 +136,13 @@ def _scheduler(adapter: Adapter, record: ImageRecord, name: str) -> SchedulerMix
     """Return the scheduler that a record names, within bounds of time and memory.
 
     Raises:
-        InputError: the pipeline cannot use it, or it cannot be created.
+        InputError: the pipeline cannot use it.
     """
     try:
         validation.scheduler_config(record["scheduler_config"])
     except InputError as error:
         raise InputError(f"{name!r}: {error}") from error
-    try:
-        return restore_scheduler(adapter, record, name)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{name!r}: the scheduler cannot be created: {reason(error)}") from error
+    return restore_scheduler(adapter, record, name)
 
 
 def _pipelines(

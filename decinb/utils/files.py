@@ -96,23 +96,23 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
-    """Return the value in a JSON file.
+    """Return the value in a JSON file of at most ``limit`` bytes.
 
     Raises:
         OSError: as for ``open_regular``.
         ValueError: it is not valid JSON in UTF-8, or is nested too deeply.
     """
-    return parse_json(read_regular(path, limit))
+    return parse_json(read_regular(path, limit), limit)
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text.
+def parse_json(text: str | bytes, limit: int = MAX_JSON) -> Any:
+    """Return the value of a JSON text of at most ``limit`` characters.
 
     Raises:
         ValueError: it is not valid JSON, is nested too deeply, or is too long.
     """
-    if len(text) > MAX_JSON:
-        raise ValueError(f"the JSON is longer than {MAX_JSON:,} characters")
+    if len(text) > limit:
+        raise ValueError(f"the JSON is longer than {limit:,} characters")
     try:
         return json.loads(text)
     except RecursionError:

@@ -217,7 +217,7 @@ def bounded_list(values: Any, name: str, most: int) -> Sequence[Any]:
     except TypeError:  # not iterable, or an array without dimensions
         raise InputError(f"{name} must be a list of values, got {short_repr(values)}") from None
     if read is not values and len(read) > most:
-        raise InputError(f"{name} must have at most {most:,} values, got more: is it an endless generator?")
+        raise InputError(f"{name} has more than {most:,} values, or never ends: give a list")
     return read
 
 

@@ -90,7 +90,7 @@ def test_an_axis_must_be_a_non_empty_list(make, axes, message):
     ],
 )
 def test_an_endless_generator_is_refused(make):
-    with pytest.raises(InputError, match="seed must have at most 100,000 values, got more: is it an endless generator"):
+    with pytest.raises(InputError, match="seed has more than 100,000 values, or never ends: give a list"):
         make(seed=itertools.count())
 
 
