@@ -2,7 +2,7 @@
 #                     (notebook 07 trains a model for one minute; MINUTES=5 gives it the full five)
 # make quick          style and the fast tests
 # make test           style, all tests, and every notebook (WORKERS=1 for one process instead of up to four)
-# make fuzz           a hundred times as many random inputs as `make test` (EXAMPLES=100000 for more)
+# make fuzz           a hundred times as many random inputs and hostile files as `make test` (EXAMPLES=100000 for more)
 # make notebooks      run every notebook again, in place; look at the images before you commit them
 # make mindspore      the same model on MindSpore, opt-in: its own environment (3.3 GB), parity with torch, one notebook
 # make architecture   draw the picture in docs/architecture.md and update its table
@@ -59,7 +59,7 @@ test: style
 	$(PYTEST)
 
 fuzz: environment
-	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/guarantees/test_fuzz.py tests/guarantees/test_proofs.py
+	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/guarantees/test_fuzz.py tests/guarantees/test_proofs.py tests/guarantees/test_hostile.py
 
 # Everything runs inside the folder: from here, Python could take it for the package of the same name.
 mindspore: .venv-mindspore/ready

@@ -41,8 +41,8 @@ def load_pipeline(
 
     Args:
         model: a name in ``MODELS``, a folder, or ``owner/name`` on the hub: DeciDiffusion, or any model that the auto
-            pipelines of diffusers support. Given a loaded pipeline, return one for another task that shares its
-            components, and print nothing.
+            pipelines of diffusers support. A ``Path`` is always a folder, also if it is called like a known model.
+            Given a loaded pipeline, return one for another task that shares its components, and print nothing.
             None uses the environment variable ``DECINB_MODEL`` if it is set; else the published checkpoint on a CUDA
             GPU if it is cached or can be downloaded; else ``tiny``.
         device: None uses CUDA (under ``accelerate launch`` the GPU of the process), else Apple's MPS, else the CPU.
@@ -190,11 +190,13 @@ def _identify(model: str | Path) -> tuple[str, Model]:
     if not isinstance(model, (str, Path)):
         raise InputError(f"model: give a name, a folder or a hub id, got {validation.short_repr(model)}")
     name = str(model)
-    if name and name not in MODELS and (folder := Path(model).expanduser()).is_dir():
-        return name, Model(folder, "a model in a folder", image_size=0)
-    name = _known_name(name)
-    if name in MODELS:
-        return name, MODELS[name]
+    known = None if isinstance(model, Path) else MODELS.get(_known_name(name))
+    if (name and name not in MODELS) or isinstance(model, Path):
+        folder = validation.path(model, "model")
+        if folder.is_dir():
+            return _folder_name(name), Model(folder, "a model in a folder", image_size=0)
+    if known is not None:
+        return _known_name(name), known
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         raise InputError(f"model: folder not found: {name!r}")
     if hub.is_model_id(name):
@@ -205,6 +207,11 @@ def _identify(model: str | Path) -> tuple[str, Model]:
         f"model: {validation.short_repr(name)} is not known; {hint}give one of {', '.join(map(repr, MODELS))}, a "
         "folder, or a hub id 'owner/name'"
     )
+
+
+def _folder_name(name: str) -> str:
+    """Return what to call a folder, so that nobody takes it for a known model of the same name."""
+    return os.path.join(os.curdir, name) if name in MODELS else name
 
 
 def _known_name(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,10 +15,11 @@ from PIL import Image
 
 from decinb.errors import InputError
 from decinb.figures.layout import Axis, CellValues, either, lay_out
-from decinb.figures.page import Tile, compose, finish, shrunk
+from decinb.figures.page import Tile, compose, figure_file, finish, shrunk
 from decinb.images import load_image, read_input
+from decinb.utils import validation
 from decinb.utils.environment import in_notebook
-from decinb.utils.labels import describe, plain, wrap
+from decinb.utils.labels import describe, plain, printable, wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 PAGE = 12  # rows and columns of one figure
 MAX_PAGE = 40  # a figure of more rows or columns is too large to open, even with images at their smallest
+MAX_IMAGES = 10_000  # in one figure or gallery
+MAX_TITLE = 100  # characters of a title that become part of a file name
 TITLE = 34  # characters in a line of a link's title
 UNBREAKABLE = str.maketrans({" ": "\u00a0", "-": "\u2011"})  # keeps the name of a tab on one line
 
@@ -35,20 +39,22 @@ UNBREAKABLE = str.maketrans({" ": "\u00a0", "-": "\u2011"})  # keeps the name of
 def plot_images(images: Sequence[Image.Image], values: Sequence[Any], title: str) -> None:
     """Show images side by side, each under ``title: value``, and save the row as ``{title}_experiments.png``.
 
-    This is the helper of Deci's guide, with the same arguments and the same result.
+    This is the helper of Deci's guide, with the same arguments and the same result. The file is always in the current
+    folder: a title's slashes, and what not every system allows in a file name, become underscores.
 
     Raises:
         InputError: there are no images, or the number of values differs from that of images.
     """
-    _check(images, values, "values")
+    images, values = _check(images, values, "values")
     import matplotlib.pyplot as plt
 
-    name = title.rstrip(": ")  # the guide has a title "Steps:", and not every system allows a colon in a file name
+    name = str(title).rstrip(": ")  # the guide has a title "Steps:"
+    file = re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "_", printable(name))[:MAX_TITLE].lstrip(".~ ")
     figure, axes = plt.subplots(1, len(values), figsize=(15, 5), squeeze=False)
     for ax, image, value in zip(axes[0], images, values, strict=True):
         _show(ax, image, f"{name}: {plain(value)}")
     figure.tight_layout()
-    finish(figure, f"{name}_experiments.png")
+    finish(figure, f"{file}_experiments.png")
 
 
 def plot_grid(
@@ -60,9 +66,11 @@ def plot_grid(
     """Show images in rows of ``columns``, each under its own title, and save the grid if a file is named.
 
     Raises:
-        InputError: there are no images, or the number of titles differs from that of images.
+        InputError: there are no images, the number of titles differs from that of images, or the file cannot be
+            written.
     """
-    _check(images, titles, "titles")
+    images, titles = _check(images, titles, "titles")
+    columns = validation.count(columns, "columns")
     import matplotlib.pyplot as plt
 
     rows = -(-len(images) // columns)
@@ -88,9 +96,10 @@ def show_gallery(
     Raises:
         InputError: there are no images, or the number of groups or titles differs from that of images.
     """
-    _check(images, groups, "groups")
+    images, groups = _check(images, groups, "groups")
     if titles is not None:
-        _check(images, titles, "titles")
+        images, titles = _check(images, titles, "titles")
+    width = validation.count(width, "width")
     if not in_notebook() or find_spec("ipyplot") is None:
         labels = groups if titles is None else [f"{one}\n{title}" for one, title in zip(groups, titles, strict=True)]
         plot_grid(images, labels, columns=6)
@@ -99,13 +108,13 @@ def show_gallery(
     from IPython.utils.capture import capture_output
 
     # ipyplot puts all texts into its page unescaped.
-    tabs = [html.escape(group).translate(UNBREAKABLE) for group in groups]
+    tabs = [html.escape(str(group)).translate(UNBREAKABLE) for group in groups]
     with capture_output() as captured:  # ipyplot displays everything twice: as a page, and as the page's source
         ipyplot.plot_class_tabs(
             [_data_url(image, 2 * width) for image in images],
             tabs,
             tabs_order=list(dict.fromkeys(tabs)),
-            custom_texts=None if titles is None else list(map(html.escape, titles)),
+            custom_texts=None if titles is None else [html.escape(str(title)) for title in titles],
             max_imgs_per_tab=len(images),
             img_width=width,
             show_url=False,
@@ -223,12 +232,13 @@ def _plot(
         raise InputError(f"page must be an integer from 1 to {MAX_PAGE}, got {page!r}")
     import matplotlib.pyplot as plt
 
+    file = None if file is None else figure_file(file)
     layout = lay_out(cells, rows, cols, free=1 if len(inputs) == 1 else 0)
     parts = list(layout.pages(page))
     for number, part in enumerate(parts, 1):
         several = len(parts) > 1
         composed = compose(part, cells, tile, inputs, f"page {number} of {len(parts)}" if several else "")
-        numbered = Path(file).with_stem(f"{Path(file).stem}-{number}") if file and several else file
+        numbered = file.with_stem(f"{file.stem}-{number}") if file and several else file
         finish(composed.draw(plt.figure()), numbered)
 
 
@@ -263,14 +273,20 @@ def _data_url(image: Image.Image, max_width: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _show(ax: Axes, image: Image.Image, title: str) -> None:
+def _show(ax: Axes, image: Image.Image, title: Any) -> None:
+    title = printable(str(title))
+    size = 9 if len(title) > 14 or "\n" in title else None
     ax.imshow(image)
-    ax.set_title(title, fontsize=9 if len(title) > 14 or "\n" in title else None)
+    ax.set_title(title, fontsize=size, parse_math=False)  # a prompt may hold dollar signs
     ax.axis("off")
 
 
-def _check(images: Sequence[Image.Image], labels: Sequence[Any], name: str) -> None:
-    if not images:
+def _check(images: Sequence[Image.Image], labels: Sequence[Any], name: str) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return images and their labels, which may be given as generators."""
+    images = validation.bounded_list(images, "images", MAX_IMAGES)
+    labels = validation.bounded_list(labels, name, MAX_IMAGES)
+    if not len(images):
         raise InputError("images is empty: there is nothing to show")
     if len(images) != len(labels):
         raise InputError(f"{name} must have one entry for each image: got {len(labels)} for {len(images)} images")
+    return images, labels

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.designs import Cell
-from decinb.errors import InputError, Stopped, SweepError
+from decinb.errors import InputError, Stopped, SweepError, reason
 from decinb.execution.plan import make_plan
 from decinb.execution.provenance import ImageRecord, distinguish_inputs
 from decinb.execution.results import Results
@@ -246,7 +246,7 @@ def _describe_failure(results: Results, error: Exception) -> str:
     named = "; ".join(f"cell {i} ({results.plan.label(i)})" for i in cells[:3]) or "the sweep"
     more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
     done = f"{len(results)} of {len(results.plan.cells)} cells are done and are in this error's `sweep`"
-    return f"{named}{more} failed: {validation.describe_error(error)}; {done}"
+    return f"{named}{more} failed: {reason(error)}; {done}"
 
 
 def _flatten(record: ImageRecord) -> dict[str, Any]:

@@ -11,7 +11,9 @@ their hash under ``blobs``, and links to them under ``snapshots/<commit>``. Othe
 import hashlib
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import (
@@ -57,6 +59,28 @@ MAX_TIMEOUT = 20.0  # seconds of silence; an upper bound on HF_HUB_ETAG_TIMEOUT,
 
 class NotFoundError(ModelError):
     """The model does not exist on the hub, or is private or disabled."""
+
+
+_here = threading.local()
+_is_offline_mode = constants.is_offline_mode
+
+
+def _is_offline_here() -> bool:
+    return getattr(_here, "offline", False) or _is_offline_mode()
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Let no request of the hub's client leave from this thread inside the ``with`` block.
+
+    A configuration can name other models, which diffusers and transformers would look up.
+    """
+    constants.is_offline_mode = _is_offline_here  # the client asks it before each request
+    before, _here.offline = getattr(_here, "offline", False), True
+    try:
+        yield
+    finally:
+        _here.offline = before
 
 
 def is_model_id(name: str) -> bool:

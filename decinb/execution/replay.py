@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 
-from decinb.errors import InputError
+from decinb.errors import InputError, ModelError, reason
 from decinb.execution.chains import MAX_LINKS, Link, read_links, run_calls
 from decinb.execution.plan import make_job
 from decinb.execution.provenance import (
@@ -24,9 +25,10 @@ from decinb.execution.provenance import (
     restore_scheduler,
 )
 from decinb.images import Saved, read_saved
-from decinb.loading import load_pipeline
-from decinb.models import IMAGE_TO_IMAGE, TASKS, TEXT_TO_IMAGE
+from decinb.loading import is_here, load_pipeline
+from decinb.models import IMAGE_TO_IMAGE, MODELS, TASKS, TEXT_TO_IMAGE
 from decinb.sampling.adapters import adapter_of
+from decinb.sampling.base import Adapter
 from decinb.utils import validation
 from decinb.utils.locks import pipeline_lock
 
@@ -37,8 +39,8 @@ def replay(path: str | Path, pipe: DiffusionPipeline | Sequence[DiffusionPipelin
     Args:
         path: a file that ``run_sweep`` or ``run_chain`` has written.
         pipe: the pipeline that made it; may be left out if it is a known one (a name in ``MODELS``) that is on this
-            machine. For a chain, a list with the pipeline of every link, or one whose components all links use. Its
-            adapters get the scales that the file names.
+            machine: nothing is downloaded. For a chain, a list with the pipeline of every link, or one whose components
+            all links use. Its adapters get the scales that the file names.
 
     Raises:
         InputError: the file is not such a PNG, or was changed; the pipeline is not the one that made it.
@@ -46,7 +48,19 @@ def replay(path: str | Path, pipe: DiffusionPipeline | Sequence[DiffusionPipelin
     saved = read_saved(path)
     if wrong := mismatch(saved):
         raise InputError(f"{str(path)!r} was changed after decinb saved it: {wrong}")
-    return _replay_chain(path, saved, pipe) if CHAIN in saved.record else _replay_cell(path, saved, pipe)
+    with _as_input_error(str(path)):
+        return _replay_chain(path, saved, pipe) if CHAIN in saved.record else _replay_cell(path, saved, pipe)
+
+
+@contextmanager
+def _as_input_error(name: str) -> Iterator[None]:
+    """Raise any error of the ``with`` block as an InputError: what fails is what the file says."""
+    try:
+        yield
+    except (InputError, ModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{name!r} cannot be made again: {reason(error)}") from error
 
 
 def _input_image(saved: Saved, path: str | Path) -> Image.Image:
@@ -62,7 +76,7 @@ def _replay_cell(path: str | Path, saved: Saved, pipe: DiffusionPipeline | None)
     image = None if record["image"] is None else _input_image(saved, path)
     if pipe is None:
         task = TEXT_TO_IMAGE if image is None else IMAGE_TO_IMAGE
-        pipe = load_pipeline(known_model(record, name), dtype=record.get("dtype"), task=task)
+        pipe = load_pipeline(_local_model(record, name), dtype=record.get("dtype"), task=task)
     adapter = adapter_of(pipe)
     job = make_job(record, image, where)
     adapter.check_image(image)
@@ -71,7 +85,7 @@ def _replay_cell(path: str | Path, saved: Saved, pipe: DiffusionPipeline | None)
     rescale = validation.fraction(record["guidance_rescale"], "guidance_rescale")
     with pipeline_lock(pipe), _with_adapters(pipe, record):
         check_pipeline(pipe, record, name)
-        before, pipe.scheduler = pipe.scheduler, restore_scheduler(adapter, record, name)
+        before, pipe.scheduler = pipe.scheduler, _scheduler(adapter, record, name)
         try:
             adapter.count_calls([job])  # which refuses a scheduler that cannot run it
             (result,) = [result for step in adapter.run([job], None, rescale) for result in step.results]
@@ -127,7 +141,7 @@ def _replay_chain(
     for i, (adapter, link) in enumerate(zip(adapters, links, strict=True)):
         check_pipeline(adapter.pipe, link, f"link {i} of {name}")
     image = _input_image(saved, path) if adapters[0].task == IMAGE_TO_IMAGE else None
-    schedulers = [restore_scheduler(adapter, link, name) for adapter, link in zip(adapters, links, strict=True)]
+    schedulers = [_scheduler(adapter, link, name) for adapter, link in zip(adapters, links, strict=True)]
     again = [
         Link(adapter.pipe, **{argument: link[argument] for argument in LINK_ARGUMENTS})
         for adapter, link in zip(adapters, links, strict=True)
@@ -141,13 +155,41 @@ def _replay_chain(
     return output.image
 
 
+def _local_model(record: ImageRecord, name: str) -> str:
+    """Return the known model that a record names; a file must not make decinb download anything.
+
+    Raises:
+        InputError: it is not a known model, or not on this machine.
+    """
+    model = known_model(record, name)
+    if not is_here(MODELS[model]):
+        raise InputError(
+            f"{name!r} was made by {model}, which is not on this machine: load it with "
+            f"decinb.load_pipeline({model!r}) and give it as pipe"
+        )
+    return model
+
+
+def _scheduler(adapter: Adapter, record: ImageRecord, name: str) -> SchedulerMixin:
+    """Return the scheduler that a record names, within bounds of time and memory.
+
+    Raises:
+        InputError: the pipeline cannot use it.
+    """
+    try:
+        validation.scheduler_config(record["scheduler_config"])
+    except InputError as error:
+        raise InputError(f"{name!r}: {error}") from error
+    return restore_scheduler(adapter, record, name)
+
+
 def _pipelines(
     links: Sequence[ImageRecord], pipe: DiffusionPipeline | Sequence[DiffusionPipeline] | None, name: str
 ) -> list[DiffusionPipeline]:
     """Return a pipeline for every link of a record: those given, or known models loaded by name."""
     tasks = [validation.choice(link["task"], f"{name!r}: task", TASKS) for link in links]
     if pipe is None:
-        models = [known_model(link, name) for link in links]
+        models = [_local_model(link, name) for link in links]
         wanted = [(model, link.get("dtype")) for model, link in zip(models, links, strict=True)]
         task_of = dict(zip(wanted, tasks, strict=True))
         loaded = {one: load_pipeline(one[0], dtype=one[1], task=task) for one, task in task_of.items()}

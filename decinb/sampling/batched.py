@@ -21,7 +21,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from PIL import Image
 from torch import Tensor
 
-from decinb.errors import InputError
+from decinb.errors import InputError, reason
 from decinb.sampling.base import Adapter
 from decinb.sampling.jobs import Conditioning, Job, Result, Step
 from decinb.unet_nas import UNetNAS
@@ -123,7 +123,7 @@ class BatchedAdapter(Adapter):
                 name = type(self.pipe.scheduler).__name__
                 raise InputError(
                     f"cell {i}: {name} cannot run {job.num_inference_steps} steps at strength {job.strength:g}: "
-                    f"{validation.describe_error(error)}"
+                    f"{reason(error)}"
                 ) from error
         return [calls[job.num_inference_steps, job.skipped] for job in jobs]
 
