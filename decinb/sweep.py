@@ -5,6 +5,7 @@ folder, and ``replay`` makes one again from its file.
 """
 
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from decinb.execution.results import Results
 from decinb.execution.runner import Runner, State, is_shared
 from decinb.execution.store import Images, Store
 from decinb.figures import viewer
+from decinb.figures.quiz import quiz
 from decinb.images import Source
 from decinb.sampling.adapters import adapter_of
 from decinb.utils import validation
@@ -112,6 +114,20 @@ class Sweep:
             InputError: the sweep is empty, or scores do not fit its images.
         """
         return viewer.Fragment(viewer.viewer(self.images, self.records, self.image, scores))
+
+    def quiz(self, name: str, questions: int = 5, pairs: bool = False, seed: int = 0) -> viewer.Fragment:
+        """Return questions for a notebook's output: guess which value made an image, see the answer, count the score.
+
+        Args:
+            name: the argument to guess, such as ``"strength"``.
+            questions: how many, 1 to 20.
+            pairs: ask instead which of two images, alike in everything else, has the larger value.
+            seed: of the choice of images.
+
+        Raises:
+            InputError: the argument is not one in which the images differ.
+        """
+        return quiz(self.images, self.records, name, questions, pairs, seed)
 
     def to_html(self, file: str | Path, scores: Mapping[str, Sequence[float]] | None = None) -> Path:
         """Write the viewer as one HTML file that needs no network and holds the exact pixels; return its path.
@@ -252,14 +268,28 @@ class Steps(Iterator[State]):
     def __init__(self, runner: Runner, results: Results):
         self.plan = results.plan
         self._pipe, self._scheduler = runner.adapter.pipe, getattr(runner.adapter.pipe, "scheduler", None)
-        self._results, self._states = results, runner.steps()
+        self._results, self._steps = results, runner.steps()
+        self._states: deque[State] = deque()  # of the last step, not yet taken
 
     def __next__(self) -> State:
+        while not self._states:
+            if (states := self.advance()) is None:
+                raise StopIteration
+            self._states.extend(states)
+        return self._states.popleft()
+
+    def advance(self) -> list[State] | None:
+        """Take one step: start cells, advance all that are in progress by one U-Net call, or decode some.
+
+        Returns:
+            The states of these cells, which may be none; None when everything is finished.
+
+        Raises:
+            SweepError: the sweep failed.
+        """
         with pipeline_lock(self._pipe), self._own_scheduler():
             try:
-                return next(self._states)
-            except StopIteration:
-                raise
+                return next(self._steps, None)
             except Exception as error:
                 if isinstance(error, InputError) and not len(self._results):  # found only now, in folder or U-Net
                     raise
@@ -274,7 +304,7 @@ class Steps(Iterator[State]):
     def close(self) -> None:
         """Stop. What is fully denoised is still decoded and kept; the rest can be made later."""
         with pipeline_lock(self._pipe), self._own_scheduler():
-            self._states.close()
+            self._steps.close()
 
     @contextmanager
     def _own_scheduler(self) -> Iterator[None]:

@@ -92,20 +92,20 @@ class Runner:
             with self._only_display():
                 self._grid = LiveGrid(self._preview, self.plan.image, self.plan.records)
 
-    def steps(self) -> Iterator[State]:
+    def steps(self) -> Iterator[list[State]]:
         """Compute what is missing, in a folder that no other run uses at the same time.
 
         Closing the iterator stops like a ``KeyboardInterrupt``: what is fully denoised is still decoded and kept.
 
         Yields:
-            The state of every cell that starts, advances or ends, and first of those that the folder holds already.
+            Whenever cells start, advance or end, their states; first those of cells that the folder holds already.
         """
         store = self.results.store
         try:
             with store.locked() if store is not None and is_first() else nullcontext():  # the first locks it for all
                 if is_first():
                     self.results.list_cells()
-                yield from self._load_saved()  # now, because waiting for the folder may have changed it
+                yield self._load_saved()  # now, because waiting for the folder may have changed it
                 missing = self.results.missing
                 if missing and self.adapter.note and is_first():
                     print(f"decinb: {self.adapter.note}")
@@ -116,18 +116,18 @@ class Runner:
                 if self._grid:
                     self._grid.close()
 
-    def _compute_share(self, keys: Sequence[str]) -> Iterator[State]:
+    def _compute_share(self, keys: Sequence[str]) -> Iterator[list[State]]:
         """Compute this process's share, then what slower or dead processes have left, from the end of the list."""
         from accelerate import PartialState
 
         with PartialState(cpu=self.adapter.pipe.device.type == "cpu").split_between_processes(list(keys)) as share:
             yield from self._compute(share)
-        yield from self._load_saved()
+        yield self._load_saved()
         while missing := self.results.missing:
             yield from self._compute(missing[-1:])
-            yield from self._load_saved()
+            yield self._load_saved()
 
-    def _compute(self, keys: Sequence[str]) -> Iterator[State]:
+    def _compute(self, keys: Sequence[str]) -> Iterator[list[State]]:
         if not keys:
             return
         jobs = [self.plan.jobs[self._cell(key)] for key in keys]
@@ -142,7 +142,7 @@ class Runner:
                     left = (total_rows - rows_done) * (perf_counter() - started) / rows_done if rows_done else None
                     states = self._take(step, keys, calls, left)
                     bar.advance(step.rows, len(step.results))
-                    yield from states
+                    yield states
             except (KeyboardInterrupt, GeneratorExit):  # what is fully denoised by then is still decoded and kept
                 with suppress(KeyboardInterrupt):
                     self._take_pending()

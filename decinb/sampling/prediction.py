@@ -10,8 +10,8 @@ SMALLEST = 1e-4  # of the share of the image in noisy latents: schedules that en
 def predict_clean(scheduler: SchedulerMixin, model_input: Tensor, output: Tensor, timestep: Tensor) -> Tensor | None:
     """Return the clean latents that the output of a U-Net implies (Song et al. (2021), arXiv:2010.02502, eq. 9).
 
-    Whatever the scheduler, a Stable Diffusion U-Net sees ``alpha * clean + sigma * noise`` with ``alpha² + sigma² = 1``,
-    so what it saw is enough, and the scheduler's own step is not needed.
+    Whatever the scheduler, a Stable Diffusion U-Net sees ``alpha * clean + sigma * noise``, where ``alpha² + sigma²``
+    is 1. So what it saw is enough, and the scheduler's own step is not needed.
 
     Args:
         scheduler: its schedule and ``prediction_type`` are used.

@@ -4,17 +4,16 @@ import base64
 import html
 import io
 import re
-import shutil
 
 import pytest
 from PIL import Image
 
 from decinb import InputError, Sweep
 from decinb.figures.viewer import page, viewer
+from tests.helpers.browser import open_browser
 
 STRENGTHS, SCALES = (0.3, 0.5, 0.75, 1.0), (1, 7.5, 12)
 HOSTILE = "a </script><script>document.title='owned'</script><b>house</b> \"at\" night"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def colour(strength: float, scale: float) -> tuple[int, int, int]:
@@ -100,13 +99,8 @@ def test_scores_that_do_not_fit_and_empty_sweeps_are_refused(sweep):
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: install it (Debian: apt-get install chromium) to run the tests of pages")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with open_browser() as chromium:
         yield chromium
-        chromium.close()
 
 
 @pytest.fixture
