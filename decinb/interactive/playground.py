@@ -82,6 +82,7 @@ class Playground:
         self._source: str | Image.Image | None = self._cell["image"]
         self._asked = False  # whether the page has been given an image after which it asks for the next step
         self._previews: dict[int, Image.Image] = {}
+        self._asks = 0  # how often there was nothing new to show
         self._decoding: list[float] = []  # seconds that each preview took to decode
         self._turn = 0
         self._shown = 0  # which image of the result is in view
@@ -222,9 +223,8 @@ class Playground:
         self._asked = asks
 
     def _ask_again(self, text: str = "starting") -> None:
-        self._asked = True
-        current = self._view["output"].value
-        self._view["output"].value = _frame(None, text, True, nonce=hash(current) & 0xFFFF)
+        self._asked, self._asks = True, self._asks + 1
+        self._view["output"].value = _frame(None, text, True, self._asks)
 
     def _show_in(self, name: str, sweep: Sweep) -> None:
         fragment = sweep.explore()._repr_html_()
@@ -405,12 +405,15 @@ class Playground:
         }
 
 
-def _frame(image: Image.Image | None, text: str, asks: bool, nonce: int = 0) -> str:
-    """Return an image with a caption; once it is shown, the page asks for the next step if ``asks``."""
+def _frame(image: Image.Image | None, text: str, asks: bool, number: int = 0) -> str:
+    """Return an image with a caption; once it is shown, the page asks for the next step if ``asks``.
+
+    Without an image, an invisible one takes its place, with a number that makes it a new one.
+    """
     mark = ' data-ask="1"' if asks else ""
     caption = html.escape(text)
     if image is None:
-        shown = f'<div class="decinb-empty"></div><img hidden src="{PIXEL}#{nonce}" alt=""{mark}>'
+        shown = f'<div class="decinb-empty"></div><img hidden src="{PIXEL}#{number}" alt=""{mark}>'
     else:
         shown = f'<img class="decinb-shown" decoding="sync" src="{data_url(image)}" alt="{caption}"{mark}>'
     return f'<div class="decinb-head">output</div><div class="decinb-frame">{shown}</div><div>{caption}</div>'

@@ -13,7 +13,7 @@ from decinb.errors import InputError
 from decinb.execution.provenance import model_name
 from decinb.execution.runner import State
 from decinb.images import SAMPLES, load_image
-from decinb.models import IMAGE_TO_IMAGE, MODELS, image_size
+from decinb.models import IMAGE_TO_IMAGE, MODELS, example, image_size
 from decinb.sampling.adapters import adapter_of
 from decinb.sweep import Steps, Sweep, steps
 from decinb.utils import validation
@@ -46,7 +46,6 @@ LIMITS = {
 }
 """The lowest and the highest value of the controls."""
 
-PROMPT = "a painting of a house on snow at night"
 SEEDS = 8
 TEXTS = ("prompt", "negative_prompt")
 
@@ -105,14 +104,14 @@ class Session:
         self._lock = pipeline_lock(pipe)
 
     def check(self, cell: Cell) -> Cell:
-        """Return where the controls stand at first: as in ``cell``, and elsewhere at the pipeline's defaults.
+        """Return where the controls stand at first: as in ``cell``, otherwise at the pipeline's example and defaults.
 
         Raises:
             InputError: a name or a value that the controls do not have.
         """
-        defaults = {**self.adapter.defaults, "seed": 0}
+        defaults, (image, prompt) = {**self.adapter.defaults, "seed": 0}, example(self.pipe)
         numbers = {name: min(max(defaults[name], low), high) for name, (low, high) in LIMITS.items()}
-        controls = {"image": "day", "prompt": PROMPT, "negative_prompt": None, **numbers}
+        controls = {"image": image, "prompt": prompt, "negative_prompt": None, **numbers}
         controls = {name: value for name, value in controls.items() if name == "seed" or self.adapter.takes(name)}
         validation.known(cell, controls)
         for name, value in cell.items():

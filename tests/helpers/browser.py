@@ -1,5 +1,6 @@
 """A real browser, and real Jupyter servers for it: JupyterLab, and the versions that Colab has."""
 
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.request import urlopen
 
 import nbformat
@@ -20,7 +21,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHOTS = ROOT / "runs" / "browser"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-NO_CHROMIUM = "no Chromium: install it (Debian: apt-get install chromium) to run the tests of pages"
+NO_CHROMIUM = "no Chromium; to run them: apt-get install chromium"
+NO_PLAYWRIGHT = "no playwright; to run them: pip install playwright"
+NO_LAB = "no JupyterLab; to run them: pip install jupyterlab"
+NO_CLASSIC = "no second Jupyter with the versions of Colab; to run them: make classic"
+MISSING = (NO_CHROMIUM, NO_PLAYWRIGHT, NO_LAB, NO_CLASSIC)
 TOKEN = "for-tests-only"
 TIMEOUT = 240_000  # milliseconds
 CLASSIC = ROOT / ".venv-classic" / "bin" / "python"  # `make classic` creates it
@@ -30,9 +35,12 @@ CLASSIC = ROOT / ".venv-classic" / "bin" / "python"  # `make classic` creates it
 def open_browser() -> Iterator[Any]:
     """Start Chromium, or skip the test if there is none."""
     if CHROMIUM is None:
-        pytest.skip(NO_CHROMIUM)
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
+        _skip(NO_CHROMIUM)
+    if find_spec("playwright") is None:
+        _skip(NO_PLAYWRIGHT)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as running:
         chromium = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
         chromium.close()
@@ -79,6 +87,9 @@ class Jupyter:
             "IPYTHONDIR": str(folder / ".ipython"),
             **({"JUPYTER_PATH": os.pathsep.join(share)} if app == "lab" else {}),
         }
+        config = folder / ".config" / "labconfig" / "page_config.json"  # no news over the page
+        config.parent.mkdir(parents=True)
+        config.write_text(json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}))
         self.log = folder / "server.log"
         self.process = subprocess.Popen(
             [str(python), "-m", main, *options],
@@ -122,11 +133,18 @@ def python_of(app: str) -> str | Path:
     """Return the Python of the environment of an app, or skip the test."""
     if app == "lab":
         if find_spec("jupyterlab") is None:
-            pytest.skip("no JupyterLab: install the package's dev dependencies")
+            _skip(NO_LAB)
         return sys.executable
     if not CLASSIC.exists():
-        pytest.skip("no second environment: `make classic` creates it")
+        _skip(NO_CLASSIC)
     return CLASSIC
+
+
+def _skip(reason: str) -> NoReturn:
+    """Skip the test, or fail where a browser is required, as in `.ci/run`."""
+    if os.environ.get("DECINB_REQUIRE_BROWSER"):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def run_all(tab: Any, app: str) -> None:

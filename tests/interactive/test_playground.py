@@ -111,6 +111,7 @@ def test_each_step_shows_what_is_predicted_and_the_end_is_the_image(page, expect
     assert difference(page.shown(), expected) < 0.02
     assert len(set(steps.values())) == STEPS - 1, "each has its own prediction"
     page.save("generated")
+    page.root.screenshot(path=SHOTS / f"{page.app}-playground.png")  # the picture in the README
 
 
 def test_stop_ends_the_run_and_the_next_image_is_right(page, expected):
