@@ -44,21 +44,15 @@ class State:
 
     @property
     def predicted(self) -> Image.Image | None:
-        """The clean image that the last U-Net call predicts, one pixel per latent, computed when it is asked for.
+        """The clean image that the last U-Net call predicts, computed when it is asked for; at the end, the image.
 
-        The finished image at the end; None before the first call, and for a pipeline that keeps its latents to itself.
+        It is decoded by the VAE if that is fast, and otherwise has one pixel per latent. None before the first call,
+        and for a pipeline that keeps its latents to itself.
         """
-        return self.image if self._source is not None else self._show(decode=False)
-
-    def decoded(self) -> Image.Image | None:
-        """Return what ``predicted`` shows at full size, decoded by the VAE, which takes much longer."""
-        return self.image if self._source is not None else self._show(decode=True)
-
-    def _show(self, decode: bool) -> Image.Image | None:
+        if self._source is not None:
+            return self.image
         latents = self._progress.predict() if self._progress and self._progress.predict else None
-        if latents is None or self._preview is None:
-            return None
-        return self._preview.decode(latents) if decode else self._preview(latents)
+        return None if latents is None or self._preview is None else self._preview(latents)
 
 
 def is_shared() -> bool:
@@ -182,12 +176,9 @@ class Runner:
         saved = self.results.load_saved()
         for key, path in saved.items():
             self._show(key, path)
-        calls = self.adapter.count_calls([self.plan.jobs[self._cell(key)] for key in saved])
-        return [
-            State(cell, number, number, None, path)
-            for (key, path), number in zip(saved.items(), calls, strict=True)
-            for cell in self.results.cells_of[key]
-        ]
+        cells = [(cell, path) for key, path in saved.items() for cell in self.results.cells_of[key]]
+        steps = [self.plan.records[cell]["steps_run"] for cell, _ in cells]
+        return [State(cell, made, made, None, path) for (cell, path), made in zip(cells, steps, strict=True)]
 
     def _cell(self, key: str) -> int:
         """Return the number of the first cell that an image is for."""

@@ -19,7 +19,8 @@ from decinb.figures.preview import Preview
 from decinb.utils.environment import in_notebook
 
 PAUSE = 0.5  # seconds between two updates of the grid, at least
-DISPLAY_FRACTION = 0.05  # of the running time, at most, goes into updating the grid
+DISPLAY_FRACTION = 0.1  # of the running time, at most, goes into updating the grid
+PREVIEWS = 0.1  # seconds of an update in which previews are made; the others wait for the next update
 
 SIDE = 960  # pixels of the longer side of the grid, at most
 RESOLUTION = 100  # pixels per inch, at most
@@ -58,7 +59,7 @@ class LiveGrid:
     """In a notebook, show a grid of all cells that fills while they are made. Do nothing anywhere else.
 
     The grid is one image that is replaced at most twice a second, and less often if updates would slow down the sweep.
-    Cells in progress appear as previews of the clean image that is predicted.
+    Cells in progress appear as previews of the clean image that is predicted, a few at each update.
 
     Args:
         preview: turns latents into small images; None shows no previews.
@@ -104,10 +105,10 @@ class LiveGrid:
         started = perf_counter()
         if started < self._next and not now:
             return
-        for index, predict in self._predictions.items():
-            if (latents := predict()) is not None:
+        while self._predictions and perf_counter() < started + PREVIEWS:
+            index = next(iter(self._predictions))  # the one that waits longest
+            if (latents := self._predictions.pop(index)()) is not None:
                 self._canvas.put(index, self._preview(latents))
-        self._predictions.clear()
         self._handle.update(self._shown())
         ended = perf_counter()
         self._next = ended + max(PAUSE, (ended - started) / DISPLAY_FRACTION)

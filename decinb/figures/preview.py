@@ -1,6 +1,7 @@
 """Show latents as images: in a moment with a linear map from latents to colours, or exactly with the VAE."""
 
 from functools import cached_property
+from time import perf_counter
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
@@ -10,6 +11,9 @@ from torch.nn.functional import interpolate
 
 from decinb.images import load_image
 from decinb.sampling.batched import BatchedAdapter
+
+SLOW = 0.3  # seconds of decoding beyond which previews are small: nobody wants to wait for them
+TRIES = 3  # images that are decoded whatever they take, since the first may be slow
 
 FITTED = 128  # pixels of the longer side of the image on which the colours of previews are fitted
 
@@ -24,13 +28,24 @@ class Preview:
 
     def __init__(self, adapter: BatchedAdapter, image: Image.Image | None):
         self._adapter, self._image = adapter, image
+        self._seconds: list[float] = []  # that decoding took
 
     def __call__(self, latents: Tensor) -> Image.Image:
-        """Return a small image, one pixel per latent, (1, channels, height, width)."""
+        """Return the decoded image if that is fast, else the small one. Latents: (1, channels, height, width)."""
+        if len(self._seconds) < TRIES or min(self._seconds) < SLOW:
+            started = perf_counter()
+            image = self.decode(latents)
+            self._seconds.append(perf_counter() - started)
+            if image is not None:
+                return image
+        return self.small(latents)
+
+    def small(self, latents: Tensor) -> Image.Image:
+        """Return an image of one pixel per latent."""
         return preview(latents, self._matrix)
 
     def decode(self, latents: Tensor) -> Image.Image | None:
-        """Return the image that the VAE makes of latents, (1, channels, height, width); None if it is not finite."""
+        """Return the image that the VAE makes of latents; None if it is not finite."""
         return self._adapter.decode_latents(latents)[0][0]
 
     @cached_property

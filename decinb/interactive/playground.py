@@ -33,7 +33,6 @@ from decinb.interactive.session import LIMITS, Busy, Session, Settings
 from decinb.sweep import Sweep
 from decinb.utils.labels import SHORT, label
 
-SLOW_DECODING = 0.3  # seconds beyond which previews are not decoded, because Stop would have to wait
 CONTROLS = {
     "strength": ("FloatSlider", *LIMITS["strength"], 0.05),
     "guidance_scale": ("FloatSlider", *LIMITS["guidance_scale"], 0.5),
@@ -83,7 +82,6 @@ class Playground:
         self._asked = False  # whether the page has been given an image after which it asks for the next step
         self._previews: dict[int, Image.Image] = {}
         self._asks = 0  # how often there was nothing new to show
-        self._decoding: list[float] = []  # seconds that each preview took to decode
         self._turn = 0
         self._shown = 0  # which image of the result is in view
         self._widgets: dict[str, Any] | None = None
@@ -114,8 +112,7 @@ class Playground:
         self._previews, self._turn = {}, 0
         self._session.start(self._settings(), axis)
         self._set_running(True)
-        notes = "; ".join(self._session.notes)
-        self._say(notes or "starting")
+        self._say("; ".join(["running", *self._session.notes]))
         self._advance()
 
     def stop(self) -> None:
@@ -162,22 +159,17 @@ class Playground:
             self._show_result()
 
     def _show_progress(self, states: list[State], budget: float) -> None:
-        """Show what is predicted, decoded in turn for at most as long as the step took."""
+        """Show what is predicted, of a sweep as many cells as can be made in the time that the step took."""
         if not states:
             self._ask_again()
             return
         started = perf_counter()
-        decodes = len(self._decoding) < 3 or min(self._decoding) < SLOW_DECODING
-        for i in range(len(states)):
-            state = states[(self._turn + i) % len(states)]
-            before = perf_counter()
-            image = state.image or (state.decoded() if decodes else state.predicted)
-            if image is not None:
+        for _ in states:
+            state = states[self._turn % len(states)]
+            self._turn += 1
+            if (image := state.predicted) is not None:
                 self._previews[state.cell] = image
-            if decodes:
-                self._decoding.append(perf_counter() - before)
-            if decodes and perf_counter() - started > budget:
-                self._turn += i + 1
+            if perf_counter() - started > budget:
                 break
         state = max(states, key=lambda one: one.steps)
         left = "" if state.seconds_left is None else f", {state.seconds_left:.1f} s left"
@@ -216,7 +208,7 @@ class Playground:
         made, record = self._session.result, self._session.result.records[index]
         self._show_image(made.images[index], label(record), asks=False)
         self._view["code"].value = _code(self._session.code(index if len(made) > 1 else None))
-        self._say(f"{record['steps_run']} steps, {record['seconds']:.2f} s")
+        self._say("; ".join([f"{record['steps_run']} steps, {record['seconds']:.2f} s", *self._session.notes]))
 
     def _show_image(self, image: Image.Image, text: str, asks: bool) -> None:
         self._view["output"].value = _frame(image, text, asks)

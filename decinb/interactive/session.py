@@ -87,6 +87,7 @@ class Session:
         result: what the last run made, which may be unfinished.
         settings: of the last run.
         swept: the control that the last run swept, or None.
+        notes: what may not be as intended in the last run.
         kept: the images that the user kept.
     """
 
@@ -99,6 +100,7 @@ class Session:
         self.result: Sweep | None = None
         self.settings: Settings | None = None
         self.swept: str | None = None
+        self.notes: list[str] = []
         self.kept = Sweep(None, "")
         self._running: Steps | None = None
         self._lock = pipeline_lock(pipe)
@@ -134,11 +136,6 @@ class Session:
         """Whether a run has been started and neither finished nor stopped."""
         return self._running is not None
 
-    @property
-    def notes(self) -> list[str]:
-        """What may not be as intended in the run in progress."""
-        return self._running.plan.notes if self._running else []
-
     def start(self, settings: Settings, sweep: str | None = None) -> None:
         """Start a run: of one image, or of several that differ in one control. A run in progress is stopped.
 
@@ -157,6 +154,7 @@ class Session:
             finally:
                 self.pipe.scheduler = before
         self.settings, self.swept, self.result = settings, sweep, None
+        self.notes = self._running.plan.notes
 
     def advance(self) -> list[State]:
         """Take one step of the run, after which every cell in progress has a prediction; return the cells' states.

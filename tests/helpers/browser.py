@@ -101,13 +101,13 @@ class Jupyter:
         self._wait()
 
     def _wait(self) -> None:
-        for _ in range(240):
+        for _ in range(2400):
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended: {self.log.read_text()[-2000:]}")
             try:
                 with urlopen(f"http://127.0.0.1:{self.port}/api?token={TOKEN}", timeout=1):
                     return
-            except OSError:
+            except OSError:  # not listening yet
                 time.sleep(0.25)
         raise RuntimeError(f"the server did not start: {self.log.read_text()[-2000:]}")
 
