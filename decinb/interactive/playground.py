@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from functools import wraps
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -41,6 +42,7 @@ CONTROLS = {
 }
 TILE = 96  # pixels of the side of a preview while a sweep runs
 BLANK = "blank canvas"
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 
 
@@ -384,17 +386,13 @@ class Playground:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """Return the widgets, and what remains of them on a page without a kernel."""
-        text = "the playground; run this cell with ipywidgets to use it"
-        bundle = {"text/plain": text, "text/html": _fallback(self.image, self._settings(), text)}
-        root = self._view["root"]
-        return {
-            **bundle,
-            "application/vnd.jupyter.widget-view+json": {
-                "version_major": 2,
-                "version_minor": 0,
-                "model_id": root.model_id,
-            },
-        }
+        has_widgets = find_spec("ipywidgets") is not None
+        text = f"the playground; {'run this cell' if has_widgets else 'install ipywidgets'} to use it"
+        bundle = {"text/plain": text, "text/html": _fallback(self.image, self._cell, text)}
+        if has_widgets:
+            model = self._view["root"].model_id
+            bundle[WIDGET_VIEW] = {"version_major": 2, "version_minor": 0, "model_id": model}
+        return bundle
 
 
 def _frame(image: Image.Image | None, text: str, asks: bool, number: int = 0) -> str:
@@ -419,13 +417,12 @@ def _code(code: str) -> str:
     )
 
 
-def _fallback(image: Image.Image | None, settings: Settings, text: str) -> str:
+def _fallback(image: Image.Image | None, cell: Cell, text: str) -> str:
     """Return the input and the settings as a table that needs neither scripts nor styles."""
-    rows = {"scheduler": settings.scheduler, **settings.cell}
-    table = "".join(
+    rows = "".join(
         f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{html.escape(str(value))}</td></tr>"
-        for name, value in rows.items()
+        for name, value in cell.items()
         if value is not None
     )
     shown = f'<img src="{data_url(image)}" alt="the input image" width="192">' if image else ""
-    return f"<p>{html.escape(text)}</p>{shown}<table>{table}</table>"
+    return f"<p>{html.escape(text)}</p>{shown}<table>{rows}</table>"

@@ -182,9 +182,14 @@ class Session:
         return [latest[cell] for cell in sorted(latest)]
 
     def stop(self) -> None:
-        """End the run in progress, if there is one; what is finished stays in ``result``."""
+        """End the run in progress, if there is one; what is finished stays in ``result``.
+
+        Raises:
+            Busy: another call uses the pipeline; try again.
+        """
         if self._running:
-            self._running.close()
+            with _Turn(self._lock):
+                self._running.close()
             self._end()
 
     def _end(self) -> None:

@@ -98,7 +98,11 @@ class Jupyter:
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
         )
-        self._wait()
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
 
     def _wait(self) -> None:
         for _ in range(2400):
