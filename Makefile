@@ -2,6 +2,7 @@
 #                     (notebook 07 trains a model for one minute; MINUTES=5 gives it the full five)
 # make quick          style and the fast tests
 # make test           style, all tests, and every notebook (WORKERS=1 for one process instead of up to four)
+# make classic        a second Jupyter with the versions of Colab, for the browser tests (200 MB; torch is shared)
 # make fuzz           a hundred times as many random inputs and hostile files as `make test` (EXAMPLES=100000 for more)
 # make notebooks      run every notebook again, in place; look at the images before you commit them
 # make mindspore      the same model on MindSpore, opt-in: its own environment (3.3 GB), parity with torch, one notebook
@@ -24,7 +25,7 @@ PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses $(WORKERS) --dist
 
 QUICK  := $(addprefix tests/,core sampling execution figures utils scenes)
 
-.PHONY: demo quick test style fuzz notebooks mindspore architecture environment clean
+.PHONY: demo quick test classic style fuzz notebooks mindspore architecture environment clean
 .DEFAULT_GOAL := demo
 
 environment: $(VENV)/ready
@@ -58,6 +59,16 @@ quick: style
 test: style
 	$(PYTEST)
 
+classic: .venv-classic/ready
+
+# Its packages come first, then those of the first environment.
+.venv-classic/ready: tests/interactive/classic.txt $(VENV)/ready
+	$(PYTHON) -m venv .venv-classic
+	.venv-classic/bin/python -m pip install --quiet --disable-pip-version-check -r tests/interactive/classic.txt
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(.venv-classic/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_first_environment.pth
+	@touch $@
+
 fuzz: environment
 	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/guarantees/test_fuzz.py tests/guarantees/test_proofs.py tests/guarantees/test_hostile.py
 
@@ -82,4 +93,4 @@ architecture: environment
 	$(BIN)/python -m tools.draw_architecture
 
 clean:
-	rm -rf $(VENV) .venv-mindspore runs
+	rm -rf $(VENV) .venv-classic .venv-mindspore runs

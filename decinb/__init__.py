@@ -20,7 +20,9 @@ _lazy_getattr, __dir__, __all__ = lazy_loader.attach(
         "execution.chains": ["Chain", "Link", "run_chain"],
         "execution.plan": ["Plan", "plan"],
         "execution.replay": ["replay"],
+        "execution.runner": ["State"],
         "images": ["SAMPLES", "load_image", "read_record"],
+        "interactive.playground": ["Playground", "playground"],
         "loading": ["download", "load_pipeline"],
         "metrics": ["clipped_fraction", "mean_abs_difference", "oversaturated"],
         "models": ["MODELS", "Model", "example", "image_size"],
@@ -32,7 +34,7 @@ _lazy_getattr, __dir__, __all__ = lazy_loader.attach(
         ],
         "plotting": ["plot_grid", "plot_images", "show_gallery"],
         "scenes.adherence": ["adherence", "named_attributes"],
-        "sweep": ["Sweep", "load_sweep", "run_sweep"],
+        "sweep": ["Steps", "Sweep", "load_sweep", "run_sweep", "steps"],
         "unet_nas": ["ModelMixin", "UNetNAS"],  # diffusers looks for ModelMixin here when it loads a saved pipeline
     },
 )

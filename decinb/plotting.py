@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from decinb.errors import InputError
+from decinb.figures.gallery import gallery
 from decinb.figures.layout import Axis, CellValues, either, lay_out
 from decinb.figures.page import Tile, compose, figure_file, finish, shrunk
+from decinb.figures.viewer import Fragment
 from decinb.images import load_image, read_input
 from decinb.utils import validation
 from decinb.utils.environment import in_notebook
@@ -83,15 +85,20 @@ def plot_grid(
 
 
 def show_gallery(
-    images: Sequence[Image.Image], groups: Sequence[str], titles: Sequence[str] | None = None, width: int = 150
+    images: Sequence[Image.Image],
+    groups: Sequence[str],
+    titles: Sequence[str] | None = None,
+    width: int = 150,
+    tabs: bool = False,
 ) -> None:
-    """Show many images in a notebook, one tab for each group; outside a notebook or without ipyplot, one labelled grid.
+    """Show many images in a notebook, in a section for each group that opens and closes; elsewhere as a labelled grid.
 
     Args:
-        images: of any size; the notebook stores them as JPEG, at most twice ``width`` wide.
-        groups: for each image, the name of its tab. Tabs appear in the order in which they are first named.
-        titles: a line above each image, below its number.
+        images: of any size; the notebook stores them at most twice ``width`` wide.
+        groups: for each image, the name of its group. Groups appear in the order in which they are first named.
+        titles: a line below each image.
         width: of an image in the page, in pixels.
+        tabs: show the groups as the tabs of ipyplot, if it is installed. These need a notebook that is trusted.
 
     Raises:
         InputError: there are no images, or the number of groups or titles differs from that of images.
@@ -100,20 +107,28 @@ def show_gallery(
     if titles is not None:
         images, titles = _check(images, titles, "titles")
     width = validation.count(width, "width")
-    if not in_notebook() or find_spec("ipyplot") is None:
+    if not in_notebook():
         labels = groups if titles is None else [f"{one}\n{title}" for one, title in zip(groups, titles, strict=True)]
         plot_grid(images, labels, columns=6)
-        return
+    elif tabs and find_spec("ipyplot") is not None:
+        _show_tabs(images, groups, titles, width)
+    else:
+        from IPython.display import display
+
+        display(Fragment(gallery(images, groups, titles, width)))
+
+
+def _show_tabs(images: Sequence[Image.Image], groups: Sequence[str], titles: Sequence[str] | None, width: int) -> None:
+    """Show a gallery with ipyplot, which puts all texts into its page unescaped."""
     import ipyplot
     from IPython.utils.capture import capture_output
 
-    # ipyplot puts all texts into its page unescaped.
-    tabs = [html.escape(str(group)).translate(UNBREAKABLE) for group in groups]
+    names = [html.escape(str(group)).translate(UNBREAKABLE) for group in groups]
     with capture_output() as captured:  # ipyplot displays everything twice: as a page, and as the page's source
         ipyplot.plot_class_tabs(
             [_data_url(image, 2 * width) for image in images],
-            tabs,
-            tabs_order=list(dict.fromkeys(tabs)),
+            names,
+            tabs_order=list(dict.fromkeys(names)),
             custom_texts=None if titles is None else [html.escape(str(title)) for title in titles],
             max_imgs_per_tab=len(images),
             img_width=width,

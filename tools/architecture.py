@@ -25,9 +25,10 @@ LAYERS = (
     ("loading", "plotting"),
     ("execution",),
     ("sweep",),
+    ("interactive",),
     ("__main__", "tiny", "benchmark"),
 )
-SUBPACKAGES = {"sampling", "execution", "checkpoints", "figures", "benchmark", "scenes", "tiny", "utils"}
+SUBPACKAGES = {"sampling", "execution", "checkpoints", "figures", "benchmark", "scenes", "tiny", "utils", "interactive"}
 NEVER_IMPORTED = {"benchmark", "tiny"}  # tools that use the package; the package does not need them
 
 

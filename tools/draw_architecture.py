@@ -47,6 +47,7 @@ PLACES = {
     "plotting": (1.2, 1.2),
     "execution": (2.95, 2.2),
     "sweep": (2.95, 1.2),
+    "interactive": (2.95, 2.2),
     "__main__": (0.75, 1.2),
     "tiny": (3.15, 3.1),
     "benchmark": (6.3, 2.5),

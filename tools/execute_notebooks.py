@@ -1,6 +1,7 @@
 """Run the notebooks in place, from the first cell to the last: ``python tools/execute_notebooks.py [name ...]``.
 
-What is left out of the files: the state of progress bars, times of execution, and anything a kernel wrote to stderr.
+What is left out of the files: the state of widgets, times of execution, and anything a kernel wrote to stderr. Of a
+widget that also shows itself as HTML, such as the playground, the HTML remains.
 Figures are stored small, in 256 colours. An error stops everything and leaves that notebook as it was.
 """
 
@@ -16,6 +17,7 @@ import papermill
 from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 MAX_WIDTH = 900  # pixels of a figure: as wide as a page shows it
 
 
@@ -36,6 +38,7 @@ def execute(path: Path) -> None:
 
 def _small(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
     data = output.get("data", {})
+    data.pop(WIDGET, None)
     if "image/png" in data:
         figure = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
         figure.thumbnail((MAX_WIDTH, 10 * MAX_WIDTH), Image.Resampling.LANCZOS)
@@ -46,8 +49,8 @@ def _small(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def _is_noise(output: nbformat.NotebookNode) -> bool:
-    widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
-    return widget or output.get("name") == "stderr"
+    data = output.get("data", {})
+    return (WIDGET in data and "text/html" not in data) or output.get("name") == "stderr"
 
 
 def main() -> None:

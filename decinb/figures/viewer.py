@@ -135,8 +135,12 @@ def _code(record: Mapping[str, Any]) -> str:
 
 
 def _figure(text: str, image: Image.Image, lossless: bool) -> str:
-    data = io.BytesIO()
-    image.save(data, "WEBP", lossless=lossless, quality=LOSSY_QUALITY, method=4)
-    source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
-    caption = html.escape(text)
+    source, caption = data_url(image, lossless), html.escape(text)
     return f'<figure><img src="{source}" alt="{caption}" width="128"><figcaption>{caption}</figcaption></figure>'
+
+
+def data_url(image: Image.Image, lossless: bool = False) -> str:
+    """Return an image as a data URL, as a WebP."""
+    data = io.BytesIO()
+    image.convert("RGB").save(data, "WEBP", lossless=lossless, quality=LOSSY_QUALITY, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"

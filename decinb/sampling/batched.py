@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from decinb.errors import InputError, reason
 from decinb.sampling.base import Adapter
-from decinb.sampling.jobs import Conditioning, Job, Result, Step
+from decinb.sampling.jobs import Conditioning, Job, Progress, Result, Step
+from decinb.sampling.prediction import predict_clean
 from decinb.unet_nas import UNetNAS
 from decinb.utils import validation
 
@@ -219,6 +220,7 @@ class _ActiveJob:
     position: int = 0
     seconds: float = 0.0
     error: str | None = None
+    predict: Callable[[], Tensor | None] | None = None
 
     @property
     def timestep(self) -> Tensor:
@@ -231,6 +233,10 @@ class _ActiveJob:
     @property
     def latent_size(self) -> tuple[int, int]:
         return tuple(self.latents.shape[-2:])
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.position, len(self.timesteps), self.predict)
 
     def model_input(self) -> Tensor:
         """Return what the U-Net sees: the latents as the scheduler scales them, and any extra channels."""
@@ -249,6 +255,9 @@ class _ActiveJob:
             guided = unconditional + self.job.guidance_scale * (conditional - unconditional)
             if guidance_rescale:
                 guided = rescale_noise_cfg(guided, conditional, guidance_rescale)
+        # The prediction is worked out only if someone wants to see it.
+        seen = self.scheduler.scale_model_input(self.latents, self.timestep)
+        self.predict = partial(predict_clean, self.scheduler, seen, guided, self.timestep)
         self.latents = self.scheduler.step(
             guided, self.timestep, self.latents, **self.step_arguments, return_dict=False
         )[0]
@@ -299,7 +308,7 @@ class _PackedRun:
         try:
             while self.waiting or self.active:
                 if self.start_waiting():
-                    yield Step(0, [], self._latents())
+                    yield Step(0, [], self._progress())
                 started = perf_counter()
                 with torch.no_grad():
                     self._step_all()
@@ -309,14 +318,14 @@ class _PackedRun:
                 for active in self.active:
                     active.seconds += seconds_per_row * len(active.conditionings)
                 failed = self._remove_ended()
-                yield Step(rows, failed, self._latents())
+                yield Step(rows, failed, self._progress())
                 while len(self.denoised) >= self.decode_batch or (
                     self.denoised and not self.active and not self.waiting
                 ):
-                    yield Step(0, self._decode(), self._latents())
+                    yield Step(0, self._decode(), self._progress())
         except (KeyboardInterrupt, Exception):
             while self.denoised:
-                yield Step(0, self._decode(), self._latents())
+                yield Step(0, self._decode(), self._progress())
             raise
         finally:
             self.pipe.maybe_free_model_hooks()
@@ -328,8 +337,8 @@ class _PackedRun:
         self.active = [active for active in self.active if not (active.is_denoised or active.error)]
         return [Result(active.index, None, active.error, active.seconds) for active in failed]
 
-    def _latents(self) -> dict[int, Tensor | None]:
-        return {active.index: active.latents for active in self.active}
+    def _progress(self) -> dict[int, Progress]:
+        return {active.index: active.progress for active in [*self.active, *self.denoised]}
 
     def synchronize(self) -> None:
         """Wait for the device, so that times are right."""
@@ -387,7 +396,7 @@ class _PackedRun:
             active.index: [predicted[row_of[active.row_key(conditioning)]] for conditioning in active.conditionings]
             for active in self.active
         }
-        before = self._latents()
+        before = {active.index: active.latents for active in self.active}
         for active in self.active:
             active.step(predictions[active.index], self.guidance_rescale)
         # In one tensor, so that there is only one wait for the device.

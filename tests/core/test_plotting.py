@@ -1,6 +1,7 @@
 """Tests of the plotting functions: files have the right names, images the right places, and labels fit."""
 
 import itertools
+import re
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -580,20 +581,26 @@ GALLERY = """
 from PIL import Image
 import decinb
 images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
-decinb.show_gallery(images, ["warm", "cold\\"><script>", "cold\\"><script>"], ["one", "two", "<script>three</script>"])
+groups, titles = ["warm", "cold & <script>", "cold & <script>"], ["one", "two", "<script>three</script>"]
+decinb.show_gallery(images, groups, titles)
 """
+TABS = "decinb.show_gallery(images, groups, titles, tabs=True)"
 
 
 @pytest.mark.slow
-def test_in_a_notebook_a_gallery_has_a_tab_for_each_group():
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(GALLERY)])
+def test_in_a_notebook_a_gallery_has_a_section_or_a_tab_for_each_group():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in (GALLERY, TABS)])
     NotebookClient(notebook, kernel_name="python3").execute()
-    (output,) = notebook.cells[0].outputs
-    page = output["data"]["text/html"]
-    assert page.count("data:image/jpeg;base64,") >= 3 and "<script" not in page
-    assert page.index("warm") < page.index("cold")
-    assert all(title in page for title in ("one", "two", "three"))
-    assert "://" not in page, "nothing is loaded from a network"
+    pages = [cell.outputs[0]["data"]["text/html"] for cell in notebook.cells]
+    for page in pages:
+        assert page.count(";base64,") >= 3 and "<script" not in page
+        assert page.index("warm") < page.index("cold")
+        assert all(title in page for title in ("one", "two", "three"))
+        assert "://" not in page, "nothing is loaded from a network"
+    assert pages[0].count("<details") == 2 and "<style" not in pages[0]
+    assert len(re.findall(r'<img src="data:image/webp;base64,[^"]+" alt="(?:one|two|&lt;script)', pages[0])) == 3
+    assert "cold &amp; &lt;script&gt;</b> (2 images)" in pages[0]
+    assert all("color:" in style and "background:" in style for style in re.findall(r'<td style="([^"]+)', pages[0]))
 
 
 def test_outside_a_notebook_a_gallery_is_a_grid(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from decinb import InputError, Stopped, grid, run_sweep
 from decinb.benchmark.counting import count_unet_calls
 from decinb.execution.provenance import record_key
 from decinb.execution.store import Store
+from decinb.figures import preview
 from decinb.images import read_input, read_record, save_image
 from decinb.sweep import SweepError
 from decinb.utils.labels import label, plain
@@ -377,3 +379,69 @@ def test_max_rows_still_goes_by_its_old_name(tiny, image):
 def test_an_empty_sweep_is_a_table_with_a_header(tmp_path):
     file = decinb.Sweep(None, PROMPT).to_csv(tmp_path / "empty.csv")
     assert file.read_text().strip() == "image,prompt,negative_prompt,strength,guidance_scale,num_inference_steps,seed"
+
+
+def test_steps_make_the_images_of_a_sweep_and_show_how_far_each_cell_is(tiny, image):
+    cells = [{**QUICK, "num_inference_steps": 3}, {**QUICK, "guidance_scale": 1.0}]
+    running = decinb.steps(tiny, image, PROMPT, cells)
+    states = list(running)
+    assert [state.step for state in states if state.cell == 0] == [0, 1, 2, 3, 3]
+    assert [state.step for state in states if state.cell == 1] == [0, 1, 2, 2]
+    for state in states:
+        started = state.step > 0
+        assert state.steps == (3, 2)[state.cell]
+        assert (state.seconds_left is not None) == (state.predicted is not None) == started
+    predicted = [state for state in states if state.image is None and state.step]
+    assert all(state.predicted.size in ((16, 16), image.size) for state in predicted)
+    finished = {state.cell: state.image for state in states if state.image is not None}
+    sweep = run_sweep(tiny, image, PROMPT, cells, progress=False)
+    for i in range(2):
+        assert same(finished[i], sweep.images[i]) and same(running.sweep.images[i], sweep.images[i])
+    assert [record["key"] for record in running.sweep.records] == [record["key"] for record in sweep.records]
+
+
+def test_the_last_prediction_is_the_image(tiny, image, monkeypatch):
+    monkeypatch.setattr(preview, "SLOW", 60)  # decode on a busy machine too
+    *_, last, finished = decinb.steps(tiny, image, PROMPT, [{**QUICK, "guidance_scale": 1.0}])
+    assert last.image is None and last.step == last.steps
+    difference = decinb.mean_abs_difference(last.predicted, finished.image)
+    assert difference < 0.02, "with the last step, DDIM goes to its prediction"
+
+
+def test_steps_check_first_keep_what_is_done_and_resume(tiny, image, tmp_path):
+    with pytest.raises(InputError, match="cell 1: strength"):
+        decinb.steps(tiny, image, PROMPT, [QUICK, {"strength": 2}])
+    cells = [{**QUICK, "seed": seed} for seed in range(3)]
+    running = decinb.steps(tiny, image, PROMPT, cells, folder=tmp_path, max_rows=2)
+    for state in running:
+        if state.cell == 1 and state.step == 1:
+            running.close()  # the first image is denoised, but not decoded
+    assert len(running.sweep) == 1 == len(list(tmp_path.glob("*.png")))
+    again = decinb.steps(tiny, image, PROMPT, cells, folder=tmp_path, max_rows=2)
+    first = next(again)
+    assert (first.cell, first.step, first.steps) == (0, 2, 2) and same(first.image, running.sweep.images[0])
+    assert {state.cell for state in again} == {1, 2} and len(again.sweep) == 3
+
+
+def test_between_steps_the_pipeline_may_be_used_and_given_another_scheduler(tiny, image):
+    running = decinb.steps(tiny, image, PROMPT, [QUICK])
+    alone = run_sweep(tiny, image, PROMPT, [QUICK], progress=False)
+    own, other = tiny.scheduler, PNDMScheduler.from_config(tiny.scheduler.config, skip_prk_steps=True)
+    try:
+        tiny.scheduler = other
+        for _ in running:
+            assert tiny.scheduler is other
+            run_sweep(tiny, image, "something else", [{**QUICK, "num_inference_steps": 1}], progress=False)
+    finally:
+        tiny.scheduler = own
+    assert same(running.sweep.images[0], alone.images[0])
+
+
+def test_steps_may_be_taken_by_different_threads(tiny, image, tmp_path):
+    running = decinb.steps(tiny, image, PROMPT, [QUICK], folder=tmp_path)
+    states = [next(running)]
+    thread = threading.Thread(target=lambda: states.extend(running))
+    thread.start()
+    thread.join()
+    assert states[-1].image is not None
+    run_sweep(tiny, image, PROMPT, [QUICK], folder=tmp_path, progress=False)  # the folder is free again
