@@ -19,7 +19,7 @@ LAYERS = (
     ("errors",),
     ("utils",),
     ("designs", "models", "unet_nas", "scenes", "metrics"),
-    ("images",),
+    ("images", "runtimes"),
     ("pipeline", "sampling"),
     ("checkpoints", "figures"),
     ("loading", "plotting"),
@@ -27,7 +27,7 @@ LAYERS = (
     ("sweep",),
     ("__main__", "tiny", "benchmark"),
 )
-SUBPACKAGES = {"sampling", "execution", "checkpoints", "figures", "benchmark", "scenes", "tiny", "utils"}
+SUBPACKAGES = {"sampling", "execution", "checkpoints", "figures", "benchmark", "runtimes", "scenes", "tiny", "utils"}
 NEVER_IMPORTED = {"benchmark", "tiny"}  # tools that use the package; the package does not need them
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from decinb.designs import Cell
 from decinb.errors import InputError
 from decinb.models import MODELS
+from decinb.runtimes.openvino import precision
 from decinb.sampling.base import Adapter
 from decinb.sampling.jobs import Job
 from decinb.utils import validation
@@ -128,7 +129,7 @@ def pipeline_record(pipe: DiffusionPipeline) -> ImageRecord:
         "weights": weights_hash(pipe),
         "scheduler": type(pipe.scheduler).__name__,
         "scheduler_config": {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")},
-        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "dtype": precision(pipe),
         "device": pipe.device.type,
     }
 
