@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from decinb.errors import InputError
 from decinb.runtimes.graph import fill, import_openvino, is_installed, read_graph
-from decinb.unet_nas import UNetNAS
 from decinb.utils import validation
 from decinb.utils.threads import most_threads
 
@@ -61,7 +60,7 @@ def attach(network: nn.Module, runtime: str) -> None:
     Raises:
         InputError: the network is not a U-Net that OpenVINO can run here.
     """
-    if not isinstance(network, (UNetNAS, UNet2DConditionModel)):
+    if not (isinstance(network, UNet2DConditionModel) or _shares_latents(network)):
         name = "a pipeline without a U-Net" if network is None else type(network).__name__
         raise InputError(f"runtime must be 'torch' for {name}: OpenVINO runs the U-Nets of Stable Diffusion only")
     network.forward = _Forward(network, runtime)
@@ -89,7 +88,7 @@ class _Forward:
     """The ``forward`` of a network, in OpenVINO."""
 
     def __init__(self, network: nn.Module, runtime: str):
-        self.network, self.runtime = network, runtime
+        self.network, self.runtime, self.shares_latents = network, runtime, _shares_latents(network)
         self.structure = [(module, list(module._modules.values())) for module in network.modules()]
         self.parameters: list[tuple[int, int]] = []  # addresses and versions of the weights that were compiled
         self.requests: dict[tuple[str, ...], Any] = {}  # compiled graphs, by their inputs
@@ -152,7 +151,7 @@ class _Forward:
         sample, text = arguments["sample"], arguments["encoder_hidden_states"]
         timestep = torch.as_tensor(arguments["timestep"]).to(torch.float32).expand(len(sample))
         inputs = {"sample": sample.to(torch.float32), "timestep": timestep, "encoder_hidden_states": text}
-        if "latent_of" in self._signature.parameters:
+        if self.shares_latents:
             latent_of = arguments.get("latent_of")
             inputs["latent_of"] = torch.arange(len(sample)) if latent_of is None else latent_of
         for name, tensor in sorted(arguments.get("added_cond_kwargs", {}).items()):
@@ -183,6 +182,11 @@ class _Forward:
             "ENABLE_CPU_PINNING": False,  # a pinned thread waits for its core beside a busy process
         }
         return import_openvino().Core().compile_model(graph, "CPU", settings).create_infer_request()
+
+
+def _shares_latents(network: nn.Module | None) -> bool:
+    """Return whether a network takes several texts for a latent, as U-Net-NAS does."""
+    return network is not None and "latent_of" in inspect.signature(type(network).forward).parameters
 
 
 def _is_empty(value: Any) -> bool:

@@ -6,6 +6,7 @@ A machine with a clock of its own stands for the processor, so that nothing depe
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +149,11 @@ def test_pipelines_adapt_on_the_cpu(monkeypatch):
     monkeypatch.delenv(SWITCH, raising=False)
     pipe = decinb.load_pipeline("tiny", "cpu")
     assert len(pipe.unet._forward_pre_hooks) == len(pipe.unet._forward_hooks) == 1
+
+
+def test_the_makefile_sets_the_same_bound_for_notebooks():
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    assert f"export GOMP_SPINCOUNT ?= {SPINS}\n" in makefile
 
 
 @pytest.mark.parametrize(
