@@ -5,6 +5,7 @@
 # make classic        a second Jupyter with the versions of Colab, for the browser tests (200 MB; torch is shared)
 # make fuzz           a hundred times as many random inputs and hostile files as `make test` (EXAMPLES=100000 for more)
 # make notebooks      run every notebook again, in place; look at the images before you commit them
+# make gpu            on a machine with CUDA, everything that waits for a GPU, in at most 20 minutes; else say what it would do
 # make mindspore      the same model on MindSpore, opt-in: its own environment (3.3 GB), parity with torch, one notebook
 # make architecture   draw the picture in docs/architecture.md and update its table
 PYTHON ?= python3
@@ -25,7 +26,7 @@ PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses $(WORKERS) --dist
 
 QUICK  := $(addprefix tests/,core sampling execution figures utils scenes)
 
-.PHONY: demo quick test classic style fuzz notebooks mindspore architecture environment clean
+.PHONY: demo quick test classic style fuzz gpu notebooks mindspore architecture environment clean
 .DEFAULT_GOAL := demo
 
 environment: $(VENV)/ready
@@ -48,6 +49,9 @@ demo: environment
 
 # Threads that wait for work sleep, so that they do not take the cores from other processes.
 quick test fuzz: export OMP_WAIT_POLICY ?= PASSIVE
+
+# The notebooks import torch before decinb, which would otherwise set this itself: see decinb/utils/threads.py.
+demo notebooks: export GOMP_SPINCOUNT ?= 30000
 
 style: environment
 	$(BIN)/ruff check .
@@ -86,6 +90,17 @@ mindspore: .venv-mindspore/ready
 	.venv-mindspore/bin/python -m pip install --quiet --disable-pip-version-check -r mindspore/requirements.txt
 	@touch $@
 
+# With a GPU, the installed torch is used, and only what is missing is installed.
+GPU_VENV := $(if $(shell command -v nvidia-smi),.venv-gpu,$(VENV))
+
+gpu: $(GPU_VENV)/ready
+	$(GPU_VENV)/bin/python -m tools.run_gpu
+
+.venv-gpu/ready: pyproject.toml
+	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
 notebooks: environment
 	$(BIN)/python tools/execute_notebooks.py
 
@@ -93,4 +108,4 @@ architecture: environment
 	$(BIN)/python -m tools.draw_architecture
 
 clean:
-	rm -rf $(VENV) .venv-classic .venv-mindspore runs
+	rm -rf $(VENV) .venv-classic .venv-gpu .venv-mindspore runs

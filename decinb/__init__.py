@@ -6,6 +6,9 @@ import warnings
 
 import lazy_loader
 
+from decinb.utils.threads import limit_spinning
+
+limit_spinning()  # before torch is loaded
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")  # diffusers reads it when it is imported
 
 # transformers logs that torchvision is missing, which nothing here needs, when diffusers imports an image processor.

@@ -15,7 +15,7 @@ from decinb.utils.environment import versions
 from decinb.utils.memory import total_memory
 
 PACKAGES = ("decinb", "torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "safetensors", "Pillow")
-VARIABLES = re.compile("(HF|DIFFUSERS|TRANSFORMERS|DECINB|PYTORCH|CUDA|OMP|MKL)_")
+VARIABLES = re.compile("(HF|DIFFUSERS|TRANSFORMERS|DECINB|PYTORCH|CUDA|G?OMP|MKL)_")
 SECRET = re.compile("TOKEN|KEY|SECRET|PASS|AUTH", re.IGNORECASE)
 HARMLESS = re.compile(r"[\d.,:]{1,6}|true|false|yes|no|on|off", re.IGNORECASE)  # other values may be paths or names
 

@@ -20,7 +20,7 @@ LAYERS = (
     ("utils",),
     ("designs", "models", "unet_nas", "scenes", "metrics"),
     ("images",),
-    ("pipeline", "sampling"),
+    ("pipeline", "sampling", "runtimes"),
     ("checkpoints", "figures"),
     ("loading", "plotting"),
     ("execution",),
@@ -28,7 +28,10 @@ LAYERS = (
     ("interactive",),
     ("__main__", "tiny", "benchmark"),
 )
-SUBPACKAGES = {"sampling", "execution", "checkpoints", "figures", "benchmark", "scenes", "tiny", "utils", "interactive"}
+SUBPACKAGES = {
+    *("sampling", "execution", "checkpoints", "figures", "runtimes", "interactive"),
+    *("benchmark", "scenes", "tiny", "utils"),
+}
 NEVER_IMPORTED = {"benchmark", "tiny"}  # tools that use the package; the package does not need them
 
 

@@ -41,6 +41,7 @@ PLACES = {
     "images": (5.1, 1.2),
     "pipeline": (4.7, 1.2),
     "sampling": (1.9, 2.0),
+    "runtimes": (6.7, 1.6),
     "checkpoints": (4.7, 2.0),
     "figures": (1.2, 1.9),
     "loading": (4.7, 1.2),

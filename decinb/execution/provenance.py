@@ -29,6 +29,7 @@ from decinb.execution.fingerprint import fingerprint, sampled_hash
 from decinb.images import OUTPUT_HASH, Saved
 from decinb.loading import is_here
 from decinb.models import MODELS
+from decinb.runtimes.openvino import precision
 from decinb.sampling.base import Adapter
 from decinb.sampling.jobs import Job
 from decinb.utils import validation
@@ -149,7 +150,7 @@ def pipeline_record(pipe: DiffusionPipeline) -> ImageRecord:
         "unknown": found.unknown + callables,
         "scheduler": type(pipe.scheduler).__name__,
         "scheduler_config": config,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "dtype": precision(pipe),
         "device": pipe._execution_device.type,
     }
 
