@@ -5,6 +5,7 @@ configurations show which files are needed, so a model can be rejected before it
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -172,11 +173,13 @@ def load_component(name: str, component: Component, folder: Path, dtype: torch.d
     if issubclass(component.cls, SchedulerMixin):
         return _scheduler(folder / component.files[0], component.cls)
     if not issubclass(component.cls, nn.Module):
-        with as_model_error(f"{name}: cannot be loaded from {where}"):
+        with as_model_error(f"{name}: cannot be loaded from {where}"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # how transformers calls tokenizers before 0.23
             return component.cls.from_pretrained(str(where), local_files_only=True)
     is_pickle = component.weights[0].endswith(".bin")
     # The library's own message about a rejected pickle explains how to run its code anyway, so it is not shown.
     reason = "the .bin is damaged or holds more than plain tensors, or torch is older than 2.6" if is_pickle else None
+    dtype_name = "torch_dtype" if issubclass(component.cls, ModelMixin) else "dtype"  # also for diffusers 0.39
     with as_model_error(f"{name}: cannot be loaded from {where}", reason):
         model, info = component.cls.from_pretrained(
             str(where),
@@ -185,7 +188,7 @@ def load_component(name: str, component: Component, folder: Path, dtype: torch.d
             variant=component.variant,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are listed in the info instead, and rejected below
-            dtype=dtype,
+            **{dtype_name: dtype},
         )
     refuse_partial(info, where)
     check_finite(name, model, where)
