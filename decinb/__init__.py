@@ -33,6 +33,7 @@ _lazy_getattr, __dir__, __all__ = lazy_loader.attach(
         "plotting": ["plot_grid", "plot_images", "show_gallery"],
         "scenes.adherence": ["adherence", "named_attributes"],
         "sweep": ["Sweep", "load_sweep", "run_sweep"],
+        "utils.environment": ["check_driver"],
         "unet_nas": ["ModelMixin", "UNetNAS"],  # diffusers looks for ModelMixin here when it loads a saved pipeline
     },
 )

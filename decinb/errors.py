@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 
-class _TwoLines:
+class _TwoLines(Exception):
     """An error that IPython shows in two lines."""
 
     _was_shown = False

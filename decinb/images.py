@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ MAX_ASPECT = 4  # models are not trained on longer images
 RECORD = "decinb"  # the PNG text chunk with the record
 INPUT = b"inPt"  # the PNG chunk with the input image; the capitals say: ancillary, private, safe to copy
 
-Source = str | os.PathLike[str] | bytes | np.ndarray | torch.Tensor | Image.Image
+Source: TypeAlias = str | os.PathLike[str] | bytes | np.ndarray | torch.Tensor | Image.Image
 """What ``load_image`` takes."""
 
 
