@@ -190,7 +190,12 @@ def keep(kind: str, name: str, result: Mapping[str, Any]) -> None:
     kept = results()
     kept[kind][name] = result
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(update_page(PAGE.read_text(encoding="utf-8"), tables(kept)), encoding="utf-8")
+    write_page()
+
+
+def write_page() -> None:
+    """Write the tables of the page again."""
+    PAGE.write_text(update_page(PAGE.read_text(encoding="utf-8"), tables(results())), encoding="utf-8")
 
 
 def tables(kept: Mapping[str, Any]) -> str:
@@ -217,12 +222,15 @@ def update_page(page: str, text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.rows", description=__doc__.partition("\n")[0])
-    parser.add_argument("row", choices=[*ROWS, "beside"])
+    parser.add_argument("row", choices=[*ROWS, "beside", "tables"])
     parser.add_argument("arguments", nargs="*", help="of pytest, after --; for `beside` a file and a name")
     parser.add_argument("--python", default=sys.executable, help="the interpreter, by default this one")
     parser.add_argument("--instead", action="append", default=[], help="a requirement that replaces one of the row")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "rows", help="where environments are made")
     options = parser.parse_args()
+    if options.row == "tables":
+        write_page()
+        return 0
     if options.row != "beside":
         return run_row(options.row, options.python, options.instead, options.arguments, options.folder)
     file, name = options.arguments
