@@ -1,17 +1,19 @@
 # make demo           create the environment, run every notebook on the bundled model, and say where the results are
-#                     (notebook 07 trains a model for one minute; MINUTES=5 gives it the full five)
+#                     (notebook 07 trains a model for half a minute; MINUTES=5 gives it the full five)
+# make lab            open the notebooks in JupyterLab
 # make quick          style and the fast tests
 # make test           style, all tests, and every notebook (WORKERS=1 for one process instead of up to four)
 # make classic        a second Jupyter with the versions of Colab, for the browser tests (200 MB; torch is shared)
 # make fuzz           a hundred times as many random inputs and hostile files as `make test` (EXAMPLES=100000 for more)
 # make notebooks      run every notebook again, in place; look at the images before you commit them
 # make gpu            on a machine with CUDA, everything that waits for a GPU, in at most 20 minutes; else say what it would do
+# make stamp          write the set-up cell and the project's address into the notebooks and docs
+# make wheel          build the package, with the notebooks inside, into dist/
 # make mindspore      the same model on MindSpore, opt-in: its own environment (3.3 GB), parity with torch, one notebook
 # make architecture   draw the picture in docs/architecture.md and update its table
 PYTHON ?= python3
 VENV   ?= .venv
-DEMO   := runs/demo
-MINUTES ?= 1
+MINUTES ?= 0.5
 EXAMPLES ?= 10000
 WORKERS ?= 4
 BIN    := $(VENV)/bin
@@ -26,7 +28,7 @@ PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses $(WORKERS) --dist
 
 QUICK  := $(addprefix tests/,core sampling execution figures utils scenes)
 
-.PHONY: demo quick test classic style fuzz gpu notebooks mindspore architecture environment clean
+.PHONY: demo lab stamp wheel quick test classic style fuzz gpu notebooks mindspore architecture environment clean
 .DEFAULT_GOAL := demo
 
 environment: $(VENV)/ready
@@ -39,13 +41,17 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	@touch $@
 
 demo: environment
-	@mkdir -p $(DEMO)
-	@for notebook in notebooks/*.ipynb; do \
-		echo "running $$notebook"; \
-		DECINB_MODEL=tiny DECINB_TRAIN_MINUTES=$(MINUTES) $(BIN)/papermill --log-level ERROR --no-progress-bar --cwd $(DEMO) \
-			$$notebook $(DEMO)/$$(basename $$notebook) || exit 1; \
-	done
-	@echo "done: the executed notebooks are in $(DEMO)/*.ipynb, the grids in $(DEMO)/*.png"
+	@DECINB_TRAIN_MINUTES=$(MINUTES) $(BIN)/python -W ignore tools/run_demo.py
+
+lab: environment
+	$(BIN)/jupyter lab --KernelManager.transport_encryption=auto notebooks
+
+stamp: environment
+	$(BIN)/python -m tools.stamp
+
+wheel: environment
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 # Threads that wait for work sleep, so that they do not take the cores from other processes.
 quick test fuzz: export OMP_WAIT_POLICY ?= PASSIVE
@@ -56,6 +62,7 @@ demo notebooks: export GOMP_SPINCOUNT ?= 30000
 style: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 quick: style
 	$(PYTEST) -m "not slow and not browser and not cuda" $(QUICK)

@@ -38,6 +38,7 @@ _lazy_getattr, __dir__, __all__ = lazy_loader.attach(
         "plotting": ["plot_grid", "plot_images", "show_gallery"],
         "scenes.adherence": ["adherence", "named_attributes"],
         "sweep": ["Steps", "Sweep", "load_sweep", "run_sweep", "steps"],
+        "utils.environment": ["check_driver"],
         "unet_nas": ["ModelMixin", "UNetNAS"],  # diffusers looks for ModelMixin here when it loads a saved pipeline
     },
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 MAX_REASON = 400  # characters of another library's message that one of ours repeats
 
 
-class _TwoLines:
+class _TwoLines(Exception):
     """An error that IPython shows in two lines."""
 
     _was_shown = False

@@ -15,7 +15,7 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ SEAL = b"seAL"  # the PNG chunk before the last with the SHA-256 of what comes b
 END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
 OUTPUT_HASH = "output_hash"  # a field of all records that were ever sealed
 
-Source = str | os.PathLike[str] | bytes | np.ndarray | torch.Tensor | Image.Image
+Source: TypeAlias = str | os.PathLike[str] | bytes | np.ndarray | torch.Tensor | Image.Image
 """What ``load_image`` takes."""
 
 

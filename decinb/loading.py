@@ -8,7 +8,7 @@ import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from diffusers import DiffusionPipeline
@@ -100,18 +100,24 @@ def load_pipeline(
     return pipe
 
 
-def download(model: str = PUBLISHED, allow_pickle: bool = False) -> Path:
+@overload
+def download(model: str = ..., allow_pickle: bool = ..., *, dry_run: Literal[False] = ...) -> Path: ...
+@overload
+def download(model: str = ..., allow_pickle: bool = ..., *, dry_run: Literal[True]) -> dict[str, int]: ...
+def download(model: str = PUBLISHED, allow_pickle: bool = False, *, dry_run: bool = False) -> Path | dict[str, int]:
     """Download a model for later use without a network; interrupted downloads resume.
 
-    The hub is asked for the newest version. Every file, new or cached, is compared with the hash that the hub gives for
-    it, and downloaded again if it differs.
+    The hub is asked for the newest version, or for the commit that a known model is pinned to. Every file, new or
+    cached, is compared with the hash that the hub gives for it, and downloaded again if it differs.
 
     Args:
         model: a name in ``MODELS``, or ``owner/name`` on the hub.
         allow_pickle: as for ``load_pipeline``.
+        dry_run: download nothing but small configurations; print what would be downloaded, and how large it is.
 
     Returns:
-        The folder of the model, or of its first components if they come from several sources. ``load_pipeline`` finds
+        With ``dry_run``, the files that are missing, as ``owner/name/file``, each with its size in bytes. Otherwise the
+        folder of the model, or of its first components if they come from several sources. ``load_pipeline`` finds
         all of them by the model's name.
 
     Raises:
@@ -124,6 +130,10 @@ def download(model: str = PUBLISHED, allow_pickle: bool = False) -> Path:
             f"got {validation.short_repr(model)}"
         )
     name = _known_name(model)
+    if dry_run:
+        missing = sources.list_missing(name, MODELS.get(name) or _hub_model(name), allow_pickle)
+        print(f"decinb: {name} would download {len(missing)} files, {sum(missing.values()) / 1e9:.2f} GB")
+        return missing
     return locate(name, MODELS.get(name) or _hub_model(name), allow_pickle, refresh=True)[0][1]
 
 
@@ -214,8 +224,9 @@ def _identify(model: str | Path) -> tuple[str, Model]:
         raise InputError(f"model: folder not found: {name!r}")
     if hub.is_model_id(name):
         return name, _hub_model(name)
-    close = difflib.get_close_matches(name.lower(), MODELS, n=1)
-    hint = f"did you mean {close[0]!r}? Otherwise " if close else ""
+    closeness = {known: difflib.SequenceMatcher(None, known, name.lower()).ratio() for known in MODELS}
+    close = max(closeness, key=closeness.__getitem__)  # of several, the first
+    hint = f"did you mean {close!r}? Otherwise " if closeness[close] >= 0.6 else ""
     raise InputError(
         f"model: {validation.short_repr(name)} is not known; {hint}give one of {', '.join(map(repr, MODELS))}, a "
         "folder, or a hub id 'owner/name'"

@@ -13,6 +13,7 @@ from functools import wraps
 from types import NoneType
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -91,8 +92,9 @@ class _DeciDiffusion:
 
         diffusers alone would convert the shared components to float32.
         """
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", pipeline.dtype)
+        if not kwargs.keys() & {"dtype", "torch_dtype"}:
+            is_old = diffusers.__version__.startswith("0.39.")
+            kwargs["torch_dtype" if is_old else "dtype"] = pipeline.dtype
         with quiet():
             return super().from_pipe(pipeline, **kwargs)
 

@@ -4,6 +4,7 @@ Every class comes from diffusers, transformers or decinb, whatever the files say
 configurations show which files are needed, so a model can be rejected before its weights are downloaded or read.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,6 +181,7 @@ def load_component(name: str, component: Component, folder: Path, dtype: torch.d
     is_pickle = component.weights[0].endswith(".bin")
     # The library's own message about a rejected pickle explains how to run its code anyway, so it is not shown.
     why = "the .bin is damaged or holds more than plain tensors, or torch is older than 2.6" if is_pickle else None
+    dtype_name = "torch_dtype" if issubclass(component.cls, ModelMixin) else "dtype"  # also for diffusers 0.39
     with as_model_error(f"{name}: cannot be loaded from {where}", why), hub.offline():
         sizes: dict[str, int] = {}
         for file in component.weights:
@@ -193,7 +195,7 @@ def load_component(name: str, component: Component, folder: Path, dtype: torch.d
                 variant=component.variant,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are listed in the info instead, and rejected below
-                dtype=dtype,
+                **{dtype_name: dtype},
             )
     refuse_partial(info, where)
     check_finite(name, model, where)
@@ -224,7 +226,8 @@ def _without_weights(name: str, component: Component, where: Path) -> Any:
             if number > MAX_PIXELS:
                 shown = validation.short_repr(number)
                 raise ModelError(f"{name}: {entry} in {where} is {shown}, and at most {MAX_PIXELS} is allowed")
-        with hub.offline():
+        with hub.offline(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # how transformers calls tokenizers before 0.23
             return component.cls.from_pretrained(str(where), local_files_only=True)
 
 

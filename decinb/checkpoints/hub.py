@@ -132,9 +132,40 @@ def fetch(
     """
     if not refresh and (folder := find_cached(repo_id, revision, choose)):
         return folder
-    timeout = min(timeout or constants.HF_HUB_ETAG_TIMEOUT, MAX_TIMEOUT)
+    with _as_model_error(repo_id, revision, choose, refresh):
+        return _fetch_from_hub(repo_id, revision, choose, _limit(timeout), refresh)
+
+
+def list_missing(
+    repo_id: str, revision: str | None, choose: ChooseFiles, timeout: float | None = None
+) -> dict[str, int]:
+    """Return the files that ``fetch`` would download, each with its size in bytes.
+
+    The configurations that ``choose`` reads are downloaded for that, a few kilobytes. Arguments and errors as for
+    ``fetch``.
+    """
+    timeout = _limit(timeout)
+    with _as_model_error(repo_id, revision, choose, refresh=True):
+        listing = HfApi().model_info(repo_id, revision=revision, timeout=timeout, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in listing.siblings}
+
+        def is_missing(name: str) -> bool:
+            return not isinstance(try_to_load_from_cache(repo_id, name, revision=listing.sha), str)
+
+        missing_before = {name for name in sizes if is_missing(name)}
+        chosen = choose(list(sizes), lambda name: _fetch_file(repo_id, name, listing.sha, timeout, False))
+        return {name: sizes[name] for name in chosen if name in missing_before}
+
+
+def _limit(timeout: float | None) -> float:
+    return min(timeout or constants.HF_HUB_ETAG_TIMEOUT, MAX_TIMEOUT)
+
+
+@contextmanager
+def _as_model_error(repo_id: str, revision: str | None, choose: ChooseFiles, refresh: bool) -> Iterator[None]:
+    """Raise what goes wrong in the ``with`` block as a ModelError of one line."""
     try:
-        return _fetch_from_hub(repo_id, revision, choose, timeout, refresh)
+        yield
     except (ModelError, InputError):
         raise
     except Exception as error:  # the errors of the HTTP library are not the hub client's own, and change with versions
