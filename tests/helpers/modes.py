@@ -4,8 +4,6 @@ import accelerate
 import torch
 from diffusers.hooks import apply_group_offloading
 
-from decinb.utils.acceleration import compile_network
-
 CPU = torch.device("cpu")
 
 
@@ -18,7 +16,7 @@ def compiled_in_place(pipe):
 
 
 def compiled_forward(pipe):
-    compile_network(pipe.unet)
+    pipe.unet.forward = torch.compile(type(pipe.unet).forward.__get__(pipe.unet), backend="eager")  # as load_pipeline
 
 
 def channels_last(pipe):
