@@ -25,11 +25,14 @@ FACTS = ("image", "prompt", "negative_prompt", *SHORT, "steps_run", "seconds")
 LOSSY_QUALITY = 90  # of WebP: half the size of a lossless image, and no difference that the eye can see
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fragment:
     """HTML that a notebook shows as the output of a cell."""
 
     html: str
+
+    def __repr__(self) -> str:  # short, because notebooks store it beside the HTML
+        return f"<{len(self.html):,} characters of HTML>"
 
     def _repr_html_(self) -> str:
         return self.html
