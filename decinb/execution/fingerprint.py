@@ -315,7 +315,7 @@ class _Hasher:
 
     def _add_torch_hook(self, hook: Any, where: str) -> None:
         if (getattr(hook, "__module__", None) or "").partition(".")[0] != OURS:
-            self._cannot(where, f"a hook, {validation.short_repr(getattr(hook, '__qualname__', hook))}")
+            self._cannot(where, f"a hook, {getattr(hook, '__qualname__', type(hook).__name__)}")
 
     def _add_forward(self, module: nn.Module, where: str) -> None:
         """Add what replaces a module's ``forward``: hooks of accelerate and diffusers, a compiler, anything else."""

@@ -92,17 +92,17 @@ class Results:
         return True
 
     def save_again(self) -> None:
-        """Try once more to save what could not be saved: a full disk may have room again, or a drive may be back.
+        """Save what could not be saved: a full disk may have room again, a drive may be back, an interrupt is over.
 
         Warns:
             Images that had been saved are no longer there. They are left out.
         """
-        if self._refused:
+        in_memory = [i for i, (source, _) in self._finished.items() if isinstance(source, Image.Image)]
+        if self.store is not None and (in_memory or self._refused):
             with suppress(OSError):
                 self.store.list_cells(self.plan.records)
-                for i, (source, _) in self._finished.items():
-                    if isinstance(source, Image.Image):
-                        self._save(i)
+                for i in in_memory:
+                    self._save(i)
         gone = [i for i, (source, _) in self._finished.items() if isinstance(source, Path) and not source.is_file()]
         for i in gone:
             del self._finished[i]
