@@ -18,8 +18,10 @@ import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, SchedulerMixin
 from torch import nn
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextModel,
     CLIPTokenizer,
+    DPTImageProcessor,
     FeatureExtractionMixin,
     ImageProcessingMixin,
     PreTrainedModel,
@@ -52,6 +54,7 @@ PROCESSORS = (PreTrainedTokenizerBase, ImageProcessingMixin, FeatureExtractionMi
 ALLOWED_CLASSES = (ModelMixin, PreTrainedModel, SchedulerMixin, *PROCESSORS)
 """Base classes of a component. transformers' Auto classes have none of these: they can load code from a repository."""
 
+SIZED = (CLIPImageProcessor, DPTImageProcessor)  # image processors whose numbers are all sizes of images, or small
 MAX_PIXELS = 8192  # height and width that a configuration may name
 MAX_LEVELS = 8  # of a network that halves the size of its input from level to level
 
@@ -221,7 +224,7 @@ def _try_without_memory(cls: type, where: Path) -> None:
 def _without_weights(name: str, component: Component, where: Path) -> Any:
     """Return a tokenizer or an image processor."""
     with as_model_error(f"{name}: cannot be loaded from {where}"):
-        if not issubclass(component.cls, PreTrainedTokenizerBase):
+        if issubclass(component.cls, SIZED):
             entry, number = validation.largest_number(read_json(where / Path(component.files[0]).name))
             if number > MAX_PIXELS:
                 shown = validation.short_repr(number)

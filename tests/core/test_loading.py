@@ -628,6 +628,12 @@ def test_a_depth_estimator_does_not_look_up_another_model(copy):
     rejected(ModelError, "depth_estimator: .*asks for another model, backbone 'x/y'", folder)
 
 
+def test_an_image_processor_does_not_make_images_giants(copy):
+    folder = copy("sd-2-depth")
+    edit(folder, "feature_extractor/preprocessor_config.json", size={"height": 10**5, "width": 10**5})
+    rejected(ModelError, "feature_extractor: (height|width) in .* is 100000, and at most 8192 is allowed", folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
 def test_integers_are_not_weights(sd, dtype):
     file = weights(sd, "vae")
