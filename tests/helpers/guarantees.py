@@ -76,6 +76,14 @@ GUARANTEES: dict[str, tuple[str, str]] = {
     "F8": ("a download cut at 90%; one of the right size with wrong bytes", "resumed; downloaded again"),
     "F9": ("a callback or a plot that raises; no ipywidgets", "the sweep completes and saves its images"),
     "F10": ("two threads, or two processes, on one pipeline or folder", "one waits or is refused; no image is wrong"),
+    "K1": ("a pipeline with any attribute or tensor changed", "another key, or the same image"),
+    "K2": ("a hook, a forward or a class of the user's own", "made anew every time, with one line that names it"),
+    "K3": ("an edited PNG with valid checksums", "made again or refused, never finished"),
+    "K4": ("every scheduler of diffusers", "saved, resumed, loaded, replayed; or refused by name before any work"),
+    "K5": ("a compiled, offloaded, sliced or channels-last network", "the same model: nothing is computed again"),
+    "K6": ("a bfloat16 sweep, an adapter's scale", "replayed in bfloat16, and with that scale"),
+    "K7": ("an interrupt", "what is done is saved, one line says how to go on, and the cell ends"),
+    "K8": ("two inputs of one name, leftovers of a launcher, a renamed folder", "told apart, told"),
 }
 
 
