@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -28,7 +29,7 @@ from decinb.images import Source
 from decinb.sampling.adapters import adapter_of
 from decinb.utils import validation
 from decinb.utils.files import write_atomically
-from decinb.utils.labels import ARGUMENTS
+from decinb.utils.labels import ARGUMENTS, spreadsheet_cell
 from decinb.utils.locks import pipeline_lock
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ class Sweep:
             InputError: an argument is not known.
         """
         validation.known(where, [*ARGUMENTS, "steps_run"])
-        several = (list, tuple, set, range)
-        wanted = {name: value if isinstance(value, several) else [value] for name, value in where.items()}
+        several = (list, tuple, set, range, np.ndarray)
+        wanted = {name: list(value) if isinstance(value, several) else [value] for name, value in where.items()}
         kept = [
             i
             for i, record in enumerate(self.records)
@@ -92,7 +93,7 @@ class Sweep:
         """Write the records as a UTF-8 CSV file with a header and one row per image; return its path."""
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.to_dataframe().to_csv(file, index=False)
+        self.to_dataframe().map(spreadsheet_cell).to_csv(file, index=False)
         return file
 
     def plot(self, *args: Any, **kwargs: Any) -> None:
@@ -206,6 +207,7 @@ def run_sweep(
         max_rows = validation.count(pack, "pack")
     elif max_rows is not None:
         max_rows = validation.count(max_rows, "max_rows")
+    adapter_of(pipe)  # refuses anything but a pipeline
     with pipeline_lock(pipe):  # until the end, so that another thread's call waits
         running = _start(
             pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, max_rows, progress, show
@@ -333,7 +335,7 @@ def load_sweep(folder: str | Path) -> Sweep:
     Raises:
         InputError: the folder holds no sweep, or none of its images is finished.
     """
-    store = Store(folder)
+    store = Store(validation.folder(folder))
     paths, records, image = store.read()
     records = distinguish_inputs(records)
     return Sweep(image, records[0]["prompt"], [r["cell"] for r in records], Images(paths), records, store.folder)

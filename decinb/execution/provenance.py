@@ -209,7 +209,10 @@ def active_adapters(pipe: DiffusionPipeline) -> list[tuple[str, float | None]]:
 def model_name(pipe: DiffusionPipeline) -> str:
     """Return the name a pipeline was loaded by; of a folder only its last part, since a path is private."""
     name = str(pipe.config.get("_name_or_path") or "unnamed")
-    return Path(name).name if Path(name).is_absolute() else name
+    if not Path(name).is_absolute():
+        return name
+    name = Path(name).name
+    return f"./{name}" if name in MODELS else name  # not the known model
 
 
 def image_name(source: Any, image: Image.Image | None) -> str | None:

@@ -18,11 +18,12 @@ from decinb.errors import InputError
 from decinb.execution.provenance import CHAIN, ImageRecord, key, mismatch, unknown_parts
 from decinb.images import read_saved, save_image
 from decinb.utils import validation
-from decinb.utils.files import write_atomically
+from decinb.utils.files import read_json, write_atomically
 from decinb.utils.labels import ARGUMENTS, SHORT, plain
 from decinb.utils.locks import file_lock
 
 MANIFEST = "sweep.json"
+MAX_MANIFEST = 50_000_000  # bytes: some 300,000 cells
 LOCK = ".lock"
 
 
@@ -213,9 +214,9 @@ class Store:
         if not file.is_file():
             return []
         try:
-            entries = json.loads(file.read_text(encoding="utf-8"))["cells"]
+            entries = read_json(file, MAX_MANIFEST)["cells"]
             return [entry for entry in entries if entry["file"] and isinstance(entry["cell"], dict)]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{MANIFEST} in {str(self.folder)!r} is damaged: {error}; move it away") from error
 
 

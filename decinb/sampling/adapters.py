@@ -275,10 +275,13 @@ def adapter_of(pipe: DiffusionPipeline) -> Adapter:
     """Return the adapter of a pipeline: batched for Stable Diffusion and its subclasses, else sequential.
 
     Raises:
-        InputError: ``pipe`` is not a diffusers pipeline.
+        InputError: ``pipe`` is not a diffusers pipeline, or lacks a component.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise InputError(f"pipe must be a pipeline, as load_pipeline returns it, got {validation.short_repr(pipe)}")
+    for name in ("vae", "unet", "scheduler"):
+        if name in pipe.components and pipe.components[name] is None:
+            raise InputError(f"pipe.{name} is None: load the pipeline again")
     adapter = next((adapter for cls, adapter in BATCHED.items() if isinstance(pipe, cls)), SequentialAdapter)
     return adapter(pipe)
 

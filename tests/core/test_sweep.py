@@ -385,8 +385,10 @@ def test_steps_make_the_images_of_a_sweep_and_show_how_far_each_cell_is(tiny, im
     cells = [{**QUICK, "num_inference_steps": 3}, {**QUICK, "guidance_scale": 1.0}]
     running = decinb.steps(tiny, image, PROMPT, cells)
     states = list(running)
-    assert [state.step for state in states if state.cell == 0] == [0, 1, 2, 3, 3]
-    assert [state.step for state in states if state.cell == 1] == [0, 1, 2, 2]
+    for cell, last in ((0, 3), (1, 2)):
+        made = [state.step for state in states if state.cell == cell]
+        assert sorted(set(made)) == list(range(last + 1)) and made == sorted(made)
+        assert made.count(last) >= 2, "denoised, then decoded"
     for state in states:
         started = state.step > 0
         assert state.steps == (3, 2)[state.cell]

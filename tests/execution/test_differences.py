@@ -75,7 +75,7 @@ def during(pipe, action, **arguments):
         hook.remove()
 
 
-def test_a_folder_that_is_renamed_while_it_is_used_is_told(pipe, tmp_path):
+def test_a_folder_that_is_renamed_while_it_is_used_is_told(pipe, tmp_path, happened):
     folder = tmp_path / "made"
     with pytest.warns(UserWarning) as caught:
         sweep = during(pipe, lambda: folder.rename(tmp_path / "renamed"), folder=folder)
@@ -84,6 +84,7 @@ def test_a_folder_that_is_renamed_while_it_is_used_is_told(pipe, tmp_path):
     assert "4 images that were saved in" in told[1] and "was the folder renamed" in told[1]
     assert len(sweep) == 2 and len(decinb.load_sweep(tmp_path / "renamed")) == 4
     assert all(image.size == IMAGE.size for image in sweep.images)
+    happened("K8", told[0])
 
 
 def test_a_change_of_directory_changes_nothing(pipe, tmp_path, monkeypatch):

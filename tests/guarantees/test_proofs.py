@@ -132,10 +132,11 @@ def test_a_changed_pipeline_has_another_key_or_makes_the_same_image(pipe, places
         put(holder, name, value)
 
 
-def test_the_places_that_are_changed_are_many_and_decide_images(pipe, places, before):
+def test_the_places_that_are_changed_are_many_and_decide_images(pipe, places, before, happened):
     names = {name for _, name in places}
     assert len(places) > 3000 and {"weight", "eps", "scaling_factor", "use_tiling", "padding_side", "training"} <= names
     assert pipeline_record(pipe)["weights"] == before[0]["weights"], "all changes were undone"
+    happened("K1", "thousands of places, some of them in each run: no image changed under the same key")
 
 
 # --- a changed file ---------------------------------------------------------------------------------------------------
@@ -267,9 +268,10 @@ def resealed(png):
         return b""
 
 
-def test_the_files_to_be_edited_are_whole(files):
+def test_the_files_to_be_edited_are_whole(files, happened):
     store, sweep, saved = files
     for path, record, data in zip(sweep.images.sources, sweep.records, saved, strict=True):
         assert store.read_finished(path, record) == record and joined(chunks_of(data)) == data
         assert record_of(chunks_of(data)) == record
         assert resealed(data) == data and read_saved(path).sealed
+    happened("K3", "pixels, chunks and records edited, swapped, removed, added: none was taken for finished")

@@ -87,6 +87,14 @@ GUARANTEES: dict[str, tuple[str, str]] = {
         "InputError within 5 s and 200 MB; the model is asked for by name, not downloaded",
     ),
     "H5": ("a pipe, a device, a sparse giant, a bomb in place of a PNG", "InputError without reading or waiting"),
+    "K1": ("a pipeline with any attribute or tensor changed", "another key, or the same image"),
+    "K2": ("a hook, a forward or a class of the user's own", "made anew every time, with one line that names it"),
+    "K3": ("an edited PNG with valid checksums", "made again or refused, never finished"),
+    "K4": ("every scheduler of diffusers", "saved, resumed, loaded, replayed; or refused by name before any work"),
+    "K5": ("a compiled, offloaded, sliced or channels-last network", "the same model: nothing is computed again"),
+    "K6": ("a bfloat16 sweep, an adapter's scale", "replayed in bfloat16, and with that scale"),
+    "K7": ("an interrupt", "what is done is saved, one line says how to go on, and the cell ends"),
+    "K8": ("two inputs of one name, leftovers of a launcher, a renamed folder", "told apart, told"),
 }
 
 

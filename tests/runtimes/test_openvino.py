@@ -128,20 +128,20 @@ def test_a_damaged_cache_is_written_again(cache):
 def test_calls_of_a_pipeline_and_packed_sweeps_give_the_same_images(fast, tiny, tmp_path):
     image = decinb.load_image("day")
     arguments = {"strength": 1.0, "num_inference_steps": STEPS}
+    seen = []
+    hook = fast.unet.register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
     made = [
         pipe("a red house", image, **arguments, generator=torch.Generator().manual_seed(0)).images[0]
         for pipe in (fast, tiny)
     ]
+    hook.remove()
+    assert sum(seen) > 0, "hooks on the network itself still run"
     assert same(*made)
     cells = decinb.grid(guidance_scale=[1, 7.5], num_inference_steps=[STEPS])
-    seen = []
-    hook = fast.unet.register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
     sweeps = [
         decinb.run_sweep(pipe, image, "a red house", cells, folder=tmp_path / name)
         for name, pipe in {"fast": fast, "tiny": tiny}.items()
     ]
-    hook.remove()
-    assert sum(seen) > 0, "hooks on the network itself still run"
     assert all(same(*pair) for pair in zip(*(sweep.images for sweep in sweeps), strict=True))
     names = [sorted(file.name for file in (tmp_path / name).glob("*.png")) for name in ("fast", "tiny")]
     assert names[0] == names[1], "their keys differ: float32 images are the same images"
