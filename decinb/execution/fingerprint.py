@@ -197,6 +197,12 @@ class _Hasher:
     def _add_object(self, value: Any, where: str) -> None:
         if isinstance(value, nn.Module):
             self._add_module(value, where)
+        elif isinstance(value, SchedulerMixin):  # its other attributes are the state of the last call
+            self._add_name(type(value), where)
+            self.add(dict(value.config), f"{where}.config")
+        elif isinstance(value, DiffusionPipeline):  # inside a combined pipeline
+            self._add_name(type(value), where)
+            self.add({name: one for name, one in vars(value).items() if not name.startswith("_")}, where)
         elif isinstance(value, Tensor):
             self._add_tensor(value, where)
         elif isinstance(value, np.ndarray) and value.dtype != object:

@@ -25,8 +25,8 @@ from decinb.execution.provenance import (
     restore_scheduler,
 )
 from decinb.images import Saved, read_saved
-from decinb.loading import is_here, load_pipeline
-from decinb.models import IMAGE_TO_IMAGE, MODELS, TASKS, TEXT_TO_IMAGE
+from decinb.loading import load_pipeline
+from decinb.models import IMAGE_TO_IMAGE, TASKS, TEXT_TO_IMAGE
 from decinb.sampling.adapters import adapter_of
 from decinb.sampling.base import Adapter
 from decinb.utils import validation
@@ -76,7 +76,7 @@ def _replay_cell(path: str | Path, saved: Saved, pipe: DiffusionPipeline | None)
     image = None if record["image"] is None else _input_image(saved, path)
     if pipe is None:
         task = TEXT_TO_IMAGE if image is None else IMAGE_TO_IMAGE
-        pipe = load_pipeline(_local_model(record, name), dtype=record.get("dtype"), task=task)
+        pipe = load_pipeline(known_model(record, name), dtype=record.get("dtype"), task=task)
     adapter = adapter_of(pipe)
     job = make_job(record, image, where)
     adapter.check_image(image)
@@ -155,21 +155,6 @@ def _replay_chain(
     return output.image
 
 
-def _local_model(record: ImageRecord, name: str) -> str:
-    """Return the known model that a record names; a file must not make decinb download anything.
-
-    Raises:
-        InputError: it is not a known model, or not on this machine.
-    """
-    model = known_model(record, name)
-    if not is_here(MODELS[model]):
-        raise InputError(
-            f"{name!r} was made by {model}, which is not on this machine: load it with "
-            f"decinb.load_pipeline({model!r}) and give it as pipe"
-        )
-    return model
-
-
 def _scheduler(adapter: Adapter, record: ImageRecord, name: str) -> SchedulerMixin:
     """Return the scheduler that a record names, within bounds of time and memory.
 
@@ -189,7 +174,7 @@ def _pipelines(
     """Return a pipeline for every link of a record: those given, or known models loaded by name."""
     tasks = [validation.choice(link["task"], f"{name!r}: task", TASKS) for link in links]
     if pipe is None:
-        models = [_local_model(link, name) for link in links]
+        models = [known_model(link, name) for link in links]
         wanted = [(model, link.get("dtype")) for model, link in zip(models, links, strict=True)]
         task_of = dict(zip(wanted, tasks, strict=True))
         loaded = {one: load_pipeline(one[0], dtype=one[1], task=task) for one, task in task_of.items()}

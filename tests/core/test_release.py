@@ -85,7 +85,8 @@ def test_the_lowest_versions_are_those_that_were_tried():
     floors = {name: rows.floor(one) for name, one in rows.declared().items() if name in tried}
     assert len(floors) >= len(rows.project()["dependencies"])
     differ = [name for name, version in floors.items() if Version(version) != Version(tried[name])]
-    assert set(differ) <= {"torch"}, differ  # torch is tried with the build that is at hand
+    # torch is tried with the build that is at hand, the lowest ipywidgets in the browser tests' second Jupyter
+    assert set(differ) <= {"torch", "ipywidgets"}, differ
 
 
 def test_the_tables_of_versions_are_up_to_date():
