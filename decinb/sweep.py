@@ -204,6 +204,7 @@ def run_sweep(
         max_rows = validation.count(pack, "pack")
     elif max_rows is not None:
         max_rows = validation.count(max_rows, "max_rows")
+    adapter_of(pipe)  # refuses what is not a pipeline, and could not be locked either
     with pipeline_lock(pipe):  # until the end, so that another thread's call waits
         running = _start(
             pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, max_rows, progress, show

@@ -162,7 +162,9 @@ def run_all(tab: Any, app: str) -> None:
         tab.get_by_text("Run All Cells", exact=True).click()
     else:
         tab.locator("#notebook-container .cell").first.wait_for()
+        # Widgets that are made before their manager is there would never be shown.
         tab.wait_for_function(
-            "window.Jupyter && Jupyter.notebook && Jupyter.notebook.kernel && Jupyter.notebook.kernel.is_connected()"
+            "window.Jupyter && Jupyter.notebook && Jupyter.notebook.kernel && Jupyter.notebook.kernel.is_connected() "
+            "&& Jupyter.notebook.kernel.widget_manager"
         )
         tab.evaluate("Jupyter.notebook.execute_all_cells()")
