@@ -94,6 +94,7 @@ class Runner:
     def __init__(self, adapter: Adapter, results: Results, max_rows: int | None, progress: bool, show: bool):
         self.adapter, self.results, self.plan = adapter, results, results.plan
         self.max_rows, self.progress = max_rows, progress
+        self._calls: dict[int, int] = {}  # U-Net calls made for each cell that was started
         self._pending: list[tuple[str, Result]] = []  # results of the last step that have not been added yet
         self._preview = Preview(adapter, self.plan.image) if adapter.exposes_latents else None
         self._grid: LiveGrid | None = None
@@ -173,9 +174,11 @@ class Runner:
             for cell, progress in active.items() if self._grid else ():
                 if progress.predict is not None:
                     self._grid.preview(cell, progress.predict)
+        advanced = {cell: progress for cell, progress in active.items() if self._calls.get(cell) != progress.step}
+        self._calls.update((cell, progress.step) for cell, progress in advanced.items())
         return [
             State(cell, progress.step, progress.steps, seconds_left, None, progress, self._preview)
-            for cell, progress in active.items()
+            for cell, progress in advanced.items()
         ] + [
             State(cell, calls[result.index], calls[result.index], seconds_left, result.image)
             for result in step.results

@@ -67,6 +67,9 @@
   root.addEventListener("load", (event) => {
     if (event.target.dataset.ask) ask();
     if (event.target.classList.contains("decinb-source")) put(event.target);
+    if (event.target.classList.contains("decinb-run")) {
+      new Function(event.target.parentElement.querySelector("script:not([type])").textContent)();
+    }
   }, true); // "load" does not bubble
   root.addEventListener("pointerdown", (event) => {
     if (!event.target.matches(".decinb-canvas")) return;

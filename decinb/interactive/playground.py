@@ -221,10 +221,9 @@ class Playground:
         self._view["output"].value = _frame(None, text, True, self._asks)
 
     def _show_in(self, name: str, sweep: Sweep) -> None:
-        fragment = sweep.explore()._repr_html_()
-        self._view[name].outputs = (
-            {"output_type": "display_data", "data": {"text/html": fragment, "text/plain": "images"}, "metadata": {}},
-        )
+        # Once this image is loaded, the page runs the viewer's script.
+        run = f'<img hidden class="decinb-run" src="{PIXEL}" alt="">'
+        self._view[name].value = f"<div>{sweep.explore()._repr_html_()}{run}</div>"
 
     def _say(self, text: str, error: bool = False) -> None:
         role, name = ("alert", "decinb-error") if error else ("status", "decinb-status")
@@ -347,7 +346,7 @@ class Playground:
         view["output"] = widgets.HTML(_frame(None, "no image yet", False))
         view["code"] = widgets.HTML("")
         view["source"] = widgets.HTML("")
-        view["explored"], view["kept"] = widgets.Output(), widgets.Output()
+        view["explored"], view["kept"] = widgets.HTML(""), widgets.HTML("")
         hidden = widgets.Layout(display="none")
         view["ask"] = widgets.Button(description="next step", layout=hidden)
         view["ask"].on_click(self._guarded(self._on_asked))

@@ -152,7 +152,7 @@ def _skip(reason: str) -> NoReturn:
 
 
 def run_all(tab: Any, app: str) -> None:
-    """Run all cells of the notebook that is open."""
+    """Run all cells of the notebook that is open, as soon as its kernel is ready."""
     if app == "lab":
         tab.locator(".jp-Notebook").wait_for()
         tab.locator(".jp-CodeCell").first.wait_for()
@@ -162,7 +162,10 @@ def run_all(tab: Any, app: str) -> None:
         tab.get_by_text("Run All Cells", exact=True).click()
     else:
         tab.locator("#notebook-container .cell").first.wait_for()
+        # Widgets that are made before their manager is there would never be shown.
         tab.wait_for_function(
-            "window.Jupyter && Jupyter.notebook && Jupyter.notebook.kernel && Jupyter.notebook.kernel.is_connected()"
+            "window.Jupyter && Jupyter.notebook && Jupyter.notebook.kernel && Jupyter.notebook.kernel.is_connected() "
+            "&& Jupyter.notebook.kernel.widget_manager"
         )
+        tab.wait_for_function("Jupyter.notebook.kernel.info_reply.status === 'ok'")
         tab.evaluate("Jupyter.notebook.execute_all_cells()")
