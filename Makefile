@@ -81,7 +81,8 @@ classic: .venv-classic/ready
 	@touch $@
 
 fuzz: environment
-	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/guarantees/test_fuzz.py tests/guarantees/test_proofs.py tests/guarantees/test_hostile.py
+	DECINB_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/guarantees/test_fuzz.py tests/guarantees/test_proofs.py tests/guarantees/test_hostile.py \
+		tests/execution/test_modes.py
 
 # Everything runs inside the folder: from here, Python could take it for the package of the same name.
 mindspore: .venv-mindspore/ready

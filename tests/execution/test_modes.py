@@ -1,5 +1,8 @@
 """Every scheduler and every way to run a network: sweep, save, resume, load, plot and replay, or a refusal by name."""
 
+import itertools
+import os
+import random
 import warnings
 
 import diffusers
@@ -51,6 +54,11 @@ CANNOT = {  # made for other pipelines: tokens, flows, several inputs at a step
     "UnCLIPScheduler",
     "VQDiffusionScheduler",
 }
+
+EXAMPLES = int(os.environ.get("DECINB_FUZZ_EXAMPLES", "100"))
+PAIRS = list(itertools.product([name for name in SCHEDULERS if name not in CANNOT], MODES))
+SOME_PAIRS = PAIRS if EXAMPLES > 100 else random.Random(0).sample(PAIRS, 6)
+"""Of schedulers and modes: a few in ``make test``, all of them in ``make fuzz``."""
 
 
 @pytest.fixture
@@ -137,6 +145,23 @@ def test_a_mode_goes_the_whole_way_and_is_the_same_model(pipe, tmp_path, change,
     plt.close("all")
     assert all(map(same, before.images, after.images))
     happened("K5", "nothing computed again; a new sweep gives the same images")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "change"), SOME_PAIRS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_scheduler_goes_the_whole_way_in_a_mode(pipe, tmp_path, name, change):
+    pipe.scheduler = scheduler_of(name, pipe)
+    before = run_sweep(pipe, IMAGE, PROMPT, CELLS[1:], folder=tmp_path / "before", progress=False)
+    change(pipe)
+    with torch.compiler.set_stance("force_eager"):
+        with count_unet_calls(pipe) as count:
+            again = run_sweep(pipe, IMAGE, PROMPT, CELLS[1:], folder=tmp_path / "before", progress=False)
+        assert count.calls == 0 and again.records == before.records
+        after = whole_way(pipe, tmp_path / "after", CELLS[1:])
+        alone = run_sweep(pipe, IMAGE, PROMPT, CELLS[1:], progress=False)
+    assert same(after.images[0], alone.images[0])
+    if "Inverse" not in name:
+        assert same(before.images[0], after.images[0])
 
 
 def test_bfloat16_is_replayed_in_bfloat16(tmp_path, capsys, happened):
