@@ -297,6 +297,7 @@ image = decinb.load_image("day")
 if fault == "full":  # no file may grow beyond this: the manifest fits, a picture does not
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 elif os.geteuid() == 0:
+    decinb.run_sweep(pipe, image, "a red house", [{"strength": 0.1}], progress=False)  # imports what others cannot
     os.seteuid(65534)  # what is read-only for others is not for root
 cells = decinb.grid(seed=[0, 1], strength=[1.0], num_inference_steps=[2], guidance_scale=[1.0])
 with warnings.catch_warnings(record=True) as caught:

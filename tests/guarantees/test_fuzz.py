@@ -26,7 +26,6 @@ from decinb.utils.validation import MAX_SIDE, MIN_SIDE, MULTIPLE
 EXAMPLES = int(os.environ.get("DECINB_FUZZ_EXAMPLES", "100"))
 MAX_SECONDS = 5  # for one input; most take a millisecond
 MAX_GROWTH = 1_000_000  # kB, whatever a header says
-BEFORE = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 fuzz = settings(
     max_examples=EXAMPLES,
@@ -178,8 +177,9 @@ def damaged(draw):
 
 
 def a_picture_or_refused(data):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     made = outcome(load_image, data)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < BEFORE + MAX_GROWTH
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + MAX_GROWTH
     if isinstance(made, InputError):
         return
     assert made.mode == "RGB" and len(made.tobytes()) == 3 * made.width * made.height
