@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from decinb.errors import InputError
-from decinb.scenes.scenes import Scene, render
+from decinb.scenes import Scene, render
 from decinb.utils import validation
 from decinb.utils.files import write_atomically
 from decinb.utils.url import fetch

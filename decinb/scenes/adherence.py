@@ -1,4 +1,4 @@
-"""Measure how well the image of a scene follows its prompt: how much of what the prompt names the image shows."""
+"""What a prompt names of a scene, and how much of it an image shows."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -6,46 +6,47 @@ from collections.abc import Iterable, Sequence
 from PIL import Image
 
 from decinb.errors import InputError
+from decinb.scenes.attributes import ATTRIBUTES
+from decinb.scenes.captions import PHRASES
 from decinb.scenes.judge import Judge
-from decinb.scenes.scenes import GROUND_WORDS, HOUSE_WORDS, STYLE_WORDS, TIME_WORDS, TREE_WORDS
 
 Value = str | bool | None
-FUNCTION_WORDS = {"a", "an", "the", "on", "in", "at", "by", "under", "of"}
+
+_LINKING = {"a", "an", "the", "on", "in", "at", "by", "under", "of", "with", "is"}
+"""Small words at the ends of a phrase, which a prompt may leave out."""
 
 
-def _pattern(phrases: str | Iterable[str]) -> re.Pattern:
-    """Compile a pattern for phrases in any case, in singular or plural, with or without function words at the ends."""
+def _pattern(phrases: Iterable[str]) -> re.Pattern:
+    """Match one of some phrases in any case, in singular or plural, with or without the small words at its ends."""
     cores = []
-    for phrase in [phrases] if isinstance(phrases, str) else phrases:
+    for phrase in phrases:
         words = phrase.split()
-        while words[0] in FUNCTION_WORDS:
+        while words[0] in _LINKING:
             del words[0]
-        while words[-1] in FUNCTION_WORDS:
+        while words[-1] in _LINKING:
             del words[-1]
         core = r"[\s-]+".join(words)
         cores.append(core[:-1] if core.endswith("s") and not core.endswith("ss") else core)
-    return re.compile(rf"\b(?:{'|'.join(cores)})(?:e?s)?\b", re.IGNORECASE)
+    return re.compile(rf"\b(?:{'|'.join(sorted(cores, key=len, reverse=True))})(?:e?s)?\b", re.IGNORECASE)
 
 
-EMPTY = _pattern("an empty landscape")
-ANY_HOUSE = _pattern("a house")
-PATTERNS: dict[str, dict[Value, re.Pattern]] = {
-    "style": {value: _pattern(phrases) for value, phrases in STYLE_WORDS.items()},
-    "time": {value: _pattern(phrases) for value, phrases in TIME_WORDS.items()},
-    "ground": {value: _pattern(phrases) for value, phrases in GROUND_WORDS.items()},
-    "house": {None: EMPTY} | {value: _pattern(phrase) for value, phrase in HOUSE_WORDS.items()},
-    "trees": {None: EMPTY} | {value: _pattern(phrases) for value, phrases in TREE_WORDS.items()},
-    "mountains": {False: EMPTY, True: _pattern("mountains")},
-}
-"""For each value of each attribute, the pattern of the phrases that name it."""
+_NOUNS = [noun for nouns in PHRASES["building"].values() for noun in nouns]
+
+_PATTERNS: dict[str, dict[Value, re.Pattern]] = {
+    name: {value: _pattern(phrases) for value, phrases in values.items()} for name, values in PHRASES.items()
+} | {"house": {colour: _pattern(f"{colour} {noun}" for noun in _NOUNS) for colour in ATTRIBUTES["house"][1:]}}
+
+_BUILDING = _pattern(_NOUNS)
+_EMPTY = _pattern(["an empty landscape"])
 
 
 def named_attributes(prompt: str) -> dict[str, Value]:
-    """Find the attributes of a scene that a prompt names in the words of the captions.
+    """Return the attributes of a scene that a prompt names, in the words of the captions.
 
-    Function words and case do not matter ("Red house, snow, night" names three attributes). An attribute named with
-    two values ("a red house and a blue house") is left out, as are the time and the ground of a sketch, which cannot
-    be seen. Any house in a sketch is "plain". Negations such as "no" and "without" are not understood.
+    Small words and case do not matter: "Red house, snow, night" names a colour, a building, a ground and a time. "An
+    empty landscape" names the absence of every thing. An attribute named with two values ("a red house and a blue
+    house") is left out, and so are the time and the ground of a sketch, which cannot be seen; any building in a sketch
+    is "plain". "no" and "without" are not understood: captions say what is there.
 
     Args:
         prompt: any text.
@@ -59,39 +60,54 @@ def named_attributes(prompt: str) -> dict[str, Value]:
     if not isinstance(prompt, str):
         raise InputError(f"prompt must be a string, got {type(prompt).__name__}")
     named = {}
-    for name, patterns in PATTERNS.items():
-        found = [value for value, pattern in patterns.items() if pattern.search(prompt)]
+    for name in ATTRIBUTES:
+        spans = {value: _spans(pattern, prompt) for value, pattern in _PATTERNS[name].items()}
+        found = [value for value, own in spans.items() if any(not _is_within(span, spans, value) for span in own)]
         if len(found) == 1:
             named[name] = found[0]
+    if _EMPTY.search(prompt):
+        for name, values in ATTRIBUTES.items():
+            if not values[0] and name not in named:
+                named[name] = values[0]
     if named.get("style") == "sketch":
         named = {name: value for name, value in named.items() if name not in ("time", "ground")}
-        if ANY_HOUSE.search(prompt):
+        if _BUILDING.search(prompt):
             named["house"] = "plain"
     return named
 
 
+def _spans(pattern: re.Pattern, prompt: str) -> list[tuple[int, int]]:
+    return [match.span() for match in pattern.finditer(prompt)]
+
+
+def _is_within(span: tuple[int, int], spans: dict[Value, list[tuple[int, int]]], value: Value) -> bool:
+    """Whether a match lies in a longer one of another value, as "painting" does in "watercolour painting"."""
+    others = (other for key, found in spans.items() if key != value for other in found)
+    return any(start <= span[0] and span[1] <= end and (start, end) != span for start, end in others)
+
+
 def adherence(images: Image.Image | Sequence[Image.Image], prompt: str) -> float | list[float]:
-    """Measure how much of what a prompt names an image shows, according to the judge of the bundled scenes.
+    """Return how much of what a prompt names is in an image, as the judge of the bundled scenes sees it.
 
     Args:
         images: one image of a scene or several, of any size.
         prompt: names at least one attribute of a scene.
 
     Returns:
-        The fraction of the named attributes that the image shows, 0 to 1; a list of fractions for several images.
+        The fraction of the named attributes that the image shows, from 0 to 1; a list if several images were given.
 
     Raises:
-        InputError: the prompt is not a string, or names nothing that the judge knows.
+        InputError: the prompt names nothing that the judge knows.
     """
     named = named_attributes(prompt)
     if not named:
+        known = ", ".join(ATTRIBUTES)
         raise InputError(
-            f"prompt must name an attribute of a scene ({', '.join(PATTERNS)}; such as 'a red house at night'), "
-            f"got {prompt!r}"
+            f"prompt must name an attribute of a scene ({known}; such as 'a red house at night'), got {prompt!r}"
         )
     single = isinstance(images, Image.Image)
     fractions = [
-        sum(shown.get(name) == value for name, value in named.items()) / len(named)
-        for shown in Judge.load().classify([images] if single else images)
+        sum(seen.get(name) == value for name, value in named.items()) / len(named)
+        for seen in Judge.load().classify([images] if single else images)
     ]
     return fractions[0] if single else fractions

@@ -1,147 +1,82 @@
-"""The training data of the bundled models: scenes, their images, and examples of denoising."""
+"""What the networks learn from: scenes, their images as bytes, and their captions as tokens. Drawn once and kept."""
 
 import itertools
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from decinb.scenes.scenes import IMAGE_SIZE, Scene, caption, differing, house_mask, random_scene, render, twin
-from decinb.tiny.networks import TOKENS
+from decinb.scenes import IMAGE_SIZE, Scene, random_scene, render, web_caption
 from decinb.utils.files import replacing
 
-EDIT_THRESHOLD = (350, 500)
-"""Timesteps: an edit that starts below the first keeps its source; one above the second follows its prompt."""
 
-HOUSE_WEIGHT = 4
-"""Weight of a house in the loss: it covers a twentieth of an image, and most prompts are about it."""
-
-
-def draw_scenes(places: int, seed: int) -> list[Scene]:
-    """Choose random scenes, each followed by its twin: the same place with one or two attributes changed."""
+def draw_scenes(count: int, seed: int) -> list[Scene]:
+    """Draw random scenes."""
     rng = random.Random(seed)
-    scenes = []
-    for _ in range(places):
-        scenes.append(random_scene(rng))
-        scenes.append(twin(scenes[-1], rng))
-    return scenes
+    return [random_scene(rng) for _ in range(count)]
 
 
 def draw(scene: Scene, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Render a scene as bytes, (3, size, size)."""
+    """Render a scene to bytes, (3, height, width)."""
     return np.asarray(render(scene, size)).transpose(2, 0, 1)
 
 
-def draw_all(scenes: list[Scene], file: Path, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Render many scenes on all cores into a memory-mapped file, unless it exists.
+def draw_all(scenes: Sequence[Scene], file: Path, size: int = IMAGE_SIZE, workers: int | None = None) -> np.ndarray:
+    """Render scenes to a file of bytes, (scenes, 3, height, width), and map it into memory. A finished file is reused.
 
-    Returns:
-        Bytes, (scenes, 3, size, size).
+    Args:
+        workers: number of processes; by default one for each core.
     """
     if not file.exists():
-        with replacing(file) as part, ProcessPoolExecutor() as pool:
+        with replacing(file) as part, ProcessPoolExecutor(workers) as pool:
             images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(scenes), 3, size, size))
             for i, image in enumerate(pool.map(draw, scenes, itertools.repeat(size), chunksize=64)):
                 images[i] = image
             images.flush()
-            del images  # Windows cannot rename an open file
+            del images  # Windows does not rename open files
     return np.load(file, mmap_mode="r")
 
 
 def cached(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """Load an array from a file; make and save it first if there is none."""
     if not file.exists():
-        array = make()
-        with replacing(file) as part, open(part, "xb") as out:
-            np.save(out, array)
+        with replacing(file) as part, open(part, "wb") as stream:
+            np.save(stream, make())
     return np.load(file)
 
 
 def to_input(images: np.ndarray | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Convert bytes to what a VAE takes, in [-1, 1]."""
+    """Turn bytes into the [-1, 1] that a VAE takes."""
     return torch.tensor(np.ascontiguousarray(images)).to(device, dtype) / 127.5 - 1
 
 
-def to_tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """Tokenize prompts as a pipeline does, (prompts, TOKENS)."""
+def to_tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Return the tokens of texts, (texts, longest the tokenizer allows), as a pipeline makes them."""
     return tokenizer(
-        list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids
 
 
-def house_weights(scenes: Sequence[Scene], side: int) -> Tensor:
-    """Return the weight of every latent pixel in the loss, (scenes, 1, side, side)."""
-    houses = torch.from_numpy(np.stack([house_mask(scene, side) for scene in scenes]))[:, None]
-    return torch.where(houses, HOUSE_WEIGHT, 1.0)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row of a training step: predict ``target`` from noise that was added to ``source``.
-
-    ``target`` and ``source`` are indices of scenes. They are equal for plain diffusion; for an edit they are twins.
-    Noise was added at timestep ``start`` and has been removed down to ``timestep``.
-    """
-
-    target: int
-    source: int
-    start: int
-    timestep: int
-    prompt: str
-
-    @classmethod
-    def draw(
-        cls, scenes: Sequence[Scene], rng: random.Random, steps: int, describe: Callable[..., str] = caption
-    ) -> "Example":
-        """Choose an example at random.
-
-        Half of the examples are plain diffusion. In the others the prompt describes the twin of the source. If the edit
-        starts above ``EDIT_THRESHOLD``, the target is the twin as well; below it, the target is the source, whatever
-        the prompt says. One prompt in ten is empty, for classifier-free guidance.
-
-        Args:
-            scenes: every second one is the twin of the one before it.
-            rng: chooses.
-            steps: the number of training timesteps.
-            describe: makes captions, called as ``caption``.
-        """
-        source, timestep = rng.randrange(len(scenes)), rng.randrange(steps)
-        scene, other = scenes[source], scenes[source ^ 1]
-        changed = differing(scene, other)
-        if rng.random() < 0.5 or not all(getattr(other, name) for name in changed):  # captions cannot say "no house"
-            target, start, prompt = source, timestep, describe(scene, rng)
-        else:
-            start = rng.randrange(timestep, steps)
-            target = source ^ 1 if start > rng.uniform(*EDIT_THRESHOLD) else source
-            prompt = describe(other, rng, always=changed)
-        return cls(target, source, start, timestep, "" if rng.random() < 0.1 else prompt)
-
-
-def noised(
-    examples: Sequence[Example], moments: Tensor, scheduler: DDIMScheduler, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return the latents of the targets, and noise that includes what is left of the sources.
+def draw_captions(
+    scenes: Sequence[Scene],
+    tokenizer: CLIPTokenizer,
+    each: int,
+    seed: int,
+    say: Callable[[Scene, random.Random], str] = web_caption,
+) -> Tensor:
+    """Write several captions for each scene and return their tokens, (scenes, each, tokens), int16.
 
     Args:
-        examples: what to train on.
-        moments: of the latents of all scenes, as ``encode`` gives them.
-        scheduler: adds the noise.
-        generator: on the CPU, so that every device gets the same noise.
-
-    Returns:
-        Two tensors (examples, 4, height, width), float32.
+        each: captions a scene.
+        say: writes one caption; by default incomplete and now and then wrong, as ``web_caption`` documents.
     """
-    means, log_variances = moments[[example.target for example in examples]].chunk(2, dim=1)
-    sources = moments[[example.source for example in examples], :4]
-    latents = means + (0.5 * log_variances).exp() * torch.randn(means.shape, generator=generator).to(means)
-    noise = torch.randn(means.shape, generator=generator).to(means)
-    sigmas = (1 / scheduler.alphas_cumprod - 1).sqrt()[[example.start for example in examples]]
-    noise += (sources - means) / sigmas[:, None, None, None].to(means)
-    return latents, noise
+    rng = random.Random(f"captions {seed}")
+    texts = [say(scene, rng) for scene in scenes for _ in range(each)]
+    chunks = (texts[start : start + 4096] for start in range(0, len(texts), 4096))
+    tokens = torch.cat([to_tokens(tokenizer, chunk).to(torch.int16) for chunk in chunks])
+    return tokens.unflatten(0, (len(scenes), each))

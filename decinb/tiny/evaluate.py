@@ -1,406 +1,407 @@
 """Measure the bundled model: ``python -m decinb.tiny.evaluate``.
 
-The report says how well the VAE reconstructs scenes, how often an image shows what its prompt names, how well image to
-image changes one attribute and keeps the rest, and what guidance and steps do. Scenes come from seeds that no training
-uses, and prompts are worded as no training caption is; the judge looks at the images. ``goals`` compares the report
-with what the model was meant to reach.
+The VAE on unseen scenes; what strength, guidance and steps do; whether things are drawn twice; and whether the judge
+agrees with the renderer's own colours. Every value has a 95% confidence interval. The scenes come from seeds that no
+training uses. ``goals`` says what was asked for.
 """
 
 import argparse
-import itertools
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import DiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from PIL import Image
-from torch import nn
 
 from decinb.errors import InputError
+from decinb.images import load_image
 from decinb.loading import load_pipeline
 from decinb.metrics import clipped_fraction, mean_abs_difference, oversaturated, psnr, ssim
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
+from decinb.scenes import ATTRIBUTES, IMAGE_SIZE, Scene, caption, random_scene, render
 from decinb.scenes.adherence import named_attributes
-from decinb.scenes.judge import Judge, accuracy, to_image, to_tensor
-from decinb.scenes.scenes import ATTRIBUTES, HOUSE, IMAGE_SIZE, Scene, caption, house_mask, random_scene, render
+from decinb.scenes.colours import count_red_buildings, count_suns, ground_by_colour, time_by_colour
+from decinb.scenes.judge import Judge, accuracy, through_vae
+from decinb.tiny import estimates
+from decinb.tiny.estimates import Estimate
+from decinb.tiny.tasks import GUIDANCE, STEPS, TASKS, Trial, draw_trials, house_kept, run_in_batches
 from decinb.utils.environment import describe_pipeline
 
-STEPS = 30
-GUIDANCE = 5.0
-STRENGTHS = [i / 10 for i in range(1, 11)]
-GUIDANCES = [1, 2, 3, 5, 7.5, 10, 15, 20]
-STEP_COUNTS = [5, 10, 20, 30, 50, 100]
-BATCH = 32
-FULL = {"vae": 500, "text": 500, "changes": 200, "guidance": 64, "steps": 64}
-QUICK = {"vae": 100, "text": 100, "changes": 16, "guidance": 8, "steps": 8}
-"""The numbers of scenes (for the VAE), pairs (for changes) and prompts (for all else)."""
-
-GREY = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (127, 127, 127))  # the input at strength 1, where it has no effect
-
-CHANGES: dict[str, tuple[str, str, str]] = {  # (attribute, value in the input, value in the prompt)
-    "day to night": ("time", "day", "night"),
-    "grass to snow": ("ground", "grass", "snow"),
-    "sketch to painting": ("style", "sketch", "painting"),
-    "house colour": ("house", "", ""),  # from any colour to any other
+STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.85, 0.9, 1.0)
+GUIDANCES = (1, 2, 4.5, 5, 7.5, 10.5, 13.5, 20)
+CALLS = (5, 10, 15, 20, 30, 50)
+SAMPLERS: dict[str, Callable[[Any], Any]] = {
+    "DDIM": lambda config: None,  # the pipeline's own
+    "DPM++ 2M": lambda config: DPMSolverMultistepScheduler.from_config(config),
+    "UniPC": lambda config: UniPCMultistepScheduler.from_config(config),
 }
+SEEDS = 4
+"""Images of each prompt that the spread over seeds is measured on."""
+
+FULL, QUICK = 200, 24
+"""Images for each point of a curve."""
+
+_GREY = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (127, 127, 127))  # strength 1 keeps nothing of it
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
 
 
 def evaluate_vae(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
-    """Compare scenes with their reconstructions by the VAE: PSNR (dB), SSIM, and the accuracy of the judge on them."""
-    scenes = list(_scenes("vae", count))
+    """Compare unseen scenes with themselves after the VAE: PSNR in dB, SSIM, and what the judge still sees right."""
+    scenes = draw_scenes("vae", count)
     images = [render(scene) for scene in scenes]
-    reconstructed = reconstruct(images, pipe.vae)
-    values = [
-        (scene.style, psnr(*pair), ssim(*pair)) for scene, *pair in zip(scenes, reconstructed, images, strict=True)
-    ]
-    report: dict[str, Any] = {"scenes": count}
-    for name, styles in {"all": ATTRIBUTES["style"], **{style: (style,) for style in ATTRIBUTES["style"]}}.items():
-        chosen = [value[1:] for value in values if value[0] in styles]
-        report[name] = dict(zip(("psnr", "ssim"), np.mean(chosen, axis=0).tolist(), strict=True)) if chosen else None
-    judged = accuracy(Judge.load(), scenes, reconstructed)
-    report["judge_accuracy"] = {name: judged[name] for name in ATTRIBUTES}
+    back = through_vae(images, pipe.vae)
+    report: dict[str, Any] = {}
+    for name in ("all", *ATTRIBUTES["style"]):
+        pairs = [pair for scene, *pair in zip(scenes, back, images, strict=True) if name in ("all", scene.style)]
+        if pairs:
+            report[name] = {
+                "psnr": estimates.mean([psnr(*pair) for pair in pairs]),
+                "ssim": estimates.mean([ssim(*pair) for pair in pairs]),
+            }
+    judged = accuracy(Judge.load(), scenes, back)
+    report["judged right"] = {name: judged[name] for name in ATTRIBUTES if name in judged}
     return report
 
 
-def evaluate_text(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
-    """Make images from prompts alone (strength 1), and let the judge say which attributes are correct."""
-    prompts = _prompts(count)
-    shown = Judge.load().classify(run_in_batches(pipe, [GREY] * count, prompts, strength=1.0))
-    answers = [_answers(*pair) for pair in zip(prompts, shown, strict=True)]
-    correct = {name: [answer[name] for answer in answers if name in answer] for name in ATTRIBUTES}
+def evaluate_tasks(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
+    """Run every task at every strength."""
     return {
-        "prompts": count,
-        "correct": {name: float(np.mean(values)) for name, values in correct.items() if values},
-        "all_correct": float(np.mean([all(answer.values()) for answer in answers])),
+        task: {f"{strength:g}": measure(pipe, draw_trials(task, count), strength, reference(task, count))
+               for strength in STRENGTHS}
+        for task in TASKS
+    }  # fmt: skip
+
+
+def reference(task: str, count: int) -> list[Image.Image]:
+    """Return renders of other scenes such as a task asks for."""
+    return [render(trial.target) for trial in draw_trials(task, count, purpose="reference")]
+
+
+def measure(
+    pipe: DeciDiffusionImg2ImgPipeline, trials: Sequence[Trial], strength: float, renders: Sequence[Image.Image]
+) -> dict[str, Estimate]:
+    """Run trials at one strength.
+
+    Args:
+        renders: what the images made are compared with as a whole; as many as there are trials.
+
+    Returns:
+        ``changed``, the fraction of images with every attribute that the input lacked; ``adherence``, of all that the
+        prompt names; ``layout``, how well the building stayed in its place (at strength 1 what chance gives);
+        ``change``, the mean difference from the input; ``frechet``, the distance to the renders.
+    """
+    made = run_in_batches(pipe, [trial.image for trial in trials], [trial.prompt for trial in trials], strength)
+    judge = Judge.load()
+    pairs = list(zip(trials, made, strict=True))
+    answers = [answer(trial.prompt, seen) for trial, seen in zip(trials, judge.classify(made), strict=True)]
+    changed = [
+        all(right[name] for name in trial.changed if name in right)
+        for trial, right in zip(trials, answers, strict=True)
+    ]
+    return {
+        "changed": estimates.fraction(changed),
+        "adherence": estimates.mean([float(np.mean(list(right.values()))) for right in answers]),
+        "layout": estimates.mean([house_kept(image, trial.target) for trial, image in pairs]),
+        "change": estimates.mean([mean_abs_difference(image, trial.image) for trial, image in pairs]),
+        "frechet": estimates.frechet(judge.features(made), judge.features(renders)),
     }
 
 
-def evaluate_changes(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
-    """Change one attribute of a scene through the prompt, at every strength.
+def evaluate_examples(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
+    """Turn the sample "day" into snow at night, as the guide's sweeps do, and "day" into snow, over many seeds.
 
-    Reported for each strength: ``changed``, the fraction of images with the new value; ``kept``, the fraction of
-    correct values among all else that the prompt names; ``adherence``, the fraction for both together; ``overlap``, how
-    well the house stayed in place (see ``find_house``); ``distance``, the mean absolute difference from the input. At
-    strength 1 the input has no effect, so the overlap there is due to chance. ``vae`` is the overlap in the targets
-    after the VAE alone, an upper limit.
+    Reported by strength: ``said``, the fraction with the sky and the ground that the prompt names; and once
+    ``ends``, the mean difference of the images at strengths 0.75 and 1 from the same seed.
     """
-    pairs = list(draw_pairs(count))
-    reconstructed = reconstruct([render(target) for *_, target in pairs], pipe.vae)
-    overlaps = [
-        overlap(find_house(image, target), house_mask(target))
-        for image, (*_, target) in zip(reconstructed, pairs, strict=True)
-    ]
-    report: dict[str, Any] = {"pairs": count, "vae": float(np.mean(overlaps)), "strengths": {}}
-    for strength in STRENGTHS:
-        report["strengths"][f"{strength:g}"] = measure_changes(pipe, pairs, strength)
+    image = load_image("day", IMAGE_SIZE)
+    prompts = {
+        "day to night": MODELS["tiny"].example_prompt,
+        "grass to snow": "a painting of a blue house, round trees and mountains on snow by day",
+    }
+    report = {}
+    for name, prompt in prompts.items():
+        rows, kept = {}, {}
+        for strength in (0.5, 0.75, 0.85, 1.0):
+            made = run_in_batches(pipe, [image] * count, [prompt] * count, strength)
+            rights = [answer(prompt, seen) for seen in Judge.load().classify(made)]
+            said = [right.get("time", False) and right.get("ground", False) for right in rights]
+            rows[f"{strength:g}"], kept[strength] = estimates.fraction(said), made
+        ends = [mean_abs_difference(*pair) for pair in zip(kept[0.75], kept[1.0], strict=True)]
+        report[name] = {"said": rows, "ends": estimates.mean(ends)}
     return report
-
-
-def measure_changes(
-    pipe: DiffusionPipeline, pairs: Sequence[tuple[str, Scene, Scene]], strength: float
-) -> dict[str, dict[str, float]]:
-    """Return what ``evaluate_changes`` reports for one strength: for all pairs, and by the name of the change."""
-    images = [render(scene) for _, scene, _ in pairs]
-    prompts = [caption(target) for *_, target in pairs]
-    made = run_in_batches(pipe, images, prompts, strength)
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("all", *CHANGES)}
-    for (name, _, target), before, image, prompt, shown in zip(
-        pairs, images, made, prompts, Judge.load().classify(made), strict=True
-    ):
-        answers = _answers(prompt, shown)
-        adherence = float(np.mean(list(answers.values())))
-        row = {
-            "changed": float(answers.pop(CHANGES[name][0])),
-            "kept": float(np.mean(list(answers.values()))),
-            "adherence": adherence,
-            "overlap": overlap(find_house(image, target), house_mask(target)),
-            "distance": mean_abs_difference(image, before),
-        }
-        rows[name].append(row)
-        rows["all"].append(row)
-    return {name: _mean(values) for name, values in rows.items()}
 
 
 def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
-    """Measure what guidance does to images made from prompts alone: adherence, oversaturated and clipped pixels."""
-    prompts = _prompts(count)
-    report: dict[str, Any] = {"prompts": count, "scales": {}}
+    """Make images from prompts alone at every guidance scale.
+
+    Reported by scale: the fraction right of every attribute, and ``all`` of a prompt at once; ``spread``, the mean
+    difference of two images of one prompt from different seeds; ``clipped`` and ``oversaturated`` pixels; ``frechet``,
+    the distance to renders of other scenes; ``gradients``, the mean difference of neighbouring pixels beside that of
+    those renders.
+    """
+    judge, prompts = Judge.load(), draw_prompts(count)
+    renders = [render(scene) for scene in draw_scenes("reference", count)]
+    features, edges = judge.features(renders), np.mean([_gradient(image) for image in renders])
+    few = prompts[: max(2, count // SEEDS)]
+    report = {}
     for scale in GUIDANCES:
-        made = run_in_batches(pipe, [GREY] * count, prompts, strength=1.0, guidance_scale=scale)
-        report["scales"][f"{scale:g}"] = {
-            "adherence": _adherence(made, prompts),
-            "oversaturated": oversaturated(made),
-            "clipped": clipped_fraction(made),
+        made = run_in_batches(pipe, [_GREY] * count, prompts, 1.0, scale)
+        answers = [answer(*pair) for pair in zip(prompts, judge.classify(made), strict=True)]
+        again = [run_in_batches(pipe, [_GREY] * len(few), few, 1.0, scale, seed=10_000 * i) for i in range(1, SEEDS)]
+        spread = [
+            float(np.mean([mean_abs_difference(a, b) for i, a in enumerate(same) for b in same[:i]]))
+            for same in zip(made[: len(few)], *again, strict=True)
+        ]
+        report[f"{scale:g}"] = {
+            **{
+                name: estimates.fraction([right[name] for right in answers if name in right])
+                for name in ATTRIBUTES
+                if any(name in right for right in answers)
+            },
+            "all": estimates.fraction([all(right.values()) for right in answers]),
+            "spread": estimates.mean(spread),
+            "clipped": estimates.mean([clipped_fraction(image) for image in made]),
+            "oversaturated": estimates.mean([oversaturated(image) for image in made]),
+            "frechet": estimates.frechet(judge.features(made), features),
+            "gradients": estimates.mean([_gradient(image) / edges for image in made]),
         }
     return report
 
 
+def _gradient(image: Image.Image) -> float:
+    pixels = np.asarray(image, dtype=float)
+    return float(np.abs(np.diff(pixels, axis=0)).mean() + np.abs(np.diff(pixels, axis=1)).mean())
+
+
 def evaluate_steps(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
-    """Measure what steps do to images made from prompts alone: adherence, and distance from those of 200 steps."""
-    prompts = _prompts(count)
-    converged = run_in_batches(pipe, [GREY] * count, prompts, strength=1.0, num_inference_steps=2 * STEP_COUNTS[-1])
-    report: dict[str, Any] = {"prompts": count, "steps": {}}
-    for steps in STEP_COUNTS:
-        made = run_in_batches(pipe, [GREY] * count, prompts, strength=1.0, num_inference_steps=steps)
-        distance = float(np.mean([mean_abs_difference(*pair) for pair in zip(made, converged, strict=True)]))
-        report["steps"][str(steps)] = {"adherence": _adherence(made, prompts), "distance": distance}
+    """Make images from prompts alone with several samplers, at equal numbers of U-Net calls."""
+    judge, prompts, own = Judge.load(), draw_prompts(count), pipe.scheduler
+    features = judge.features([render(scene) for scene in draw_scenes("reference", count)])
+    report: dict[str, Any] = {}
+    try:
+        for name, make in SAMPLERS.items():
+            pipe.scheduler = make(own.config) or own
+            report[name] = {}
+            for calls in CALLS:
+                made = run_in_batches(pipe, [_GREY] * count, prompts, 1.0, num_inference_steps=calls)
+                answers = [answer(*pair) for pair in zip(prompts, judge.classify(made), strict=True)]
+                report[name][str(calls)] = {
+                    "adherence": estimates.mean([float(np.mean(list(right.values()))) for right in answers]),
+                    "frechet": estimates.frechet(judge.features(made), features),
+                }
+    finally:
+        pipe.scheduler = own
     return report
 
 
-def evaluate_call(pipe: DeciDiffusionImg2ImgPipeline) -> dict[str, Any]:
-    """Time one call of 30 steps at strength 0.75: the median of five after a first, in seconds."""
+def evaluate_duplicates(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
+    """Count suns and red buildings by colour in images that ask for one, and in renders of the same scenes.
+
+    Reported for both: the fraction with two or more; and how often the judge agrees with the renderer's colours on time
+    and ground.
+    """
+    rng = random.Random("evaluate duplicates")
+    scenes = [
+        replace(random_scene(rng), style="painting", weather="clear", house="red", ground=rng.choice(("grass", "snow")))
+        for _ in range(count)
+    ]
+    prompts = [caption(scene) for scene in scenes]
+    sets = {
+        "made": run_in_batches(pipe, [_GREY] * count, prompts, 1.0),
+        "renders": [render(scene) for scene in scenes],
+    }
+    report = {}
+    for name, images in sets.items():
+        pairs = list(zip(scenes, images, strict=True))
+        judged = [
+            (seen.get("time"), seen.get("ground"), image)
+            for seen, image in zip(Judge.load().classify(images), images, strict=True)
+            if "time" in seen
+        ]
+        report[name] = {
+            "two suns": estimates.fraction([count_suns(image, scene.time) > 1 for scene, image in pairs]),
+            "two buildings": estimates.fraction(
+                [count_red_buildings(image, scene.building, scene.time) > 1 for scene, image in pairs]
+            ),
+        }
+        if judged:
+            report[name]["judge and colours agree on time"] = estimates.fraction(
+                [time_by_colour(image) == found for found, _, image in judged]
+            )
+            report[name]["judge and colours agree on ground"] = estimates.fraction(
+                [ground_by_colour(image, found) == ground for found, ground, image in judged]
+            )
+    return report
+
+
+def evaluate_call(pipe: DeciDiffusionImg2ImgPipeline, count: int = 5) -> dict[str, Any]:
+    """Time calls of 30 steps at strength 0.75, in seconds; the first is not counted."""
     image, prompt = render(Scene(house="red")), caption(Scene(house="red", time="night"))
     times = []
-    for _ in range(6):
+    for _ in range(count + 1):
         started = time.monotonic()
         run_in_batches(pipe, [image], [prompt], strength=0.75)
         times.append(time.monotonic() - started)
-    return {"median_seconds": float(np.median(times[1:]))}
+    return {"median seconds": float(np.median(times[1:]))}
 
 
-def find_house(image: Image.Image, target: Scene) -> np.ndarray:
-    """Find where an image shows the house of ``target``, as a boolean array (height, width), without the judge.
-
-    A pixel belongs to the house if its distance from the target is less than two thirds of that from the target without
-    its house. The margin keeps noise and other houses from counting. Outside the true place the two are equal, so
-    nothing is found there.
-    """
-    pixels, with_house, without = (
-        np.asarray(one, dtype=float)
-        for one in (image, render(target, image.width), render(replace(target, house=None), image.width))
-    )
-    return np.abs(pixels - with_house).sum(axis=-1) < 2 / 3 * np.abs(pixels - without).sum(axis=-1)
-
-
-def overlap(found: np.ndarray, true: np.ndarray) -> float:
-    """Return the intersection over union of two masks, 0 to 1."""
-    return float((found & true).sum() / (found | true).sum())
-
-
-# --- scenes, prompts and images ---------------------------------------------------------------------------------------
-
-
-def _scenes(purpose: str, count: int) -> Iterator[Scene]:
+def draw_scenes(purpose: str, count: int) -> list[Scene]:
+    """Draw random scenes, always the same for one purpose, that no training uses."""
     rng = random.Random(f"evaluate {purpose}")
-    return (random_scene(rng) for _ in range(count))
+    return [random_scene(rng) for _ in range(count)]
 
 
-def draw_pairs(count: int) -> Iterator[tuple[str, Scene, Scene]]:
-    """Yield the name of a change, and the scenes before and after it; every scene has a house."""
-    rng = random.Random("evaluate changes")
-    for i in range(count):
-        name = list(CHANGES)[i % len(CHANGES)]
-        attribute, before, after = CHANGES[name]
-        colours = rng.sample(list(HOUSE), 2)
-        if attribute == "house":
-            before, after = colours
-        scene = replace(random_scene(rng), style="painting", house=colours[0])
-        yield name, replace(scene, **{attribute: before}), replace(scene, **{attribute: after})
-
-
-def _prompts(count: int) -> list[str]:
-    """Make complete prompts unlike all training captions: they name the style at the end, not at the start."""
+def draw_prompts(count: int) -> list[str]:
+    """Draw prompts that name every attribute of a scene, in varied words, so that everything can be judged."""
     rng = random.Random("evaluate words")
-    captions = (caption(scene, rng, left_out=0, always=["style"]) for scene in _scenes("text", count))
-    return [", ".join(reversed(text.split(" of ", 1))) for text in captions]
+    return [caption(scene, rng, left_out=0) for scene in draw_scenes("text", count)]
 
 
-def _answers(prompt: str, shown: dict[str, Any]) -> dict[str, bool]:
-    """Return whether each attribute that a prompt names is shown."""
-    return {name: shown.get(name) == value for name, value in named_attributes(prompt).items()}
-
-
-def _adherence(images: Sequence[Image.Image], prompts: Sequence[str]) -> float:
-    pairs = zip(prompts, Judge.load().classify(images), strict=True)
-    return float(np.mean([np.mean(list(_answers(*pair).values())) for pair in pairs]))
-
-
-def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-
-
-@torch.inference_mode()
-def reconstruct(images: Sequence[Image.Image], vae: nn.Module) -> list[Image.Image]:
-    """Encode and decode images of 128 x 128 pixels with a VAE."""
-    reconstructed = []
-    for start in range(0, len(images), BATCH):
-        pixels = torch.stack([to_tensor(image) for image in images[start : start + BATCH]]) * 2 - 1
-        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-        decoded = vae.decode(latents).sample.float().cpu() / 2 + 0.5
-        reconstructed.extend(to_image(image) for image in decoded)
-    return reconstructed
-
-
-def run_in_batches(
-    pipe: DiffusionPipeline,
-    images: Sequence[Image.Image],
-    prompts: Sequence[str],
-    strength: float,
-    guidance_scale: float = GUIDANCE,
-    num_inference_steps: int | None = None,
-) -> list[Image.Image]:
-    """Run an image-to-image pipeline on many images, each with its own prompt and seed; by default with ``STEPS``."""
-    made = []
-    for start in range(0, len(prompts), BATCH):
-        rows = slice(start, start + BATCH)
-        made += pipe(
-            prompt=list(prompts[rows]),
-            image=list(images[rows]),
-            strength=strength,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps or STEPS,
-            generator=[torch.Generator().manual_seed(start + i) for i in range(len(prompts[rows]))],
-        ).images
-    return made
+def answer(prompt: str, seen: dict[str, Any]) -> dict[str, bool]:
+    """Return for each attribute that a prompt names whether the judge sees it."""
+    return {name: seen.get(name) == value for name, value in named_attributes(prompt).items()}
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
+MEASUREMENTS: dict[str, Callable[[DeciDiffusionImg2ImgPipeline, int], dict[str, Any]]] = {
+    "vae": evaluate_vae,
+    "tasks": evaluate_tasks,
+    "examples": evaluate_examples,
+    "guidance": evaluate_guidance,
+    "steps": evaluate_steps,
+    "duplicates": evaluate_duplicates,
+}
 
-def evaluate(pipe: DeciDiffusionImg2ImgPipeline, quick: bool = False) -> dict[str, Any]:
+
+def evaluate(pipe: DeciDiffusionImg2ImgPipeline, count: int = FULL) -> dict[str, Any]:
     """Measure everything on fixed seeds.
 
     Args:
         pipe: the pipeline of the bundled model, or of one trained like it.
-        quick: use a fifth of the scenes or fewer, for a rough answer in about a minute on two cores.
+        count: images for each point of a curve; at least 20 for intervals of Fréchet distances.
 
     Returns:
-        The settings, the environment, and one report for each measurement.
+        The settings, the environment, the time of a call, and a report for each of ``MEASUREMENTS``.
     """
     pipe.set_progress_bar_config(disable=True)
     report: dict[str, Any] = {
-        "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "quick": quick},
+        "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "images": count},
         "environment": describe_pipeline(pipe),
+        "call": evaluate_call(pipe),
     }
-    report["call"] = evaluate_call(pipe)
-    sizes = QUICK if quick else FULL
-    for name, measure in {
-        "vae": evaluate_vae,
-        "text": evaluate_text,
-        "changes": evaluate_changes,
-        "guidance": evaluate_guidance,
-        "steps": evaluate_steps,
-    }.items():
+    for name, measurement in MEASUREMENTS.items():
         started = time.monotonic()
-        report[name] = measure(pipe, sizes[name])
-        report[name]["seconds"] = round(time.monotonic() - started, 1)
-        print(f"{name}: {report[name]['seconds']:.0f} s", flush=True)
+        report[name] = measurement(pipe, count)
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
     return report
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A value that the model was meant to reach, what it reached, and whether that is enough."""
+    """A value that was asked for, what was reached, and whether that is enough."""
 
     name: str
-    required: str
+    asked: str
     reached: str
     met: bool
 
 
 def goals(report: dict[str, Any]) -> list[Goal]:
-    """Compare a report with the goals that were set before the bundled model was trained."""
+    """Compare a report with what was asked of the bundled model."""
+    found = []
 
-    def at_least(name: str, value: float, least: float, form: str) -> Goal:
-        return Goal(name, f"at least {least:{form}}", f"{value:{form}}", value >= least)
+    def asked(name: str, value: float, low: float | None = None, high: float | None = None, form: str = ".2f") -> None:
+        limits = [
+            f"{word} {limit:{form}}" for word, limit in (("at least", low), ("at most", high)) if limit is not None
+        ]
+        met = (low is None or value >= low) and (high is None or value <= high)
+        found.append(Goal(name, ", ".join(limits), f"{value:{form}}", met))
 
-    vae, text, changes = report["vae"]["all"], report["text"], report["changes"]
-    found = [
-        at_least("VAE, PSNR in dB", vae["psnr"], 30.0, ".1f"),
-        at_least("VAE, SSIM", vae["ssim"], 0.93, ".3f"),
-        *(at_least(f"text, {name}", fraction, 0.95, ".1%") for name, fraction in text["correct"].items()),
-        at_least("text, whole prompt", text["all_correct"], 0.85, ".1%"),
-    ]
-    for name, least in {
-        "sketch to painting": 0.6,
-        "house colour": 0.6,
-        "day to night": 0.4,
-        "grass to snow": 0.4,
-    }.items():
-        strength, row = _best(changes, name, 0.9)
-        reached = f"{row['changed']:.0%} with overlap {row['overlap']:.2f}, at strength {strength}"
-        required = f"at least 90% with overlap {least}"
-        found.append(Goal(name, required, reached, row["changed"] >= 0.9 and row["overlap"] >= least))
-    curves = {
-        "distance rises with strength": ([row["all"]["distance"] for row in changes["strengths"].values()], 0.0),
-        "adherence rises with strength": ([row["all"]["adherence"] for row in changes["strengths"].values()], 0.02),
-        "adherence rises with guidance": ([row["adherence"] for row in report["guidance"]["scales"].values()], 0.02),
-        "oversaturation rises with guidance": (
-            [row["oversaturated"] for row in report["guidance"]["scales"].values()],
-            0.0005,
-        ),
-        "distance falls with steps": ([-row["distance"] for row in report["steps"]["steps"].values()], 0.0),
-        "adherence rises with steps": ([row["adherence"] for row in report["steps"]["steps"].values()], 0.02),
-    }
-    for name, (values, slack) in curves.items():  # the slack allows for chance and errors of the judge
-        falls = max(before - after for before, after in itertools.pairwise(values))
-        reached = f"from {abs(values[0]):.4f} to {abs(values[-1]):.4f}, largest reversal {max(falls, 0):.4f}"
-        found.append(Goal(name, f"no reversal above {slack}", reached, falls <= slack and values[-1] > values[0]))
-    seconds = report["call"]["median_seconds"]
-    found.append(Goal("30 steps at strength 0.75", "at most 2 s", f"{seconds:.2f} s", seconds <= 2))
+    guidance, tasks = report["guidance"], report["tasks"]
+    one, usual, strong = guidance["1"], guidance["7.5"], guidance["20"]
+    named = [name for name in ATTRIBUTES if name in usual]
+    asked("VAE, PSNR in dB", report["vae"]["all"]["psnr"]["value"], 33, form=".1f")
+    night = report["examples"]["day to night"]
+    asked("sky and ground as said, strength 0.5", night["said"]["0.5"]["value"], high=0.3)
+    asked("sky and ground as said, strength 1", night["said"]["1"]["value"], 0.95)
+    for name, row in report["examples"].items():
+        asked(f"strength 0.75 to 1, difference, {name}", row["ends"]["value"], 0.12)
+    asked("attributes right, guidance 1, mean", float(np.mean([one[name]["value"] for name in named])), 0.5, 0.85)
+    asked("attributes right, guidance 7.5, least", min(usual[name]["value"] for name in named), 0.95)
+    asked("all of a prompt, guidance 7.5", usual["all"]["value"], 0.85)
+    asked("spread at 7.5 beside 1", usual["spread"]["value"] / max(one["spread"]["value"], 1e-9), high=0.7)
+    burnt = max(
+        strong[key]["value"] / max(usual[key]["value"], 1e-9) for key in ("clipped", "oversaturated", "frechet")
+    )
+    asked("burning at 20 beside 7.5", burnt, 1.5)
+    asked("gradients beside renders, guidance 5", guidance["5"]["gradients"]["value"], 0.95, 1.05)
+    rows = tasks["strokes to painting"]
+    least = 1.5 * rows["1"]["frechet"]["value"]
+    sweet = [rows[key]["layout"]["value"] for key in ("0.4", "0.5", "0.6") if rows[key]["frechet"]["value"] <= least]
+    asked("strokes at 0.4 to 0.6, layout where realistic", max(sweet, default=0.0), 0.6)
+    for name in ("two suns", "two buildings"):
+        asked(name, report["duplicates"]["made"][name]["value"], high=0.03)
+    asked("30 steps at strength 0.75, seconds", report["call"]["median seconds"], high=1.5)
     return found
 
 
-def _best(changes: dict[str, Any], name: str, least: float) -> tuple[str, dict[str, float]]:
-    """Choose the strength with the largest overlap among those with enough changes; if none has, that with the most."""
-    rows = {strength: row[name] for strength, row in changes["strengths"].items()}
-    enough = {strength: row for strength, row in rows.items() if row["changed"] >= least}
-    if enough:
-        return max(enough.items(), key=lambda item: item[1]["overlap"])
-    return max(rows.items(), key=lambda item: item[1]["changed"])
-
-
 def table(report: dict[str, Any]) -> str:
-    """Format the report as text."""
-    vae, text, changes = report["vae"], report["text"], report["changes"]
-    lines = [f"VAE, {vae['scenes']} scenes, {vae['seconds']:.0f} s"]
-    for name in filter(vae.get, ("all", *ATTRIBUTES["style"])):
-        lines.append(f"  {name:<20} PSNR {vae[name]['psnr']:5.1f} dB   SSIM {vae[name]['ssim']:.3f}")
-    lines.append(
-        "  judge accuracy       " + "  ".join(f"{key} {value:.0%}" for key, value in vae["judge_accuracy"].items())
-    )
-    lines.append(f"Text to image, {text['prompts']} prompts, {text['seconds']:.0f} s")
-    lines.append("  correct              " + "  ".join(f"{key} {value:.0%}" for key, value in text["correct"].items()))
-    lines.append(f"  whole prompt         {text['all_correct']:.0%}")
-    lines.append(
-        f"Image to image, {changes['pairs']} pairs that differ in one attribute, {changes['seconds']:.0f} s "
-        f"(overlap after the VAE alone: {changes['vae']:.2f})"
-    )
-    lines.append(f"  {'strength':<27}" + "".join(f"{strength:>7}" for strength in changes["strengths"]))
-    for name in ("all", *CHANGES):
-        keys = ("changed", "kept", "adherence", "overlap", "distance") if name == "all" else ("changed", "overlap")
-        for key in keys:
-            values = "".join(f"{row[name][key]:7.2f}" for row in changes["strengths"].values())
-            lines.append(f"  {name + ', ' + key:<27}" + values)
-    for name, axis in {"guidance": "scales", "steps": "steps"}.items():
-        lines.append(f"{name.capitalize()}, {report[name]['prompts']} prompts, {report[name]['seconds']:.0f} s")
-        rows = report[name][axis]
-        lines.append(f"  {axis:<27}" + "".join(f"{value:>7}" for value in rows))
-        for key in next(iter(rows.values())):
-            lines.append(f"  {key:<27}" + "".join(f"{row[key]:7.4f}" for row in rows.values()))
-    lines.append("Goals")
+    """Return the report as text; a value is followed by half the width of its 95% interval."""
+    settings = report["settings"]
+    lines = [f"{settings['images']} images a point, {settings['num_inference_steps']} steps", "VAE"]
+    for name, row in report["vae"].items():
+        if name == "judged right":
+            lines.append("  judged right  " + "  ".join(f"{key} {value:.0%}" for key, value in row.items()))
+        else:
+            lines.append(f"  {name:<14}PSNR {_short(row['psnr'], '.1f')} dB   SSIM {_short(row['ssim'], '.3f')}")
+    for task, rows in report["tasks"].items():
+        lines += [task, *columns("strength", rows)]
+    for name, row in report["examples"].items():
+        said = "  ".join(f"{strength} {_short(value)}" for strength, value in row["said"].items())
+        lines.append(f"example, {name}: sky and ground as said, by strength: {said}; "
+                     f"difference of 0.75 and 1: {_short(row['ends'], '.3f')}")  # fmt: skip
+    lines += ["guidance", *columns("scale", report["guidance"])]
+    for name, rows in report["steps"].items():
+        lines += [name, *columns("calls", rows)]
+    lines += ["counted by colour", *columns("", report["duplicates"])]
+    lines.append(f"one call: {report['call']['median seconds']:.2f} s")
+    lines.append("asked for")
     for goal in goals(report):
-        lines.append(f"  {goal.name:<36}{goal.required:<32}{goal.reached}{'' if goal.met else '   MISSED'}")
+        lines.append(f"  {goal.name:<48}{goal.asked:<32}{goal.reached}{'' if goal.met else '   MISSED'}")
     return "\n".join(lines)
 
 
-def fill_card(text: str, card: Path) -> None:
-    """Put a table between the two markers in a model card.
+def columns(axis: str, rows: dict[str, dict[str, Estimate]]) -> list[str]:
+    """One column for each point of a curve, one line for each measure."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [f"  {axis:<34}" + "".join(f"{key:>12}" for key in rows)]
+    for name in names:
+        form = ".3f" if name in ("change", "clipped", "oversaturated", "spread") else ".2f"
+        lines.append(
+            f"  {name:<34}" + "".join(f"{_short(row[name], form) if name in row else '':>12}" for row in rows.values())
+        )
+    return lines
 
-    Raises:
-        InputError: the card has no markers.
-    """
+
+def _short(estimate: Estimate, form: str = ".2f") -> str:
+    return f"{estimate['value']:{form}}±{(estimate['high'] - estimate['low']) / 2:{form}}".replace("±0.", "±.")
+
+
+def fill_card(text: str, card: Path) -> None:
+    """Put a table into a model's card, between its two marks."""
     before, begin, rest = card.read_text(encoding="utf-8").partition("<!-- evaluate -->\n")
     _, end, after = rest.partition("<!-- /evaluate -->")
     if not (begin and end):
-        raise InputError(f"{card.name} must have the markers <!-- evaluate --> and <!-- /evaluate --> for the table")
+        raise InputError(f"{card.name} must have the marks <!-- evaluate --> and <!-- /evaluate -->")
     card.write_text(f"{before}{begin}```\n{text}\n```\n{end}{after}", encoding="utf-8")
 
 
@@ -408,17 +409,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="a diffusers folder (default: the bundled model)")
-    parser.add_argument("--quick", action="store_true", help="use fewer scenes: about a minute on two cores")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} images a point instead of {FULL}")
+    parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument(
-        "--results", type=Path, default=Path("results/tiny"), help="folder for the JSON file (default %(default)s)"
+        "--results", type=Path, default=Path("results/tiny"), help="where the JSON goes (default %(default)s)"
     )
     given = parser.parse_args(arguments)
-    report = evaluate(load_pipeline(given.model), given.quick)
+    report = evaluate(load_pipeline(given.model, device=given.device), QUICK if given.quick else FULL)
     print(table(report))
     given.results.mkdir(parents=True, exist_ok=True)
     file = given.results / ("evaluate-quick.json" if given.quick else "evaluate.json")
     file.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"saved {file.name}")
+    print(f"wrote {file.name}")
     card = (MODELS["tiny"].source if given.model == "tiny" else Path(given.model)) / "README.md"
     if card.is_file() and not given.quick:
         fill_card(table(report), card)

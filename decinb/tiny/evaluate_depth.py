@@ -1,18 +1,17 @@
-"""Compare the depth-to-image model with the bundled one: ``python -m decinb.tiny.evaluate_depth``.
+"""Measure the depth-to-image model and the bundled one side by side: ``python -m decinb.tiny.evaluate_depth``.
 
-The report says how accurate the depth estimator is, how well shapes are kept and prompts are followed at strengths 0.6
-and 1, and whether depth or prompt decides if they disagree. The scenes are those of ``decinb.tiny.evaluate``.
+How well its estimator sees depth, how well shapes stay and prompts are followed at a high strength and at the highest,
+and which of the two wins where they disagree. The scenes are those of ``decinb.tiny.evaluate``, which no training uses.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionDepth2ImgPipeline
 
@@ -20,42 +19,45 @@ from decinb.checkpoints.components import Files, find_components, load_component
 from decinb.loading import load_pipeline
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionDepth2ImgPipeline
+from decinb.scenes import ATTRIBUTES, Scene, caption, depth_map, random_scene, render
 from decinb.scenes.judge import Judge
-from decinb.scenes.scenes import ATTRIBUTES, Scene, caption, depth_map, random_scene, render
-from decinb.tiny.evaluate import CHANGES, GUIDANCE, STEPS, draw_pairs, fill_card, measure_changes, run_in_batches
+from decinb.tiny import estimates
+from decinb.tiny.estimates import Estimate
+from decinb.tiny.evaluate import columns, fill_card, reference
+from decinb.tiny.evaluate import measure as measure_task
+from decinb.tiny.tasks import GUIDANCE, STEPS, Trial, draw_trials, run_in_batches
 from decinb.utils.environment import describe_pipeline
 
 STRENGTHS = (0.6, 1.0)
-FULL = {"estimator": 200, "changes": 100}
-QUICK = {"estimator": 40, "changes": 8}
-"""The numbers of scenes (for the estimator) and pairs (for changes)."""
+TASKS = ("day to night", "grass to snow", "sketch to painting")
+RESULTS = Path("results/tiny/depth.json")
 BUNDLED = Path(MODELS["tiny-depth"].source)
 SHARED = ("vae", "text_encoder", "tokenizer", "scheduler")
-"""The parts that a depth model shares with the model from which its training started."""
+"""The parts that a depth model shares with the model it was finetuned from."""
 
 
 def load(folder: Path = BUNDLED, shared: str | Path = "tiny") -> DeciDiffusionDepth2ImgPipeline:
-    """Load a depth model in float32 on the CPU.
+    """Load a depth model that was just trained, in float32 on the CPU.
 
     Args:
         folder: with ``unet``, ``depth_estimator`` and ``feature_extractor``.
-        shared: the model with the other parts, as for ``load_pipeline``.
+        shared: the model that lends the other parts, as ``load_pipeline`` takes it.
 
     Raises:
-        ModelError: a part is missing or incomplete.
+        ModelError: a part is missing, or not whole.
     """
-    others = load_pipeline(shared, device="cpu").components
+    lent = load_pipeline(shared, device="cpu").components
     own = find_components(Files.in_folder(folder)).components
     return DeciDiffusionDepth2ImgPipeline(
-        **{name: others[name] for name in SHARED},
+        **{name: lent[name] for name in SHARED},
         **{name: load_component(name, part, folder, torch.float32) for name, part in own.items()},
     )
 
 
-def evaluate_estimator(pipe: StableDiffusionDepth2ImgPipeline, count: int) -> dict[str, Any]:
-    """Return the mean absolute error of depth as the U-Net gets it, from -1 to 1 at the size of the latent."""
+def evaluate_estimator(pipe: StableDiffusionDepth2ImgPipeline, count: int) -> dict[str, Estimate]:
+    """Return the mean absolute error of depth as the U-Net takes it, from -1 to 1, over all scenes and by style."""
     rng = random.Random("evaluate depth")
-    scenes = [random_scene(rng, sketches=0.5) for _ in range(count)]
+    scenes = [random_scene(rng) for _ in range(count)]
 
     def prepared(scene: Scene, depth: torch.Tensor | None = None) -> torch.Tensor:
         return pipe.prepare_depth_map([render(scene)], depth, 1, False, torch.float32, torch.device("cpu"))
@@ -66,100 +68,90 @@ def evaluate_estimator(pipe: StableDiffusionDepth2ImgPipeline, count: int) -> di
             for scene in scenes
         ]
     by_style = {
-        style: float(np.mean([error for scene, error in zip(scenes, errors, strict=True) if scene.style == style]))
+        style: [error for scene, error in zip(scenes, errors, strict=True) if scene.style == style]
         for style in ATTRIBUTES["style"]
     }
-    return {"scenes": count, "all": float(np.mean(errors)), **by_style}
+    found = {style: estimates.mean(some) for style, some in by_style.items() if some}
+    return {"all": estimates.mean(errors), **found}
 
 
-def evaluate_disagreement(pipe: DiffusionPipeline, pairs: Sequence[tuple[str, Scene, Scene]]) -> dict[str, float]:
-    """Name shapes in the prompt that the input lacks, at strength 1, and return how often images show which."""
-    named = {None: "pine", "pine": "round", "round": "pine"}
-    prompts = [caption(replace(target, trees=named[target.trees], mountains=True)) for *_, target in pairs]
-    shown = Judge.load().classify(run_in_batches(pipe, [render(scene) for _, scene, _ in pairs], prompts, strength=1.0))
-    targets = [target for *_, target in pairs]
-    flat = [i for i, target in enumerate(targets) if not target.mountains]
+def evaluate_disagreement(pipe: DiffusionPipeline, trials: Sequence[Trial]) -> dict[str, Estimate]:
+    """Name other trees than the input's, and mountains, at strength 1, and count whose shapes the images have."""
+    named = {None: "pine", "pine": "round", "round": "poplar", "poplar": "pine"}
+    targets = [trial.target for trial in trials]
+    prompts = [caption(replace(target, trees=named[target.trees], mountains=True)) for target in targets]
+    seen = Judge.load().classify(run_in_batches(pipe, [trial.image for trial in trials], prompts, strength=1.0))
+    pairs = list(zip(seen, targets, strict=True))
+    flat = [found["mountains"] for found, target in pairs if not target.mountains]
     return {
-        "trees of the input": _fraction(shown[i]["trees"] == target.trees for i, target in enumerate(targets)),
-        "trees of the prompt": _fraction(shown[i]["trees"] == named[target.trees] for i, target in enumerate(targets)),
-        "mountains only in the prompt": _fraction(shown[i]["mountains"] for i in flat),
+        "trees as in the image": estimates.fraction([found["trees"] == target.trees for found, target in pairs]),
+        "trees as in the prompt": estimates.fraction(
+            [found["trees"] == named[target.trees] for found, target in pairs]
+        ),
+        **({"mountains only in the prompt": estimates.fraction(flat)} if flat else {}),
     }
 
 
-def evaluate(depth: StableDiffusionDepth2ImgPipeline, plain: DiffusionPipeline, sizes: dict[str, int] = FULL) -> dict:
+def evaluate(depth: StableDiffusionDepth2ImgPipeline, plain: DiffusionPipeline, count: int = 100) -> dict[str, Any]:
     """Measure everything on fixed seeds.
 
     Args:
         depth: the depth-to-image pipeline.
-        plain: the pipeline of the bundled model, for the same images and prompts.
-        sizes: the numbers of scenes and pairs, as ``FULL``.
+        plain: the pipeline of the bundled model, on the same inputs and prompts.
+        count: images a point.
 
     Returns:
-        The settings, the environment, and one report for each measurement; ``changes`` has for each pipeline what
-        ``decinb.tiny.evaluate.evaluate_changes`` reports for each strength.
+        The settings, the environment, and the reports; ``tasks`` has by task what ``decinb.tiny.evaluate.measure``
+        returns by pipeline and strength.
     """
-    pairs = list(draw_pairs(sizes["changes"]))
     both = {"depth": depth, "tiny": plain}
     for pipe in both.values():
         pipe.set_progress_bar_config(disable=True)
+    trials = {task: draw_trials(task, count) for task in TASKS}
     return {
-        "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "pairs": len(pairs)},
+        "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "images": count},
         "environment": describe_pipeline(depth),
-        "estimator": evaluate_estimator(depth, sizes["estimator"]),
-        "changes": {
-            name: {f"{strength:g}": measure_changes(pipe, pairs, strength) for strength in STRENGTHS}
-            for name, pipe in both.items()
+        "estimator": evaluate_estimator(depth, count),
+        "tasks": {
+            task: {
+                f"{name} {strength:g}": measure_task(pipe, trials[task], strength, reference(task, count))
+                for strength in STRENGTHS
+                for name, pipe in both.items()
+            }
+            for task in TASKS
         },
-        "disagreement": {name: evaluate_disagreement(pipe, pairs) for name, pipe in both.items()},
+        "disagreement": {name: evaluate_disagreement(pipe, trials["day to night"]) for name, pipe in both.items()},
     }
 
 
 def table(report: dict[str, Any]) -> str:
-    """Format the report as text."""
-    estimator, changes = report["estimator"], report["changes"]
-    lines = [
-        f"Depth estimator, {estimator['scenes']} scenes: mean absolute error of depth from -1 to 1",
-        "  " + "   ".join(f"{name} {estimator[name]:.3f}" for name in ("all", *ATTRIBUTES["style"])),
-        f"Image to image, {report['settings']['pairs']} pairs that differ in one attribute",
-        f"  {'strength':<34}" + "".join(f"{strength:>16}" for strength in changes["depth"]),
-        f"  {'':<34}" + f"{'depth':>8}{'tiny':>8}" * len(changes["depth"]),
-    ]
-    for name in ("all", *CHANGES):
-        keys = ("changed", "kept", "adherence", "overlap", "distance") if name == "all" else ("changed", "overlap")
-        for key in keys:
-            values = (changes[pipe][at][name][key] for at in changes["depth"] for pipe in changes)
-            lines.append(f"  {name + ', ' + key:<34}" + "".join(f"{value:8.2f}" for value in values))
-    lines.append("Prompts with other trees and with mountains: fractions of the images at strength 1")
-    for name in report["disagreement"]["depth"]:
-        values = (report["disagreement"][pipe][name] for pipe in changes)
-        lines.append(f"  {name:<50}" + "".join(f"{value:8.2f}" for value in values))
+    """Return the report as text."""
+    lines = [f"{report['settings']['images']} images a point", "depth estimator: mean absolute error of depth, -1 to 1"]
+    lines += columns("", {name: {"error": value} for name, value in report["estimator"].items()})
+    for task, rows in report["tasks"].items():
+        lines += [task, *columns("strength", rows)]
+    lines += ["prompts with other trees and with mountains, strength 1", *columns("", report["disagreement"])]
     return "\n".join(lines)
 
 
-def _fraction(answers: Iterable[Any]) -> float:
-    return float(np.mean([bool(answer) for answer in answers]))
+def measure(folder: Path, shared: str | Path = "tiny", results: Path = RESULTS) -> dict[str, Any]:
+    """Measure the parts in ``folder``, store the report as JSON, and put its table into their card if they have one."""
+    report = evaluate(load(folder, shared), load_pipeline(shared, device="cpu"))
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(report, indent=2) + "\n")
+    if (folder / "README.md").is_file():
+        fill_card(table(report), folder / "README.md")
+    return report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=BUNDLED, help="the depth model (default: the bundled one)")
-    parser.add_argument("--shared", default="tiny", help="the model with the other parts (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="use fewer scenes")
-    parser.add_argument(
-        "--results", type=Path, default=Path("results/tiny"), help="folder for the JSON file (default %(default)s)"
-    )
+    parser.add_argument("--folder", type=Path, default=BUNDLED, help="the parts (default: the bundled ones)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON goes (default %(default)s)")
     given = parser.parse_args(arguments)
-    plain = load_pipeline(given.shared, device="cpu")
-    report = evaluate(load(given.folder, given.shared), plain, QUICK if given.quick else FULL)
-    print(table(report))
-    given.results.mkdir(parents=True, exist_ok=True)
-    file = given.results / ("depth-quick.json" if given.quick else "depth.json")
-    file.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"saved {file.name}")
-    card = given.folder / "README.md"
-    if card.is_file() and not given.quick:
-        fill_card(table(report), card)
+    print(table(measure(given.folder, results=given.results)))
+    print(f"wrote {given.results.name}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make the untrained networks of the bundled model: tokenizer, VAE, text encoder, U-Net-NAS, scheduler."""
+"""The networks of the bundled model, untrained: tokenizer, VAE, text encoder, U-Net-NAS, scheduler."""
 
 import json
 import random
@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from decinb.scenes.scenes import IMAGE_SIZE, caption, random_scene
+from decinb.scenes import IMAGE_SIZE, caption, random_scene
 from decinb.unet_nas import UNetNAS
 
 CONFIGURATIONS = {
@@ -33,16 +33,19 @@ CONFIGURATIONS = {
     "resnet_act_fn": "silu",
     "sample_size": IMAGE_SIZE // 8,
 }
-"""The U-Net-NAS of ``tiny``: narrower than the published one, and also without Transformers at full resolution."""
+"""The U-Net-NAS of ``tiny``: 7.7 million parameters, 0.99 GFLOP a row.
 
-TOKENS = 40  # a complete caption has about 20, the prompt of the guide 34
+As in the published architecture there is no Transformer at the finest resolution.
+"""
+
+TOKENS = 48  # a complete caption takes up to 37, the guide's prompt 34
+
+VAE_WIDTHS = (24, 48, 64, 128)
+"""Channels of the VAE of ``tiny`` at each resolution: 2.8 million parameters, 1.3 GFLOP to encode, 4.0 to decode."""
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Train a byte-pair tokenizer in CLIP's format on captions, and save it in ``folder``.
-
-    All 256 bytes are tokens, so that it can encode any text.
-    """
+    """Train a byte-pair CLIP tokenizer on captions and save it to a folder. It knows every byte, so any text works."""
     rng = random.Random(0)
     captions = [caption(random_scene(rng), rng) for _ in range(20_000)]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
@@ -55,9 +58,9 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     )
     tokenizer.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    single = alphabet + [character + "</w>" for character in alphabet]
-    tokens = single + ["".join(pair) for pair in merges if "".join(pair) not in set(single)]
-    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    characters = alphabet + [character + "</w>" for character in alphabet]
+    pieces = characters + ["".join(pair) for pair in merges if "".join(pair) not in set(characters)]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
@@ -67,12 +70,12 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     return made
 
 
-def make_vae(widths: tuple[int, ...] = (16, 32, 64, 128), size: int = IMAGE_SIZE) -> AutoencoderKL:
-    """Make a VAE with 4 latent channels, as the published one; by default with factor 8 and an eighth of its width.
+def make_vae(widths: tuple[int, ...] = VAE_WIDTHS, size: int = IMAGE_SIZE) -> AutoencoderKL:
+    """Make a VAE with 4 latent channels and, by default, a factor of 8.
 
     Args:
-        widths: channels at each resolution, multiples of 8; height and width are halved from each to the next.
-        size: height and width of the images, in pixels.
+        widths: channels at each resolution, multiples of 8; each but the first halves height and width.
+        size: height and width of the images in pixels.
     """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -81,7 +84,7 @@ def make_vae(widths: tuple[int, ...] = (16, 32, 64, 128), size: int = IMAGE_SIZE
         layers_per_block=1,
         norm_num_groups=8,
         sample_size=size,
-        scaling_factor=1.0,  # `normalise_latent` brings the latent to a standard deviation of 1
+        scaling_factor=1.0,  # `normalise_latent` gives the latent unit deviation
     )
 
 
@@ -109,9 +112,9 @@ def make_unet(configurations: dict[str, Any] = CONFIGURATIONS) -> UNetNAS:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Make a DDIM scheduler with Stable Diffusion's noise schedule, rescaled to zero terminal SNR.
+    """Make a DDIM scheduler with the noise levels of Stable Diffusion, rescaled to end in pure noise.
 
-    At the last timestep nothing of the image is left, so that strength 1 does not depend on the input.
+    At strength 1 nothing of the input is left, so text to image needs no other model.
 
     Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2023), arXiv:2305.08891.
     """
@@ -121,7 +124,7 @@ def make_scheduler() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
-        steps_offset=1,  # without it diffusers warns; trailing spacing does not use it
+        steps_offset=1,  # diffusers warns without it; trailing spacing ignores it
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",

@@ -1,12 +1,13 @@
-"""A stage of training: an optimizer with a time budget that resumes from its checkpoint."""
+"""One stage of a training run: optimizer, learning rate, averaged weights, checkpoints, log."""
 
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,20 @@ from decinb.utils.files import replacing
 
 @dataclass
 class Stage:
-    """A training run with a time budget: AdamW on float32 master weights, an average of the weights, and checkpoints.
+    """A training run with a budget of minutes that resumes where it was stopped.
+
+    It keeps float32 masters of the weights, whatever dtype is computed in, and a running average of them, which is
+    what the stage leaves in the modules at its end.
 
     Args:
-        name: of the checkpoint file, and in the lines of the log.
-        modules: the networks to train; the stage moves them to ``device`` and ``dtype``.
-        minutes: the budget. The learning rate warms up over its first 3% and falls to zero along a cosine.
-        learning_rate: the maximum.
-        folder: where ``NAME.pt`` and ``log.jsonl`` are kept; training resumes from a checkpoint found there.
-        dtype: of the computation.
-        average: the decay of the exponential moving average of the weights, with which the modules end.
-
-    Attributes:
-        step: steps taken so far.
-        seconds: training time so far, without that of checkpoints.
+        name: name of the checkpoint file and of the stage in the log.
+        modules: what is trained; moved to ``device`` and ``dtype``.
+        minutes: time spent in steps; the learning rate rises during the first 3% of it and falls to zero as a cosine.
+            On a CPU it is the time of the main thread, so that what other processes take does not count.
+        learning_rate: of AdamW, at its highest.
+        folder: where ``NAME.pt`` and ``log.jsonl`` are kept; a checkpoint found there is resumed.
+        dtype: float32 or bfloat16.
+        average: decay of the running average.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Stage:
     learning_rate: float
     folder: Path
     device: torch.device
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = torch.float32
     average: float = 0.999
     step: int = 0
     seconds: float = 0.0
@@ -50,36 +51,46 @@ class Stage:
             nn.Module.to(module, self.device, self.dtype)  # diffusers' own `to` warns about layers to keep in float32
             module.train()
         self.averages = [master.clone() for master in self.masters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(
+            self.masters,
+            lr=self.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            fused=self.device.type == "cuda",
+        )
         self.file = self.folder / f"{self.name}.pt"
         if self.file.exists():
             self._restore()
 
     def run(self, loss_of: Callable[[int], Tensor], watch: Callable[[float], None] | None = None) -> None:
-        """Minimise ``loss_of(step)`` until the budget is used up.
+        """Minimize ``loss_of(step)`` until the minutes are used up.
 
         Args:
-            loss_of: computes the loss of a step.
-            watch: called four times a minute, and at the end, with the progress from 0 to 1.
+            watch: called four times a minute, and at the end, with the progress from 0 to 1, while the modules hold
+                the averaged weights; its time does not count.
         """
         losses: list[float] = []
-        saved = logged = monotonic()
+        clock = time.thread_time if self.device.type == "cpu" else time.monotonic
+        saved = logged = time.monotonic()
+        first, since = self.step, self.seconds
         while self.progress < 1:
-            started = monotonic()
+            started = clock()
             loss = loss_of(self.step)
             loss.backward()
-            self._update()
+            self._descend()
             losses.append(loss.item())
             self.step += 1
-            self.seconds += monotonic() - started
-            if monotonic() - logged > 15 or self.progress >= 1:
-                self._log(sum(losses) / len(losses))
+            self.seconds += clock() - started
+            if time.monotonic() - logged > 15 or self.progress >= 1:
+                self._log(sum(losses) / len(losses), (self.step - first) / max(self.seconds - since, 1e-9))
                 if watch:
-                    watch(self.progress)
-                losses, logged = [], monotonic()
-            if monotonic() - saved > 30:
+                    with self._averaged():
+                        watch(self.progress)
+                losses, logged = [], time.monotonic()
+                first, since = self.step, self.seconds
+            if time.monotonic() - saved > 60:
                 self._save()
-                saved = monotonic()
+                saved = time.monotonic()
         self._save()
         self._write(self.averages)
         for module in self.modules.values():
@@ -87,29 +98,40 @@ class Stage:
 
     @property
     def progress(self) -> float:
-        """The fraction of the budget that is used up, 0 to 1."""
+        """The fraction of the budget that is used up, from 0 to 1."""
         return min(self.seconds / (60 * self.minutes), 1.0)
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return itertools.chain.from_iterable(module.parameters() for module in self.modules.values())
 
     @torch.no_grad()
-    def _update(self) -> None:
+    def _descend(self) -> None:
         for master, parameter in zip(self.masters, self._parameters(), strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        warmup = min(1.0, self.progress / 0.03 + 1e-3)
+        warm, done = min(1.0, self.progress / 0.03 + 1e-3), self.progress
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * self.progress))
+            group["lr"] = self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
         self.optimizer.step()
         torch._foreach_lerp_(self.averages, self.masters, 1 - min(self.average, (1 + self.step) / (10 + self.step)))
         self._write(self.masters)
 
     @torch.no_grad()
     def _write(self, weights: list[Tensor]) -> None:
-        for parameter, weight in zip(self._parameters(), weights, strict=True):
-            parameter.copy_(weight)
+        torch._foreach_copy_([parameter.data for parameter in self._parameters()], weights)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        self._write(self.averages)
+        for module in self.modules.values():
+            module.eval()
+        try:
+            yield
+        finally:
+            for module in self.modules.values():
+                module.train()
+            self._write(self.masters)
 
     def _save(self) -> None:
         state = {
@@ -125,15 +147,23 @@ class Stage:
     def _restore(self) -> None:
         state = torch.load(self.file, map_location=self.device, weights_only=True)
         self.step, self.seconds = state["step"], state["seconds"]
-        for weight, saved in zip(self.masters + self.averages, state["masters"] + state["averages"], strict=True):
-            weight.copy_(saved)
+        for mine, saved in zip(self.masters + self.averages, state["masters"] + state["averages"], strict=True):
+            mine.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self._write(self.masters)
 
-    def _log(self, loss: float) -> None:
-        line = {"stage": self.name, "step": self.step, "minutes": round(self.seconds / 60, 2), "loss": round(loss, 5)}
+    def _log(self, loss: float, steps_per_second: float) -> None:
+        line = {
+            "stage": self.name,
+            "step": self.step,
+            "minutes": round(self.seconds / 60, 2),
+            "loss": round(loss, 5),
+            "steps_per_second": round(steps_per_second, 3),
+        }
         with open(self.folder / "log.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
         print(
-            f"{self.name}: step {self.step}, {line['minutes']} of {self.minutes:g} minutes, loss {loss:.4f}", flush=True
+            f"{self.name}: step {self.step}, {line['minutes']} of {self.minutes:g} minutes, loss {loss:.4f}, "
+            f"{steps_per_second:.2f} steps/s",
+            flush=True,
         )

@@ -1,33 +1,33 @@
-"""Train the bundled model from scratch: ``python -m decinb.tiny.train``.
+"""Train the bundled model from nothing: ``python -m decinb.tiny.train``.
 
-Scenes are drawn and a tokenizer is trained on their captions. A VAE learns to reconstruct them from a latent of
-4 x 16 x 16. Then a text encoder and a U-Net-NAS learn together to turn noise into such latents. Each stage has a budget
-of minutes, which also sets its learning rate. It saves a checkpoint twice a minute, and the same command resumes it.
+Scenes are drawn once. A tokenizer learns their captions, a VAE learns to encode them as latents of 4 x 16 x 16, and a
+text encoder and a U-Net-NAS learn together to denoise such latents, as every latent diffusion model does. The captions
+are incomplete and now and then wrong, as the web's are (``decinb.scenes.captions``).
 
-Random numbers depend only on the seed and the step, so a resumed run continues as if it had not been interrupted.
+Each stage has a budget of minutes that its learning rate follows, saves a checkpoint every minute, and resumes when the
+same command is given again.
 """
 
 import argparse
+import copy
 import json
-import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from decinb.errors import InputError
 from decinb.loading import load_pipeline
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
-from decinb.scenes.scenes import Scene
-from decinb.tiny.data import Example, cached, draw_all, draw_scenes, house_weights, noised, to_input, to_tokens
+from decinb.scenes.captions import LEFT_OUT, WRONG
+from decinb.tiny.data import cached, draw_all, draw_captions, draw_scenes, to_input
+from decinb.tiny.losses import diffusion_loss, image_loss, vae_loss
 from decinb.tiny.networks import make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
 from decinb.tiny.stage import Stage
 from decinb.unet_nas import UNetNAS
@@ -35,76 +35,23 @@ from decinb.utils.device import choose_workload
 from decinb.utils.environment import environment
 from decinb.utils.quiet import quiet
 
-# --- losses -----------------------------------------------------------------------------------------------------------
+NO_CAPTION = 0.1
+"""The share of rows that are trained without a caption, for classifier-free guidance."""
 
+EQUIVARIANT = 0.25
+"""The share of the VAE's steps in which latents are turned and shrunk with their images."""
 
-def vae_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator, kl_weight: float = 5e-4) -> Tensor:
-    """Return the reconstruction error of images in [-1, 1], plus a small KL term that keeps the latent near normal."""
-    posterior = vae.encode(images).latent_dist
-    reconstructed = vae.decode(posterior.sample(generator)).sample
-    kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-    return image_loss(reconstructed, images) + kl_weight * kl
-
-
-def image_loss(predicted: Tensor, images: Tensor) -> Tensor:
-    """Return the mean absolute error of images, plus half that of their horizontal and vertical differences."""
-    predicted, images = predicted.float(), images.float()
-    edges = sum(F.l1_loss(predicted.diff(dim=dim), images.diff(dim=dim)) for dim in (-1, -2))
-    return F.l1_loss(predicted, images) + 0.5 * edges
-
-
-def unet_loss(
-    unet: UNetNAS,
-    text_encoder: CLIPTextModel,
-    scheduler: DDIMScheduler,
-    latents: Tensor,
-    noise: Tensor,
-    tokens: Tensor,
-    timesteps: Tensor,
-    weights: Tensor | float = 1.0,
-    depth: Tensor | None = None,
-) -> Tensor:
-    """Return the mean square error of the predicted velocity; nearly clean rows have less weight.
-
-    Args:
-        unet, text_encoder: in any dtype.
-        scheduler: defines noise levels and velocity.
-        latents, noise: (rows, 4, height, width), float32, since lower precision would lose small amounts of noise.
-        tokens: (rows, TOKENS).
-        timesteps: one for each row, on the CPU.
-        weights: of every latent pixel.
-        depth: (rows, 1, height, width), for a U-Net with depth as a fifth input channel.
-
-    Source: Salimans & Ho (2022), arXiv:2202.00512 (velocity); Hang et al. (2023), arXiv:2303.09556 (the weight).
-    """
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    velocity = scheduler.get_velocity(latents, noise, timesteps)
-    given = noisy if depth is None else torch.cat([noisy, depth], dim=1)
-    text = text_encoder(tokens)[0]
-    # On a CPU, the backward pass of fused attention takes a fifth of a training step; that of plain attention, little.
-    with sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" else nullcontext():
-        predicted = unet(given.to(unet.dtype), timesteps.to(latents.device), text).sample
-    error = (weights * (predicted.float() - velocity).square()).mean(dim=(1, 2, 3))
-    clean = scheduler.alphas_cumprod[timesteps]
-    weight = (6 * (1 - clean)).clamp(max=1).to(error)  # min(snr + 1, 6) / (snr + 1)
-    return (weight * error).mean()
-
-
-@torch.no_grad()
-def normalise_latent(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Bring the latent to mean 0 and standard deviation 1 in every channel, by changing the convolutions around it.
-
-    Args:
-        vae: changed in place; its reconstructions stay the same.
-        latents: of many images, (images, channels, height, width), as the VAE encodes them now.
-    """
-    mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-    before, after, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
-    after.bias += after.weight[:, :, 0, 0] @ mean
-    after.weight *= deviation[None, :, None, None]
-    before.weight[:channels] /= deviation[:, None, None, None]
-    before.bias[:channels] = (before.bias[:channels] - mean) / deviation
-    before.bias[channels:] -= 2 * deviation.log()
+SHOWN = (
+    "a painting of a red house and pine trees on snow at night",
+    "a painting of a blue windmill and a lake on grass under a cloudy sky by day",
+    "a painting of a yellow barn and mountains in autumn at sunset",
+    "a painting of mountains and a lake at night",
+    "a sketch of a windmill, round trees and mountains",
+    "a watercolour of a white house, poplar trees and a path on sand by day",
+    "pixel art of a red barn and round trees on grass at sunset",
+    "a painting of a blue house, pine trees and a fence on snow in a snowfall by day",
+)
+"""Prompts of the samples that are drawn while the model is trained."""
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
@@ -118,35 +65,48 @@ def train_vae(
     seed: int = 0,
     batch: int = 8,
     begin: AutoencoderKL | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.float32,
+    equivariant: float = EQUIVARIANT,
+    learning_rate: float = 1.5e-3,
 ) -> AutoencoderKL:
-    """Train a VAE, and bring its latent to a standard deviation of 1.
+    """Train a VAE on images (bytes), and give its latent mean 0 and deviation 1.
 
     Args:
-        images: bytes, (images, 3, height, width).
-        minutes: the budget.
-        folder: for the checkpoint and the log.
-        device: to train on.
-        seed: of weights and batches.
-        batch: images in a step.
-        begin: a VAE to train; None makes a new one for ``tiny``.
+        begin: a VAE to train; by default that of ``tiny``, untrained.
         dtype: of the computation; the weights are kept in float32.
+        equivariant: the share of steps in which latents are turned and shrunk with their images, 0 to 1.
     """
     torch.manual_seed(seed)
     vae = begin or make_vae()
-    stage = Stage("vae", {"vae": vae}, minutes, 1.5e-3, folder, device, dtype)
+    stage = Stage("vae", {"vae": vae}, minutes, learning_rate, folder, device, dtype)
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
-        chosen = images[rng.integers(len(images), size=batch)]
+        chosen = images[np.sort(rng.integers(len(images), size=batch))]
         mirrored = chosen[..., ::-1] if step % 2 else chosen
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
-        return vae_loss(vae, to_input(mirrored, device, stage.dtype), generator)
+        turned = Random(f"{seed} {step}") if rng.random() < equivariant else None
+        return vae_loss(vae, to_input(mirrored, device, dtype), generator, turned)
 
     stage.run(loss_of)
-    sample = encode(vae, images[:1024], device)
-    normalise_latent(vae, sample[:, :4])
+    normalise_latent(vae, encode(vae, images[:1024], device)[:, :4])
     return vae
+
+
+@torch.no_grad()
+def normalise_latent(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Give every channel of a VAE's latent mean 0 and deviation 1, by changing the 1 x 1 convolutions around it.
+
+    Args:
+        latents: latents of many images, (images, channels, height, width), as the VAE gives them now.
+    """
+    mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    before, after, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
+    after.bias += after.weight[:, :, 0, 0] @ mean
+    after.weight *= deviation[None, :, None, None]
+    before.weight[:channels] /= deviation[:, None, None, None]
+    before.bias[:channels] = (before.bias[:channels] - mean) / deviation
+    before.bias[channels:] -= 2 * deviation.log()
 
 
 def finetune_decoder(
@@ -157,21 +117,16 @@ def finetune_decoder(
     device: torch.device,
     seed: int = 0,
     batch: int = 8,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.float32,
 ) -> AutoencoderKL:
-    """Train only the decoder of a VAE further, so that a U-Net trained on its latents still fits.
-
-    Args:
-        vae: changed in place.
-        images, minutes, folder, device, seed, batch, dtype: as of ``train_vae``.
-    """
+    """Train only the decoder of a VAE, so that the latent stays as the U-Net has learned it."""
     modules = {"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}
     stage = Stage("decoder", modules, minutes, 4e-4, folder, device, dtype)
-    frozen = [part.to(device, stage.dtype) for part in (vae.encoder, vae.quant_conv)]
+    frozen = [part.to(device, dtype) for part in (vae.encoder, vae.quant_conv)]
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
-        chosen = to_input(images[rng.integers(len(images), size=batch)], device, stage.dtype)
+        chosen = to_input(images[np.sort(rng.integers(len(images), size=batch))], device, dtype)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         with torch.no_grad():
             latents = vae.encode(chosen).latent_dist.sample(generator)
@@ -185,7 +140,7 @@ def finetune_decoder(
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, batch: int = 32) -> Tensor:
-    """Encode images (bytes) to means and log variances of latents, (images, 8, height / 8, width / 8), float32."""
+    """Return the latents of images as mean and log variance, (images, 8, height / 8, width / 8), float32."""
     moments = []
     for start in range(0, len(images), batch):
         posterior = vae.encode(to_input(images[start : start + batch], device, vae.dtype)).latent_dist
@@ -194,13 +149,13 @@ def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, batch: 
 
 
 def encode_all(
-    vae: AutoencoderKL, images: np.ndarray, file: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    vae: AutoencoderKL, images: np.ndarray, file: Path, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Encode images as ``encode`` does, computing in ``dtype``, and keep the result in a file for a resumed run."""
+    """Encode images as ``encode`` does and keep the result in a file. A finished file is reused."""
 
     def make() -> np.ndarray:
         print("encoding the scenes", flush=True)
-        moments = encode(vae.to(device, dtype), images, device)
+        moments = encode(nn.Module.to(vae, device, dtype), images, device)
         vae.float()
         return moments.cpu().numpy()
 
@@ -208,180 +163,173 @@ def encode_all(
 
 
 def train_unet(
-    scenes: Sequence[Scene],
     moments: Tensor,
-    tokenizer: CLIPTokenizer,
+    captions: Tensor,
+    parts: tuple[UNetNAS, CLIPTextModel],
+    empty: Tensor,
     minutes: float,
     folder: Path,
     device: torch.device,
     seed: int = 0,
     batch: int = 64,
-    begin: tuple[UNetNAS, CLIPTextModel] | None = None,
+    depths: Tensor | None = None,
     watch: Callable[[UNetNAS, CLIPTextModel, float], None] | None = None,
-    learning_rate: float | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    learning_rate: float = 1e-3,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[UNetNAS, CLIPTextModel]:
-    """Train U-Net-NAS and text encoder together, on the latents of scenes and on captions that vary from step to step.
+    """Train a U-Net-NAS to denoise latents; the text encoder is trained with it where its weights ask for gradients.
 
-    An image-to-image call starts from a noisy input, which the prompt may contradict. What is left of the input then
-    acts as additional noise, (input - target) / sigma at the start of the edit, which the U-Net has to remove. The
-    examples show this with twins as input and target, so the U-Net learns to change what the prompt asks for and to
-    keep the rest in place.
+    A row is one scene, one of its captions (or none, in ``NO_CAPTION`` of all rows), one timestep and one noise, each
+    drawn evenly.
 
     Args:
-        scenes: every second one is the twin of the one before it.
-        moments: of their latents, as ``encode`` gives them.
-        tokenizer: of the text encoder.
-        minutes: the budget.
-        folder: for the checkpoint and the log.
-        device: to train on.
-        seed: of weights and batches.
-        batch: rows in a step.
-        begin: a U-Net and a text encoder to train; None makes new ones for ``tiny``.
-        watch: called four times a minute with U-Net, text encoder, and the progress from 0 to 1.
-        learning_rate: the maximum; by default 1e-3, or half of that with ``begin``.
+        moments: of the latents of all scenes, as ``encode`` returns them.
+        captions: tokens of the captions, (scenes, several, TOKENS), as ``draw_captions`` returns them.
+        parts: the U-Net and the text encoder to train.
+        empty: tokens of the empty caption, (TOKENS,).
+        depths: for a U-Net that takes depth as a fifth channel, (several, scenes, 1, height, width).
+        watch: called four times a minute with both networks and the progress from 0 to 1.
         dtype: of the computation; the weights are kept in float32.
     """
-    torch.manual_seed(seed)
-    unet, text_encoder = begin or (make_unet(), make_text_encoder(tokenizer))
+    unet, text_encoder = parts
+    trained = {"unet": unet}
+    if any(weight.requires_grad for weight in text_encoder.parameters()):
+        trained["text_encoder"] = text_encoder
+    else:
+        nn.Module.to(text_encoder, device, dtype)
     scheduler = make_scheduler()
-    learning_rate = learning_rate or (5e-4 if begin else 1e-3)
-    modules = {"unet": unet, "text_encoder": text_encoder}
-    stage = Stage("unet", modules, minutes, learning_rate, folder, device, dtype)
-    weights = house_weights(scenes, moments.shape[-1]).to(moments.device)
+    stage = Stage("unet", trained, minutes, learning_rate, folder, device, dtype)
+    moments, captions, empty = moments.to(device), captions.to(device), empty.to(device, captions.dtype)
+    depths = None if depths is None else depths.to(device)
 
     def loss_of(step: int) -> Tensor:
-        rng = random.Random(f"{seed} {step}")
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        examples = [Example.draw(scenes, rng, len(scheduler.alphas_cumprod)) for _ in range(batch)]
-        latents, noise = noised(examples, moments, scheduler, generator)
-        tokens = to_tokens(tokenizer, [example.prompt for example in examples])
-        timesteps = torch.tensor([example.timestep for example in examples])
-        targets = [example.target for example in examples]
-        return unet_loss(
-            unet,
-            text_encoder,
-            scheduler,
-            latents.to(device),
-            noise.to(device),
-            tokens.to(device),
-            timesteps,
-            weights[targets],
-        )
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+
+        def draw(high: int) -> Tensor:
+            return torch.randint(high, (batch,), generator=generator, device=device)
+
+        rows = draw(len(moments))
+        mean, log_variance = moments[rows].chunk(2, dim=1)
+        first, noise = (torch.randn(mean.shape, generator=generator, device=device) for _ in range(2))
+        latents = mean + (0.5 * log_variance).exp() * first
+        tokens = captions[rows, draw(captions.shape[1])]
+        tokens[torch.rand(batch, generator=generator, device=device) < NO_CAPTION] = empty
+        timesteps = draw(len(scheduler.alphas_cumprod))
+        depth = None if depths is None else depths[draw(len(depths)), rows]
+        return diffusion_loss(unet, text_encoder, scheduler, latents, noise, tokens.long(), timesteps, depth)
 
     stage.run(loss_of, (lambda progress: watch(unet, text_encoder, progress)) if watch else None)
     return unet, text_encoder
 
 
+# --- the whole run ----------------------------------------------------------------------------------------------------
+
+
 def train(
     folder: Path,
-    places: int,
+    scenes: int,
     vae_minutes: float,
     unet_minutes: float,
     seed: int,
     device: torch.device,
     begin: str | Path | None = None,
-    batch: int = 64,
+    captions: int = 8,
+    vae_batch: int | None = None,
+    batch: int | None = None,
     dtype: torch.dtype | None = None,
+    workers: int | None = None,
+    learning_rate: float = 1e-3,
 ) -> Path:
-    """Run all stages in ``folder`` and save the model, a diffusers folder, in ``folder/model``.
+    """Run all stages in ``folder`` and save the finished diffusers folder as ``folder/model``.
 
     Args:
-        folder: for the log, the checkpoints and the model.
-        places: how many scenes to draw, each with a twin.
-        vae_minutes: for the VAE; with ``begin`` for its decoder only, and 0 skips it.
-        unet_minutes: for U-Net and text encoder; with ``begin``, 0 skips them.
-        seed: of scenes, weights and batches.
-        device: to train on.
-        begin: a model to continue from, whose latent and tokenizer are kept; None trains from scratch.
-        batch: rows in a step of the U-Net.
-        dtype: of the computation; None chooses with ``training_dtype``.
+        scenes: number of scenes to draw.
+        vae_minutes: for the VAE; with ``begin`` for its decoder, where 0 leaves it as it is.
+        unet_minutes: for U-Net and text encoder.
+        begin: a model to go on from, whose latent and tokenizer are kept; by default everything is trained anew.
+        captions: captions a scene.
+        vae_batch, batch: images a step of the VAE and rows a step of the U-Net; by default 8 and 64 on a CPU, 64 and
+            512 on a GPU.
+        dtype: of the computation; by default bfloat16 where the device is fast at it, else float32.
+        workers: processes that draw scenes; by default one for each core.
 
     Raises:
-        InputError: a stage that is needed has no minutes, or ``folder`` holds a run with other settings.
+        InputError: a stage has no minutes, or ``folder`` holds a run with other settings.
     """
-    if not begin and not (vae_minutes > 0 and unet_minutes > 0):
+    if not (unet_minutes > 0 and (vae_minutes > 0 or begin)):
         raise InputError(
-            f"vae_minutes and unet_minutes must be above 0 without a model to begin with, got {vae_minutes:g} and "
-            f"{unet_minutes:g}"
+            f"vae_minutes and unet_minutes must be above 0, got {vae_minutes:g} and {unet_minutes:g}; "
+            "vae_minutes may be 0 with a model to begin with"
         )
-    dtype = dtype or training_dtype(device)
+    on_cpu = device.type == "cpu"
+    vae_batch, batch = vae_batch or (8 if on_cpu else 64), batch or (64 if on_cpu else 512)
+    dtype = dtype or fast_dtype(device)
     folder.mkdir(parents=True, exist_ok=True)
-    check_same_run(
-        folder / "settings.json",
-        {"places": places, "vae_minutes": vae_minutes, "seed": seed, "begin": begin and str(begin)},
-    )
-    scenes = draw_scenes(places, seed)
-    print(f"drawing {len(scenes)} scenes", flush=True)
-    images = draw_all(scenes, folder / f"scenes-{seed}-{places}.npy")
+    check_same_run(folder / "settings.json", {"scenes": scenes, "seed": seed, "begin": begin and str(begin)})
+    drawn = draw_scenes(scenes, seed)
+    print(f"drawing {scenes} scenes", flush=True)
+    images = draw_all(drawn, folder / f"scenes-{seed}-{scenes}.npy", workers=workers)
     if begin:
-        parts = load_pipeline(begin, device="cpu").components
-        vae, tokenizer, first = parts["vae"], parts["tokenizer"], (parts["unet"], parts["text_encoder"])
+        loaded = load_pipeline(begin, device="cpu").components
+        vae, tokenizer, parts = loaded["vae"], loaded["tokenizer"], (loaded["unet"], loaded["text_encoder"])
         if vae_minutes:
-            finetune_decoder(vae, images, vae_minutes, folder, device, seed, dtype=dtype)
+            finetune_decoder(vae, images, vae_minutes, folder, device, seed, vae_batch, dtype)
     else:
-        tokenizer, first = make_tokenizer(folder / "tokenizer"), None
-        vae = train_vae(images, vae_minutes, folder, device, seed, dtype=dtype)
-    if unet_minutes or not first:
-        moments = encode_all(vae, images, folder / "moments.npy", device, dtype)
-        first = train_unet(
-            scenes, moments, tokenizer, unet_minutes, folder, device, seed, batch, begin=first, dtype=dtype
-        )
-    unet, text_encoder = first
-    model = save(folder / "model", vae, text_encoder, tokenizer, unet)
-    write_card(model, places, seed, device, begin)
+        tokenizer = make_tokenizer(folder / "tokenizer")
+        vae = train_vae(images, vae_minutes, folder, device, seed, vae_batch, dtype=dtype)
+        torch.manual_seed(seed)
+        parts = make_unet(), make_text_encoder(tokenizer)
+    moments = encode_all(vae, images, folder / "moments.npy", device, dtype)
+    print("writing captions", flush=True)
+    tokens = draw_captions(drawn, tokenizer, captions, seed)
+    empty = draw_captions(drawn[:1], tokenizer, 1, seed, lambda scene, rng: "")[0, 0]
+    parts = train_unet(
+        moments,
+        tokens,
+        parts,
+        empty,
+        unet_minutes,
+        folder,
+        device,
+        seed,
+        batch,
+        watch=SampleSheets(folder, vae, tokenizer, device),
+        learning_rate=learning_rate / 2 if begin else learning_rate,
+        dtype=dtype,
+    )
+    model = save(folder / "model", vae, parts[1], tokenizer, parts[0])
+    write_card(model, scenes, captions, seed, device, dtype, begin)
     return model
 
 
-def training_dtype(device: torch.device) -> torch.dtype:
-    """Choose bfloat16, or float32 on a CPU without units for bfloat16, where it is up to twenty times as fast."""
-    slow = device.type == "cpu" and choose_workload(device)[1] == torch.float32
-    return torch.float32 if slow else torch.bfloat16
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 on a CUDA device and on a CPU with units for it, else float32."""
+    return torch.bfloat16 if device.type == "cuda" else choose_workload(device)[1]
 
 
-def write_card(model: Path, places: int, seed: int, device: torch.device, begin: str | Path | None = None) -> None:
-    """Write the model's ``README.md``: how it was trained, and a place for the table of ``decinb.tiny.evaluate``."""
-    log = model.parent / "log.jsonl"  # missing if all stages were skipped
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    last = {line["stage"]: line for line in lines}
-    stages = ", ".join(f"{name} {line['minutes']:.0f} minutes ({line['step']} steps)" for name, line in last.items())
-    machine = environment(device)
-    start = f"from {Path(begin).name}" if begin else "from scratch"
-    (model / "README.md").write_text(
-        f"""---
-library_name: diffusers
-pipeline_tag: image-to-image
----
+class SampleSheets:
+    """Saves samples of the prompts in ``SHOWN`` as a PNG twenty times during the training of a U-Net."""
 
-# A U-Net-NAS for drawn landscapes
+    def __init__(self, folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device):
+        self.folder, self.vae, self.tokenizer, self.device = folder / "samples", vae, tokenizer, device
+        self.folder.mkdir(exist_ok=True)
 
-Trained {start} by `python -m decinb.tiny.train` on {2 * places:,} scenes of `decinb/scenes/scenes.py`, seed {seed}.
-
-- Wall time: {stages or "none"}.
-- Machine: {machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}.
-
-It knows only these landscapes and these words. Results of `python -m decinb.tiny.evaluate --model FOLDER`:
-
-<!-- evaluate -->
-not measured yet
-<!-- /evaluate -->
-""",
-        encoding="utf-8",
-    )
+    def __call__(self, unet: UNetNAS, text_encoder: CLIPTextModel, progress: float) -> None:
+        file = self.folder / f"{int(20 * progress) * 5:03d}.png"
+        if file.exists():
+            return
+        copies = [nn.Module.to(copy.deepcopy(part), self.device).float() for part in (self.vae, text_encoder, unet)]
+        images = sample(copies[0], copies[1], self.tokenizer, copies[2], SHOWN)
+        rows = [np.hstack([np.asarray(image) for image in images[start : start + 4]]) for start in (0, 4)]
+        Image.fromarray(np.vstack(rows)).save(file)
 
 
-def check_same_run(file: Path, settings: dict[str, float]) -> None:
-    """Save the settings on which checkpoints depend, or refuse others than those of the run in the same folder.
-
-    Raises:
-        InputError: the settings differ from those in ``file``.
-    """
+def check_same_run(file: Path, settings: dict[str, int | str | None]) -> None:
+    """Refuse to resume a folder with other settings than those its checkpoints depend on."""
     if not file.exists():
         file.write_text(json.dumps(settings))
     elif (before := json.loads(file.read_text())) != settings:
-        raise InputError(
-            f"folder {str(file.parent)!r} holds a run with {before}, got {settings}: use the same or another folder"
-        )
+        raise InputError(f"{file.parent} holds a run with {before}, not {settings}: use those, or another folder")
 
 
 def sample(
@@ -392,10 +340,10 @@ def sample(
     prompts: Sequence[str],
     steps: int = 12,
 ) -> list[Image.Image]:
-    """Make an image from each prompt alone, always from the same noise; all parts must have one dtype."""
+    """Make one image from each prompt, always from the same noise; all parts must be of one dtype and device."""
     pipe = DeciDiffusionImg2ImgPipeline(vae, text_encoder, tokenizer, unet, make_scheduler())
     pipe.set_progress_bar_config(disable=True)
-    blank = Image.new("RGB", (pipe.image_size, pipe.image_size))  # has no effect at strength 1
+    blank = Image.new("RGB", (pipe.image_size, pipe.image_size))  # strength 1 keeps nothing of it
     return pipe(
         prompt=list(prompts),
         image=[blank] * len(prompts),
@@ -408,56 +356,88 @@ def sample(
 def save(
     folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNetNAS
 ) -> Path:
-    """Save the parts as an ordinary diffusers folder, in float16 safetensors."""
+    """Save the parts as an ordinary diffusers folder of fp16 safetensors."""
     pipe = DeciDiffusionImg2ImgPipeline(vae, text_encoder, tokenizer, unet, make_scheduler())
     with quiet():
-        pipe.to(torch.float16).save_pretrained(folder)
+        pipe.to("cpu", torch.float16).save_pretrained(folder)
     tidy_configs(folder)
     return folder
 
 
 def tidy_configs(folder: Path) -> None:
-    """Remove local paths from the configs of saved parts, and make them load in float32."""
+    """Remove from saved configs what describes this machine, and what changes how the parts load."""
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)  # the path that a part was loaded from
+        config.pop("_name_or_path", None)  # where a part was loaded from
         if "transformers_version" in config:
-            # diffusers loads its parts in float32 whatever is stored; transformers needs this entry.
-            config["dtype"] = "float32"
+            config["dtype"] = "float32"  # transformers loads the stored dtype, diffusers always float32
         file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_card(
+    model: Path,
+    scenes: int,
+    captions: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    begin: str | Path | None = None,
+) -> None:
+    """Write the model's ``README.md``: how and where it was trained. ``decinb.tiny.evaluate`` adds its figures."""
+    lines = [json.loads(line) for line in (model.parent / "log.jsonl").read_text().splitlines()]
+    last = {line["stage"]: line for line in lines}
+    stages = ", ".join(f"{name} {line['minutes']:.0f} minutes ({line['step']} steps)" for name, line in last.items())
+    machine = environment(device, dtype)
+    origin = f"from {Path(begin).name}" if begin else "from nothing"
+    (model / "README.md").write_text(
+        f"""---
+library_name: diffusers
+pipeline_tag: image-to-image
+---
+
+# A U-Net-NAS for drawn landscapes
+
+Trained {origin} by `python -m decinb.tiny.train` on {scenes:,} scenes of `decinb.scenes`, seed {seed}.
+
+- Objective: velocity prediction at evenly drawn timesteps, min-SNR weights, nothing else.
+- Captions: {captions} a scene. Each leaves an attribute out with probability {LEFT_OUT:g}, and {WRONG:.0%} of them name
+  something that is not there. {NO_CAPTION:.0%} of the rows have none.
+- Noise: Stable Diffusion's levels (scaled linear, 0.00085 to 0.012, 1,000 levels), rescaled to end in pure noise.
+- Time: {stages}.
+- Machine: {machine["device"]}, {machine["threads"]} threads, {machine["dtype"]}, torch {machine["torch"]}.
+
+It knows only these landscapes and these words. Figures of `python -m decinb.tiny.evaluate --model FOLDER`:
+
+<!-- evaluate -->
+not measured yet
+<!-- /evaluate -->
+""",
+        encoding="utf-8",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="for log, checkpoints and model")
     parser.add_argument(
-        "--places", type=int, default=20_000, help="how many scenes to draw, each with a twin (default %(default)s)"
+        "--folder", type=Path, default=Path("runs/tiny"), help="log, checkpoints and the finished model"
     )
-    parser.add_argument(
-        "--vae-minutes", type=float, default=35, help="for the VAE, or with --begin its decoder (default %(default)s)"
-    )
-    parser.add_argument(
-        "--unet-minutes", type=float, default=65, help="for U-Net and text encoder (default %(default)s)"
-    )
-    parser.add_argument("--batch", type=int, default=64, help="rows in a step of the U-Net (default %(default)s)")
-    parser.add_argument(
-        "--begin", help='a model to continue from, "tiny" or a folder; its latent and tokenizer are kept'
-    )
+    parser.add_argument("--scenes", type=int, default=40_000, help="how many to draw (default %(default)s)")
+    parser.add_argument("--captions", type=int, default=8, help="captions a scene (default %(default)s)")
+    parser.add_argument("--vae-minutes", type=float, default=60, help="with --begin: of its decoder (default 60)")
+    parser.add_argument("--unet-minutes", type=float, default=120, help="of U-Net and text encoder (default 120)")
+    parser.add_argument("--vae-batch", type=int, help="images a step of the VAE (default 8 on a CPU, 64 on a GPU)")
+    parser.add_argument("--batch", type=int, help="rows a step of the U-Net (default 64 on a CPU, 512 on a GPU)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the U-Net (default %(default)s)")
+    parser.add_argument("--begin", help='a model to go on from ("tiny" or a folder); its latent and tokenizer are kept')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args(arguments)
-    model = train(
-        given.folder,
-        given.places,
-        given.vae_minutes,
-        given.unet_minutes,
-        given.seed,
-        torch.device(given.device),
-        given.begin,
-        given.batch,
-    )
-    print(f"saved {model}; its README.md says how it was trained")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the device is fast at")
+    parser.add_argument("--workers", type=int, help="processes that draw scenes (default: one for each core)")
+    given = vars(parser.parse_args(arguments))
+    device, dtype = torch.device(given.pop("device")), given.pop("dtype")
+    model = train(device=device, dtype=dtype and getattr(torch, dtype), **given)
+    print(f"wrote {model}")
 
 
 if __name__ == "__main__":

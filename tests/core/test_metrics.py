@@ -6,7 +6,7 @@ from PIL import Image
 
 from decinb.errors import InputError
 from decinb.metrics import clipped_fraction, mean_abs_difference, oversaturated, psnr, ssim
-from decinb.scenes.scenes import Scene, render
+from decinb.scenes import Scene, render
 
 
 def plain(grey: int, size: tuple[int, int] = (16, 16)) -> Image.Image:

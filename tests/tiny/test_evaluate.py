@@ -1,77 +1,105 @@
-"""Tests of the measurement of the bundled model: it runs, its goals are met, and the card shows its results."""
+"""The evaluation at toy size: that it runs, that its intervals hold, that its tasks are what they say."""
 
 import json
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from decinb.models import MODELS
+from decinb.scenes import caption, random_scene, render, strokes
 from decinb.scenes.adherence import named_attributes
-from decinb.scenes.scenes import Scene, caption, house_mask, random_scene, render
-from decinb.tiny import evaluate
-
-RESULTS = Path(__file__).parents[2] / "results" / "tiny" / "evaluate.json"
+from decinb.scenes.judge import Judge
+from decinb.tiny import estimates, evaluate, tasks
 
 
-@pytest.fixture(scope="module")
-def stored():
-    return json.loads(RESULTS.read_text())
+@pytest.fixture
+def judge(monkeypatch):
+    """A judge that has learned nothing: what is tested here does not depend on its answers."""
+    torch.manual_seed(0)
+    untrained = Judge().eval()
+    monkeypatch.setattr(Judge, "load", lambda: untrained)
+    return untrained
 
 
-def test_the_card_shows_the_stored_results(stored):
-    assert evaluate.table(stored) in (MODELS["tiny"].source / "README.md").read_text(encoding="utf-8")
+# --- estimates --------------------------------------------------------------------------------------------------------
 
 
-def test_the_stored_results_are_of_the_full_measurement(stored):
-    assert not stored["settings"]["quick"]
-    assert stored["vae"]["scenes"] == 500 and stored["text"]["prompts"] == 500 and stored["changes"]["pairs"] == 200
-    assert len(stored["changes"]["strengths"]) == 10
+def test_intervals_hold_the_truth_in_95_of_100_cases():
+    rng = np.random.default_rng(0)
+    means = [estimates.mean(rng.normal(3, 2, 200)) for _ in range(500)]
+    fractions = [estimates.fraction(rng.random(200) < 0.9) for _ in range(500)]
+    for found, truth in ((means, 3), (fractions, 0.9)):
+        assert 0.92 < np.mean([one["low"] <= truth <= one["high"] for one in found]) < 0.98
 
 
-def test_every_goal_is_met(stored):
-    assert not [goal.name for goal in evaluate.goals(stored) if not goal.met]
+def test_a_fraction_of_all_is_not_certain():
+    found = estimates.fraction([True] * 50)
+    assert found["value"] == found["high"] == 1 and 0.9 < found["low"] < 0.95
 
 
-def test_missed_goals_are_marked(stored):
-    worse = json.loads(json.dumps(stored))
-    worse["text"]["correct"]["house"] = 0.949
-    worse["changes"]["strengths"]["0.5"]["all"]["distance"] = 0.0
-    assert [goal.name for goal in evaluate.goals(worse) if not goal.met] == [
-        "text, house",
-        "distance rises with strength",
-    ]
-    assert "94.9%   MISSED" in evaluate.table(worse)
+def test_the_interval_of_a_frechet_distance_holds_its_value():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(100, 5, generator=generator) for _ in range(2))
+    found = estimates.frechet(first, second)
+    assert 0 <= found["low"] < found["value"] < found["high"] < 1
+    few = estimates.frechet(first[:8], second[:8])
+    assert few["low"] == few["value"] == few["high"]
 
 
-def test_prompts_are_complete_and_differ_from_all_captions():
-    prompts = evaluate._prompts(200)
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_a_trial_differs_from_its_target_in_what_it_says(task):
+    trials = tasks.draw_trials(task, 6)
+    assert [trial.prompt for trial in trials] == [trial.prompt for trial in tasks.draw_trials(task, 6)]
+    assert [trial.target for trial in trials] != [trial.target for trial in tasks.draw_trials(task, 6, "reference")]
+    for trial in trials:
+        assert trial.target.house and trial.target.style == "painting"
+        named = named_attributes(trial.prompt)
+        assert set(trial.changed) <= named.keys()
+        assert named.items() >= {(name, value) for name, value in trial.target.visible().items() if value}
+    if task == "strokes to painting":
+        assert trials[0].image.tobytes() == strokes(trials[0].target).tobytes()
+
+
+def test_a_house_is_found_where_it_stands():
+    for trial in tasks.draw_trials("day to night", 5):
+        assert tasks.house_kept(render(trial.target), trial.target) == 1
+        assert tasks.house_kept(render(replace(trial.target, house=None)), trial.target) == 0
+        elsewhere = replace(trial.target, layout=trial.target.layout + 1)
+        assert tasks.house_kept(render(elsewhere), trial.target) < 0.8
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def test_the_prompts_name_everything():
+    for prompt, scene in zip(evaluate.draw_prompts(100), evaluate.draw_scenes("text", 100), strict=True):
+        assert named_attributes(prompt).items() >= {(name, value) for name, value in scene.visible().items() if value}
     rng = random.Random(0)
-    captions = {caption(random_scene(rng), rng) for _ in range(5000)}
-    assert not captions & set(prompts)
-    for prompt, scene in zip(prompts, evaluate._scenes("text", 200), strict=True):
-        visible = {name: value for name, value in scene.visible().items() if value}
-        assert named_attributes(prompt).items() >= visible.items()
+    assert not {caption(random_scene(rng), rng) for _ in range(1000)} & set(evaluate.draw_prompts(100)[:20])
 
 
-def test_the_command_measures_everything(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "STEPS", 2)
-    monkeypatch.setattr(evaluate, "STRENGTHS", [0.5, 1.0])
-    monkeypatch.setattr(evaluate, "GUIDANCES", [1, 5])
-    monkeypatch.setattr(evaluate, "STEP_COUNTS", [1, 2])
-    monkeypatch.setattr(evaluate, "QUICK", dict.fromkeys(evaluate.FULL, 4))
-    evaluate.main(["--quick", "--results", str(tmp_path)])
-    report = json.loads((tmp_path / "evaluate-quick.json").read_text())
-    assert len(evaluate.goals(report)) == 20
-    assert "Image to image, 4 pairs" in capsys.readouterr().out
+def test_the_measurement_runs_and_can_be_stored(tiny, judge, monkeypatch):
+    monkeypatch.setattr(tasks, "STEPS", 3)
+    monkeypatch.setattr(evaluate, "STRENGTHS", (0.4, 0.5, 0.6, 1.0))
+    monkeypatch.setattr(evaluate, "GUIDANCES", (1, 5, 7.5, 20))
+    monkeypatch.setattr(evaluate, "CALLS", (2,))
+    report = evaluate.evaluate(tiny, count=2)
+    assert json.loads(json.dumps(report)) == report
+    assert report["steps"].keys() == evaluate.SAMPLERS.keys()
+    text = evaluate.table(report)
+    assert "strokes to painting" in text and "MISSED" in text
+    missed = {goal.name for goal in evaluate.goals(report) if not goal.met}
+    report["vae"]["all"]["psnr"]["value"] = 33.1
+    assert missed - {goal.name for goal in evaluate.goals(report) if not goal.met} == {"VAE, PSNR in dB"}
 
 
-def test_the_house_is_found_only_where_it_is():
-    target = Scene(time="night", house="red", trees="pine", layout=21)
-    mask = house_mask(target)
-    assert evaluate.overlap(evaluate.find_house(render(target), target), mask) > 0.9  # trees hide the rest
-    assert evaluate.overlap(evaluate.find_house(render(replace(target, house=None)), target), mask) == 0
-    moved = [render(replace(target, layout=layout)) for layout in range(10)]
-    assert np.mean([evaluate.overlap(evaluate.find_house(image, target), mask) for image in moved]) < 0.5
+def test_a_card_is_filled_between_its_marks(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("before\n<!-- evaluate -->\nold\n<!-- /evaluate -->\nafter\n")
+    evaluate.fill_card("new", card)
+    assert card.read_text() == "before\n<!-- evaluate -->\n```\nnew\n```\n<!-- /evaluate -->\nafter\n"
