@@ -1,16 +1,16 @@
 """What is minimized: the error of a VAE, and the error of a denoiser."""
 
 import random
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel
+
+from decinb.unet_nas import UNetNAS
 
 KL_WEIGHT = 5e-4
 SNR_LIMIT = 5.0
@@ -55,7 +55,7 @@ def _turn(values: Tensor, quarters: int, scale: float) -> Tensor:
 
 
 def diffusion_loss(
-    unet: Callable[..., UNet2DConditionOutput],
+    unet: UNetNAS,
     text_encoder: CLIPTextModel,
     scheduler: DDIMScheduler,
     latents: Tensor,
@@ -67,7 +67,6 @@ def diffusion_loss(
     """Return the squared error of the predicted velocity at one timestep a row, weighted by min-SNR.
 
     Args:
-        unet: a U-Net-NAS, compiled or not, of the dtype of ``text_encoder``.
         latents, noise: (rows, 4, height, width), float32: in bfloat16 a little noise would be lost.
         tokens: (rows, TOKENS); each distinct caption is encoded once.
         timesteps: (rows,).
@@ -83,7 +82,7 @@ def diffusion_loss(
     # On a CPU the backward pass of fused attention takes a fifth of a training step; that of plain attention is fast.
     with sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" else nullcontext():
         embeddings = text_encoder(distinct)[0][which]
-        predicted = unet(noisy.to(embeddings.dtype), timesteps, embeddings).sample
+        predicted = unet(noisy.to(unet.dtype), timesteps, embeddings).sample
     error = (predicted.float() - velocity).square().mean(dim=(1, 2, 3))
     signal = scheduler.alphas_cumprod.to(latents.device)[timesteps]  # snr = signal / (1 - signal)
     weight = ((SNR_LIMIT + 1) * (1 - signal)).clamp(max=1)  # min(snr + 1, limit + 1) / (snr + 1)

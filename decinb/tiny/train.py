@@ -176,7 +176,6 @@ def train_unet(
     watch: Callable[[UNetNAS, CLIPTextModel, float], None] | None = None,
     learning_rate: float = 4e-3,
     dtype: torch.dtype = torch.float32,
-    compiled: bool = False,
 ) -> tuple[UNetNAS, CLIPTextModel]:
     """Train a U-Net-NAS to denoise latents; the text encoder is trained with it where its weights ask for gradients.
 
@@ -191,10 +190,8 @@ def train_unet(
         depths: for a U-Net that takes depth as a fifth channel, (several, scenes, 1, height, width).
         watch: called four times a minute with both networks and the progress from 0 to 1.
         dtype: of the computation; the weights are kept in float32.
-        compiled: compile the U-Net, which takes some minutes and makes each step a fifth faster on a CPU.
     """
     unet, text_encoder = parts
-    predict = torch.compile(unet, dynamic=False) if compiled else unet
     trained = {"unet": unet}
     if any(weight.requires_grad for weight in text_encoder.parameters()):
         trained["text_encoder"] = text_encoder
@@ -219,7 +216,7 @@ def train_unet(
         tokens[torch.rand(batch, generator=generator, device=device) < NO_CAPTION] = empty
         timesteps = draw(len(scheduler.alphas_cumprod))
         depth = None if depths is None else depths[draw(len(depths)), rows]
-        return diffusion_loss(predict, text_encoder, scheduler, latents, noise, tokens.long(), timesteps, depth)
+        return diffusion_loss(unet, text_encoder, scheduler, latents, noise, tokens.long(), timesteps, depth)
 
     stage.run(loss_of, (lambda progress: watch(unet, text_encoder, progress)) if watch else None)
     return unet, text_encoder
@@ -242,7 +239,6 @@ def train(
     dtype: torch.dtype | None = None,
     workers: int | None = None,
     learning_rate: float = 4e-3,
-    compiled: bool = False,
 ) -> Path:
     """Run all stages in ``folder`` and save the finished diffusers folder as ``folder/model``.
 
@@ -255,7 +251,6 @@ def train(
         vae_batch, batch: images a step of the VAE and rows a step of the U-Net; by default 4 and 64 on a CPU, 64 and
             512 on a GPU.
         dtype: of the computation; by default bfloat16 where the device is fast at it, else float32.
-        compiled: compile the U-Net; the machine needs a C++ compiler.
         workers: processes that draw scenes; by default one for each core.
 
     Raises:
@@ -301,7 +296,6 @@ def train(
         watch=SampleSheets(folder, vae, tokenizer, device),
         learning_rate=learning_rate / 2 if begin else learning_rate,
         dtype=dtype,
-        compiled=compiled,
     )
     model = save(folder / "model", vae, parts[1], tokenizer, parts[0])
     write_card(model, scenes, captions, seed, device, dtype, begin)
@@ -439,7 +433,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the device is fast at")
-    parser.add_argument("--compiled", action="store_true", help="compile the U-Net, which pays in long runs")
     parser.add_argument("--workers", type=int, help="processes that draw scenes (default: one for each core)")
     given = vars(parser.parse_args(arguments))
     device, dtype = torch.device(given.pop("device")), given.pop("dtype")
