@@ -36,13 +36,14 @@ PLACES = {
     "designs": (0.75, 1.2),
     "models": (2.1, 1.2),
     "unet_nas": (3.45, 1.2),
-    "scenes": (5.1, 1.8),
-    "metrics": (6.95, 1.2),
+    "scenes": (4.2, 4.2),
+    "metrics": (5.1, 1.2),
     "images": (5.1, 1.2),
     "pipeline": (4.7, 1.2),
     "sampling": (1.9, 2.0),
     "checkpoints": (4.7, 2.0),
     "figures": (1.2, 1.9),
+    "lessons": (2.95, 1.3),
     "loading": (4.7, 1.2),
     "plotting": (1.2, 1.2),
     "execution": (2.95, 2.2),
@@ -77,7 +78,7 @@ def data() -> dict[str, dict[str, list[str]]]:
 
 def draw(shown: dict[str, dict[str, list[str]]], file: Path, colours: dict[str, str]) -> None:
     """Draw each part as a box on its layer, and an arrow for each import that no chain of other imports implies."""
-    figure = plt.figure(figsize=(8.3, 7.4), facecolor=colours["page"])
+    figure = plt.figure(figsize=(8.3, 8.1), facecolor=colours["page"])
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, 7.8), ylim=(-0.5, len(LAYERS) - 0.5))
     ax.axis("off")
