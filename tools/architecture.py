@@ -23,13 +23,13 @@ LAYERS = (
     ("images",),
     ("pipeline", "sampling"),
     ("checkpoints", "figures"),
-    ("loading", "plotting", "lessons"),
+    ("loading", "plotting"),
     ("execution",),
     ("sweep",),
-    ("__main__", "tiny", "benchmark"),
+    ("__main__", "lessons", "tiny", "benchmark"),
 )
 SUBPACKAGES = {"sampling", "execution", "checkpoints", "figures", "benchmark", "scenes", "tiny", "utils", "lessons"}
-NEVER_IMPORTED = {"benchmark", "tiny"}  # tools that use the package; the package does not need them
+NEVER_IMPORTED = {"benchmark", "lessons", "tiny"}  # tools that use the package; the package does not need them
 
 
 @dataclass(frozen=True, order=True)

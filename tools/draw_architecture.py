@@ -28,7 +28,7 @@ PICTURES = {"light": DOCS / "architecture.png", "dark": DOCS / "architecture-dar
 BEGIN, END = "<!-- begin: written by tools/draw_architecture.py -->\n", "<!-- end -->\n"
 
 EVERYWHERE = {"errors", "utils"}  # imported by nearly all: arrows to them would hide the others
-TOOLS = {"__main__", "tiny", "benchmark"}  # so would arrows from those that use the package from outside
+TOOLS = {"__main__", "lessons", "tiny", "benchmark"}  # so would arrows from those that use the package from outside
 # The horizontal centre and the width of each part, of 7.8 in all. Its height follows from its layer.
 PLACES = {
     "errors": (3.9, 7.5),
@@ -36,21 +36,21 @@ PLACES = {
     "designs": (0.75, 1.2),
     "models": (2.1, 1.2),
     "unet_nas": (3.45, 1.2),
-    "scenes": (4.2, 4.2),
-    "metrics": (5.1, 1.2),
-    "images": (5.1, 1.2),
+    "scenes": (6.35, 2.6),
+    "metrics": (6.35, 1.2),
+    "images": (6.35, 1.2),
     "pipeline": (4.7, 1.2),
     "sampling": (1.9, 2.0),
     "checkpoints": (4.7, 2.0),
     "figures": (1.2, 1.9),
-    "lessons": (2.95, 1.3),
     "loading": (4.7, 1.2),
     "plotting": (1.2, 1.2),
     "execution": (2.95, 2.2),
     "sweep": (2.95, 1.2),
-    "__main__": (0.75, 1.2),
-    "tiny": (3.15, 3.1),
-    "benchmark": (6.3, 2.5),
+    "__main__": (0.7, 1.1),
+    "lessons": (2.0, 1.2),
+    "tiny": (4.2, 2.9),
+    "benchmark": (6.75, 1.9),
 }
 COLOURS = {
     "light": {"page": "#ffffff", "band": "#f6f8fa", "text": "#1f2328", "core": "#cfe3fb", "package": "#fbe3c0"},
