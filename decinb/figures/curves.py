@@ -14,11 +14,13 @@ from decinb.figures.page import finish
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+NOT_HERE = "This cannot be measured for this model: look at the images instead."
+
 Point = float | Mapping[str, float]
 """A number, or a measured value as {"value", "low", "high"}."""
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by the colour-blind (Okabe and Ito, 2008)
-MARKERS = "osD^"
+MARKERS, MARKED = "osD^", 30  # longer curves have no markers
 
 
 def plot_curves(
@@ -56,12 +58,13 @@ def plot_curves(
         if any(not math.isnan(_value(point)) for points in curves.values() for point in points)
     }
     if not known:
-        print("This cannot be measured for this model: look at the images instead.")
+        print(NOT_HERE)
         return
     width = min(11.0, max(6.0, 3.7 * len(known)))
     figure, axes = plt.subplots(1, len(known), figsize=(width, 3.4), layout="constrained", squeeze=False)
     for ax, (label, curves) in zip(axes[0], known.items(), strict=True):
         for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
+            marker = marker if len(x) <= MARKED else ""
             ax.plot(x, [_value(point) for point in points], marker=marker, color=colour, label=name or None)
             if any(isinstance(point, Mapping) for point in points):
                 low = [_end(point, "low") for point in points]
@@ -74,6 +77,79 @@ def plot_curves(
         if len(curves) > 1:
             ax.legend(frameon=False)
     finish(figure, file, alt or _text(x, known, xlabel))
+
+
+def plot_bars(names: Sequence[str], groups: Mapping[str, Sequence[Point]], xlabel: str, alt: str = "") -> None:
+    """Plot measurements of named things as bars side by side, with 95% intervals as lines.
+
+    Args:
+        names: one for each thing, from top to bottom.
+        groups: by the name of a colour, the measured points, one for each thing.
+        xlabel: the label of the horizontal axis, with its unit.
+    """
+    import matplotlib.pyplot as plt
+
+    if all(math.isnan(_value(point)) for points in groups.values() for point in points):
+        print(NOT_HERE)
+        return
+    figure, ax = plt.subplots(figsize=(8, 1.2 + 0.5 * len(names)), layout="constrained")
+    height = 0.8 / len(groups)
+    for number, ((name, points), colour) in enumerate(zip(groups.items(), cycle(COLOURS), strict=False)):
+        y = [place + number * height for place in range(len(names))]
+        values = [_value(point) for point in points]
+        away = [[value - _end(point, "low") for value, point in zip(values, points, strict=True)]]
+        away += [[_end(point, "high") - value for value, point in zip(values, points, strict=True)]]
+        ax.barh(y, values, 0.9 * height, xerr=away, color=colour, label=name, error_kw={"ecolor": "#333333"})
+    ax.set_yticks([place + height * (len(groups) - 1) / 2 for place in range(len(names))], names)
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel, xlim=(0, None))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    said = "; ".join(
+        f"{thing}: " + ", ".join(f"{_value(points[row]):.3g} {name}" for name, points in groups.items())
+        for row, thing in enumerate(names)
+    )
+    finish(figure, alt=alt or f"Bars of {xlabel}. {said}.")
+
+
+def plot_maps(
+    panels: Mapping[str, Sequence[Sequence[Point]]],
+    x: Sequence[float],
+    y: Sequence[float],
+    xlabel: str,
+    ylabel: str,
+    alt: str = "",
+) -> None:
+    """Show measures of two arguments as maps side by side, with the value written in each place.
+
+    Args:
+        panels: by name, the measured points, a row for each value of ``y`` and a column for each of ``x``.
+        x, y: the values of the two arguments.
+    """
+    import matplotlib.pyplot as plt
+
+    values = {name: [[_value(point) for point in row] for row in rows] for name, rows in panels.items()}
+    values = {name: rows for name, rows in values.items() if not all(math.isnan(v) for row in rows for v in row)}
+    if not values:
+        print(NOT_HERE)
+        return
+    width = min(11.0, 5.5 * len(values))
+    figure, axes = plt.subplots(1, len(values), figsize=(width, 3.2), layout="constrained", squeeze=False)
+    for ax, (name, rows) in zip(axes[0], values.items(), strict=True):
+        shown = ax.imshow(rows, cmap="cividis", aspect="auto")
+        middle = (max(map(max, rows)) + min(map(min, rows))) / 2
+        for row, line in enumerate(rows):
+            for column, value in enumerate(line):
+                colour = "black" if value > middle else "white"
+                ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
+        ax.set_xticks(range(len(x)), [f"{value:g}" for value in x])
+        ax.set_yticks(range(len(y)), [f"{value:g}" for value in y])
+        ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
+        figure.colorbar(shown, ax=ax)
+    said = "; ".join(
+        f"{name} from {min(map(min, rows)):.2f} to {max(map(max, rows)):.2f}" for name, rows in values.items()
+    )
+    finish(figure, alt=alt or f"Maps over {xlabel} and {ylabel}: {said}.")
 
 
 def show_figure(figure: Figure, alt: str = "", file: str | Path | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -16,6 +17,7 @@ from decinb.scenes.adherence import adherence, named_attributes
 from decinb.scenes.estimates import Estimate
 from decinb.scenes.judge import Judge
 from decinb.scenes.tasks import draw_trials, measure, reference, run_in_batches
+from decinb.utils.environment import in_notebook
 
 T = TypeVar("T")
 
@@ -132,7 +134,8 @@ class Lab:
             rows = []
             for strength in strengths:
                 made = run_in_batches(self.pipe, images, prompts, strength, num_inference_steps=num_inference_steps)
-                rows.append({"change": estimates.change(made, images)})
+                unknown = dict.fromkeys(("changed", "adherence", "layout", "frechet"), UNKNOWN)
+                rows.append({"change": estimates.change(made, images), **unknown})
         else:
             trials, renders = draw_trials(task, count), reference(task, count)
             rows = [measure(self.pipe, trials, strength, renders, num_inference_steps) for strength in strengths]
@@ -140,3 +143,14 @@ class Lab:
 
     def _can_check(self, words: str) -> bool:
         return self.can_judge and bool(named_attributes(words))
+
+
+def what_you_saw(*lines: str) -> None:
+    """Show lines as a list, without those with a value that is not known (nan)."""
+    known = [f"- {line}" for line in lines if not re.search(r"\bnan\b", line)]
+    if in_notebook():
+        from IPython.display import Markdown, display
+
+        display(Markdown("\n".join(known)))
+    else:
+        print("\n".join(known))

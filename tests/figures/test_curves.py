@@ -46,6 +46,17 @@ def test_an_unknown_measure_is_left_out_and_never_a_blank_panel(shown, capsys):
     assert len(shown) == 1 and "cannot be measured for this model" in capsys.readouterr().out
 
 
+def test_bars_have_intervals_and_maps_have_numbers(shown):
+    points = [estimates.fraction([True] * k + [False] * (10 - k)) for k in (2, 9)]
+    decinb.plot_bars(["trees", "a lake"], {"without": points, "with": points[::-1]}, "fraction of images")
+    decinb.plot_maps({"change": [[0.1, 0.5], [0.2, 0.9]]}, [0.4, 0.8], [1, 7.5], "strength", "guidance scale")
+    (bars, said), (maps, over) = shown
+    assert [bar.get_width() for bar in bars.axes[0].patches] == [0.2, 0.9, 0.9, 0.2]
+    assert "trees: 0.2 without, 0.9 with" in said
+    assert [text.get_text() for text in maps.axes[0].texts] == ["0.10", "0.50", "0.20", "0.90"]
+    assert over == "Maps over strength and guidance scale: change from 0.10 to 0.90."
+
+
 def test_a_curve_of_another_length_is_refused():
     with pytest.raises(InputError, match="panels: kept, one has 1 points, x has 2"):
         decinb.plot_curves([1, 2], {"kept": {"one": [1]}}, "strength")

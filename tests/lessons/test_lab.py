@@ -74,4 +74,9 @@ def test_curves_have_one_estimate_for_each_strength(tiny, judge):
     assert {"changed", "adherence", "layout", "change", "frechet"} == set(curves)
     assert all(len(points) == 2 for points in curves.values())
     blind = decinb.Lab(tiny, can_judge=False).curves("day to night", [1.0], count=2, num_inference_steps=4)
-    assert set(blind) == {"change"} and blind["change"][0]["value"] > 0
+    assert set(blind) == set(curves) and blind["change"][0]["value"] > 0 and blind["layout"] == [UNKNOWN]
+
+
+def test_a_summary_leaves_out_what_is_unknown(capsys):
+    decinb.what_you_saw(f"the distance is {UNKNOWN:.2f}", "an image of nanometres", "a line")
+    assert capsys.readouterr().out == "- an image of nanometres\n- a line\n"
