@@ -42,7 +42,7 @@ ANSWERS: dict[str, Number | Choice] = {
     "04.2": Number(0.6, "int(50 * 0.6) is 30.", within=0.019),
     "05.1": Number(125, "five values of each of three arguments make 5 x 5 x 5 cells."),
     "05.2": Number(13, "the base, and four other values of each of three arguments."),
-    "08.1": Choice("b", "without + scale * (with - without) is the same at every scale if both are equal."),
+    "08.1": Choice("b", "without + scale * (with - without) is the same at every scale if both are equal.", "abc"),
     "08.2": Choice("a", "the second prediction is made in any case; the negative prompt only changes its text."),
     "11.1": Number(256, "the U-Net sees the map at the resolution of the latent, 16 x 16."),
     "11.2": Choice("b", "at strength 1 the latent holds nothing of the input, but the depth map still does."),
