@@ -4,8 +4,10 @@
 # make test           style, all tests, and every notebook (WORKERS=1 for one process instead of up to four)
 # make fuzz           a hundred times as many random inputs as `make test` (EXAMPLES=100000 for more)
 # make notebooks      run every notebook again, in place; look at the images before you commit them
+# make site           the notebooks and the documentation as pages with a search, in runs/site/html
+# make slides         slides made from the notebooks, in runs/slides
 # make mindspore      the same model on MindSpore, opt-in: its own environment (3.3 GB), parity with torch, one notebook
-# make architecture   draw the picture in docs/architecture.md and update its table
+# make architecture   draw the picture in docs/architecture.md, update its table, and draw the maps of the notebooks
 PYTHON ?= python3
 VENV   ?= .venv
 DEMO   := runs/demo
@@ -24,7 +26,7 @@ PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses $(WORKERS) --dist
 
 QUICK  := $(addprefix tests/,core sampling execution figures utils scenes)
 
-.PHONY: demo quick test style fuzz notebooks mindspore architecture environment clean
+.PHONY: demo quick test style fuzz notebooks site slides mindspore architecture environment clean
 .DEFAULT_GOAL := demo
 
 environment: $(VENV)/ready
@@ -37,7 +39,8 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	@touch $@
 
 demo: environment
-	@mkdir -p $(DEMO)
+	@mkdir -p $(DEMO) runs/docs
+	@cp -r docs/maps runs/docs/
 	@for notebook in notebooks/*.ipynb; do \
 		echo "running $$notebook"; \
 		DECINB_MODEL=tiny DECINB_TRAIN_MINUTES=$(MINUTES) $(BIN)/papermill --log-level ERROR --no-progress-bar --cwd $(DEMO) \
@@ -78,8 +81,15 @@ mindspore: .venv-mindspore/ready
 notebooks: environment
 	$(BIN)/python tools/execute_notebooks.py
 
+site: environment
+	$(BIN)/python -m tools.make_site
+
+slides: environment
+	$(BIN)/python -m tools.make_slides
+
 architecture: environment
 	$(BIN)/python -m tools.draw_architecture
+	$(BIN)/python -m tools.draw_map
 
 clean:
 	rm -rf $(VENV) .venv-mindspore runs

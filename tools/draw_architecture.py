@@ -28,7 +28,7 @@ PICTURES = {"light": DOCS / "architecture.png", "dark": DOCS / "architecture-dar
 BEGIN, END = "<!-- begin: written by tools/draw_architecture.py -->\n", "<!-- end -->\n"
 
 EVERYWHERE = {"errors", "utils"}  # imported by nearly all: arrows to them would hide the others
-TOOLS = {"__main__", "tiny", "benchmark"}  # so would arrows from those that use the package from outside
+TOOLS = {"__main__", "lessons", "tiny", "benchmark"}  # so would arrows from those that use the package from outside
 # The horizontal centre and the width of each part, of 7.8 in all. Its height follows from its layer.
 PLACES = {
     "errors": (3.9, 7.5),
@@ -36,9 +36,9 @@ PLACES = {
     "designs": (0.75, 1.2),
     "models": (2.1, 1.2),
     "unet_nas": (3.45, 1.2),
-    "scenes": (5.1, 1.8),
-    "metrics": (6.95, 1.2),
-    "images": (5.1, 1.2),
+    "scenes": (6.35, 2.6),
+    "metrics": (6.35, 1.2),
+    "images": (6.35, 1.2),
     "pipeline": (4.7, 1.2),
     "sampling": (1.9, 2.0),
     "checkpoints": (4.7, 2.0),
@@ -47,9 +47,10 @@ PLACES = {
     "plotting": (1.2, 1.2),
     "execution": (2.95, 2.2),
     "sweep": (2.95, 1.2),
-    "__main__": (0.75, 1.2),
-    "tiny": (3.15, 3.1),
-    "benchmark": (6.3, 2.5),
+    "__main__": (0.7, 1.1),
+    "lessons": (2.0, 1.2),
+    "tiny": (4.2, 2.9),
+    "benchmark": (6.75, 1.9),
 }
 COLOURS = {
     "light": {"page": "#ffffff", "band": "#f6f8fa", "text": "#1f2328", "core": "#cfe3fb", "package": "#fbe3c0"},
@@ -77,7 +78,7 @@ def data() -> dict[str, dict[str, list[str]]]:
 
 def draw(shown: dict[str, dict[str, list[str]]], file: Path, colours: dict[str, str]) -> None:
     """Draw each part as a box on its layer, and an arrow for each import that no chain of other imports implies."""
-    figure = plt.figure(figsize=(8.3, 7.4), facecolor=colours["page"])
+    figure = plt.figure(figsize=(8.3, 8.1), facecolor=colours["page"])
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, 7.8), ylim=(-0.5, len(LAYERS) - 0.5))
     ax.axis("off")

@@ -1,5 +1,7 @@
 """Run the notebooks in place, from the first cell to the last: ``python tools/execute_notebooks.py [name ...]``.
 
+A solution is named with its folder: ``solutions/02_strength_sweep``.
+
 What is left out of the files: the state of progress bars, times of execution, and anything a kernel wrote to stderr.
 Figures are stored small, in 256 colours. An error stops everything and leaves that notebook as it was.
 """
@@ -7,6 +9,7 @@ Figures are stored small, in 256 colours. An error stops everything and leaves t
 import base64
 import io
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +19,8 @@ import papermill
 from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-MAX_WIDTH = 900  # pixels of a figure: as wide as a page shows it
+MAX_WIDTH = 900  # pixels of an image by itself: as wide as a page shows it
+FIGURE = re.compile(r'(width="(\d+)" style="max-width: none" src="data:image/png;base64,)([A-Za-z0-9+/=]+)')
 
 
 def execute(path: Path) -> None:
@@ -37,12 +41,19 @@ def execute(path: Path) -> None:
 def _small(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
     data = output.get("data", {})
     if "image/png" in data:
-        figure = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
-        figure.thumbnail((MAX_WIDTH, 10 * MAX_WIDTH), Image.Resampling.LANCZOS)
-        file = io.BytesIO()
-        figure.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
-        data["image/png"] = base64.b64encode(file.getvalue()).decode()
+        data["image/png"] = _small_png(data["image/png"], MAX_WIDTH)
+    if FIGURE.search(str(data.get("text/html", ""))):
+        data["text/html"] = FIGURE.sub(lambda found: found[1] + _small_png(found[3], int(found[2])), data["text/html"])
     return output
+
+
+def _small_png(encoded: str, width: int) -> str:
+    """Return a PNG in base64 with at most ``width`` columns and 256 colours."""
+    figure = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+    figure.thumbnail((width, 10 * width), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    figure.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _is_noise(output: nbformat.NotebookNode) -> bool:
@@ -52,7 +63,7 @@ def _is_noise(output: nbformat.NotebookNode) -> bool:
 
 def main() -> None:
     os.environ["DECINB_MODEL"], os.environ["HF_HUB_OFFLINE"] = "tiny", "1"
-    wanted = sys.argv[1:] or [path.stem for path in sorted(FOLDER.glob("*.ipynb"))]
+    wanted = sys.argv[1:] or [path.relative_to(FOLDER).with_suffix("") for path in sorted(FOLDER.rglob("*.ipynb"))]
     for name in wanted:
         print("running", name, flush=True)
         execute(FOLDER / f"{name}.ipynb")

@@ -5,6 +5,9 @@ A printed figure and the grid that fills during a sweep are both such a page.
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,20 +18,22 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from decinb.figures.layout import CellValues, Head, Layout, Place
+from decinb.utils.environment import in_notebook
 from decinb.utils.labels import wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SMALLEST, LARGEST, FULL = 1.1, 2.2, 13.0  # least and greatest width of an image; width of all images of a full row
+SMALLEST, LARGEST, FULL = 1.1, 2.2, 8.8  # least and greatest width of an image; width of all images of a full row
 GAP, GROUP_GAP, MARGIN, PAD = 0.06, 0.2, 0.12, 0.05
 HEAD_WIDTH, HEAD_HEIGHT, TITLE_HEIGHT = 1.8, 0.85, 0.7  # the most that a label may take
 
-SIZES = (10, 9.5, 9, 8.5, 8, 7.5, 7)  # font sizes in points; the first at which all labels of a level fit is used
+SIZES = (10, 9.5, 9, 8.5)  # font sizes in points; the first at which all labels of a level fit is used
 LINE, DESCENT = 1.25, 0.24  # height of a line and depth of its descenders, in font sizes
-NOTE_SIZE = 8
+NOTE_SIZE = 8.5
 NOTE_HEIGHT = NOTE_SIZE * LINE / 72 + PAD
+DOTS = 96  # pixels of a page per inch of a figure, so that 8.5 points are 11 pixels
 SHARPNESS = 200  # pixels per inch to which images are reduced
 
 INK, GREY, FAINT, EMPTY = "#222222", "#777777", "#cccccc", "#f6f6f6"
@@ -71,7 +76,7 @@ class Page:
         self.tiles, self.footer = dict(tiles), footer
         width = min(LARGEST, max(SMALLEST, FULL / len(columns)))
         height = width * max(tile.aspect for tile in tiles.values())
-        self._title_size, titles = _fit([(tile.title, width, TITLE_HEIGHT) for tile in tiles.values()])
+        self._title_size, titles = fit([(tile.title, width, TITLE_HEIGHT) for tile in tiles.values()])
         self._titles = dict(zip(tiles, titles, strict=True))
         self._above = max(_height(title, self._title_size) for title in titles)
         self._below = NOTE_HEIGHT if any(tile.note and tile.image for tile in tiles.values()) else 0.0
@@ -223,7 +228,7 @@ def _side(
     for level in range(depth):
         runs = [list(run) for _, run in groupby(range(len(heads)), key=lambda at, n=level + 1: padded[at][:n])]
         spans = [(starts[run[0]], starts[run[-1]] + size) for run in runs]
-        font_size, texts = _fit(
+        font_size, texts = fit(
             [(padded[run[0]][level], *room(end - start)) for run, (start, end) in zip(runs, spans, strict=True)]
         )
         labels = [(text, *span) for text, span in zip(texts, spans, strict=True)]
@@ -235,7 +240,7 @@ def _group(head: Head) -> Head:
     return head if head is INPUT else head[:-1]
 
 
-def _fit(boxes: Sequence[tuple[str, float, float]]) -> tuple[float, list[str]]:
+def fit(boxes: Sequence[tuple[str, float, float]]) -> tuple[float, list[str]]:
     """Find one font size at which every text fits its width and height, and break the texts into lines.
 
     Texts that do not fit at the smallest size are cut off, which an ellipsis shows.
@@ -294,13 +299,50 @@ def _write(ax: Axes, x: float, y: float, text: str, size: float, across: str, do
     )  # fmt: skip
 
 
-def finish(figure: Figure, file: str | Path | None = None) -> None:
-    """Save a figure if a file is named, show it if there is a screen or a notebook, and close it."""
+def finish(figure: Figure, file: str | Path | None = None, alt: str = "") -> None:
+    """Save a figure if a file is named, show it if there is a screen or a notebook, and close it.
+
+    Args:
+        alt: what the figure shows, for readers who do not see it; by default the text that is written in it.
+    """
     import matplotlib.pyplot as plt
 
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file)
-    if plt.get_backend().lower() != "agg":
+    if in_notebook():
+        from IPython.display import HTML, display
+
+        display(HTML(as_html(figure, alt)))
+    elif plt.get_backend().lower() != "agg":
         plt.show()
     plt.close(figure)
+
+
+def as_html(figure: Figure, alt: str = "") -> str:
+    """Return a figure as an HTML image with a text for readers who do not see it.
+
+    The image is never made smaller than it was drawn, so that its text stays readable; where it is wider than the page,
+    it can be scrolled.
+    """
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=2 * DOTS)
+    width = round(figure.get_size_inches()[0] * DOTS)
+    data = base64.b64encode(file.getvalue()).decode()
+    text = html.escape(" ".join((alt or written(figure)).split()))
+    return (
+        f'<div style="overflow-x: auto"><img alt="{text}" width="{width}" style="max-width: none" '
+        f'src="data:image/png;base64,{data}"></div>'
+    )
+
+
+def written(figure: Figure) -> str:
+    """Return the text in a figure: titles, labels of the axes, names of curves, and what is written beside images."""
+    parts = [figure.get_suptitle()]
+    for ax in figure.axes:
+        legend = ax.get_legend()
+        curves = ", ".join(text.get_text() for text in legend.get_texts()) if legend else ""
+        over = f"{ax.get_ylabel()} against {ax.get_xlabel()}" if ax.get_xlabel() and ax.get_ylabel() else ""
+        texts = [text.get_text() for text in ax.texts]
+        parts += [ax.get_title(), over or ax.get_ylabel() or ax.get_xlabel(), curves, *texts]
+    return "; ".join(dict.fromkeys(" ".join(part.split()) for part in parts if part.strip())) or "a figure"

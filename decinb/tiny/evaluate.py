@@ -24,13 +24,11 @@ from decinb.loading import load_pipeline
 from decinb.metrics import clipped_fraction, mean_abs_difference, oversaturated, psnr, ssim
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
-from decinb.scenes import ATTRIBUTES, IMAGE_SIZE, Scene, caption, random_scene, render
-from decinb.scenes.adherence import named_attributes
+from decinb.scenes import ATTRIBUTES, IMAGE_SIZE, Scene, caption, estimates, random_scene, render
 from decinb.scenes.colours import count_red_buildings, count_suns, ground_by_colour, time_by_colour
+from decinb.scenes.estimates import Estimate
 from decinb.scenes.judge import Judge, accuracy, through_vae
-from decinb.tiny import estimates
-from decinb.tiny.estimates import Estimate
-from decinb.tiny.tasks import GUIDANCE, STEPS, TASKS, Trial, draw_trials, house_kept, run_in_batches
+from decinb.scenes.tasks import GUIDANCE, STEPS, TASKS, answer, draw_trials, measure, reference, run_in_batches
 from decinb.utils.environment import describe_pipeline
 
 STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.85, 0.9, 1.0)
@@ -78,41 +76,6 @@ def evaluate_tasks(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, 
                for strength in STRENGTHS}
         for task in TASKS
     }  # fmt: skip
-
-
-def reference(task: str, count: int) -> list[Image.Image]:
-    """Return renders of other scenes such as a task asks for."""
-    return [render(trial.target) for trial in draw_trials(task, count, purpose="reference")]
-
-
-def measure(
-    pipe: DeciDiffusionImg2ImgPipeline, trials: Sequence[Trial], strength: float, renders: Sequence[Image.Image]
-) -> dict[str, Estimate]:
-    """Run trials at one strength.
-
-    Args:
-        renders: what the images made are compared with as a whole; as many as there are trials.
-
-    Returns:
-        ``changed``, the fraction of images with every attribute that the input lacked; ``adherence``, of all that the
-        prompt names; ``layout``, how well the building stayed in its place (at strength 1 what chance gives);
-        ``change``, the mean difference from the input; ``frechet``, the distance to the renders.
-    """
-    made = run_in_batches(pipe, [trial.image for trial in trials], [trial.prompt for trial in trials], strength)
-    judge = Judge.load()
-    pairs = list(zip(trials, made, strict=True))
-    answers = [answer(trial.prompt, seen) for trial, seen in zip(trials, judge.classify(made), strict=True)]
-    changed = [
-        all(right[name] for name in trial.changed if name in right)
-        for trial, right in zip(trials, answers, strict=True)
-    ]
-    return {
-        "changed": estimates.fraction(changed),
-        "adherence": estimates.mean([float(np.mean(list(right.values()))) for right in answers]),
-        "layout": estimates.mean([house_kept(image, trial.target) for trial, image in pairs]),
-        "change": estimates.mean([mean_abs_difference(image, trial.image) for trial, image in pairs]),
-        "frechet": estimates.frechet(judge.features(made), judge.features(renders)),
-    }
 
 
 def evaluate_examples(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
@@ -263,11 +226,6 @@ def draw_prompts(count: int) -> list[str]:
     """Draw prompts that name every attribute of a scene, in varied words, so that everything can be judged."""
     rng = random.Random("evaluate words")
     return [caption(scene, rng, left_out=0) for scene in draw_scenes("text", count)]
-
-
-def answer(prompt: str, seen: dict[str, Any]) -> dict[str, bool]:
-    """Return for each attribute that a prompt names whether the judge sees it."""
-    return {name: seen.get(name) == value for name, value in named_attributes(prompt).items()}
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

@@ -19,13 +19,12 @@ from decinb.checkpoints.components import Files, find_components, load_component
 from decinb.loading import load_pipeline
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionDepth2ImgPipeline
-from decinb.scenes import ATTRIBUTES, Scene, caption, depth_map, random_scene, render
+from decinb.scenes import ATTRIBUTES, Scene, caption, depth_map, estimates, random_scene, render
+from decinb.scenes.estimates import Estimate
 from decinb.scenes.judge import Judge
-from decinb.tiny import estimates
-from decinb.tiny.estimates import Estimate
+from decinb.scenes.tasks import GUIDANCE, STEPS, Trial, draw_trials, run_in_batches
 from decinb.tiny.evaluate import columns, fill_card, reference
 from decinb.tiny.evaluate import measure as measure_task
-from decinb.tiny.tasks import GUIDANCE, STEPS, Trial, draw_trials, run_in_batches
 from decinb.utils.environment import describe_pipeline
 
 STRENGTHS = (0.6, 1.0)

@@ -6,8 +6,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from decinb.lessons.answers import ANSWERS
+
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
+LESSONS = [path for path in NOTEBOOKS if path.stem[:2] in ("00", "02", "03", "04", "05", "08", "11")]
+LESSON_LINES = 12  # of a cell; the setup cell is the same everywhere
 MAX_BYTES = 500_000
 MAX_LINES = 15
 MACHINE_PATH = re.compile(r"/(home|root|tmp|work|Users|usr|opt)/|site-packages|[A-Z]:\\\\")
@@ -19,6 +24,10 @@ def read(path):
 
 def code_cells(path):
     return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def has_figure(output) -> bool:
+    return "image/png" in output.get("data", {}) or "<img " in str(output.get("data", {}).get("text/html", ""))
 
 
 def problems(path: Path, setup: str) -> list[str]:
@@ -45,15 +54,58 @@ def problems(path: Path, setup: str) -> list[str]:
         not in first,
         "there are no exercises": not any("## Exercises" in cell.source for cell in notebook.cells),
         "it has no assert": not any(re.search(r"^\s*assert ", cell.source, re.M) for cell in code),
-        "it has no figure": not any("image/png" in output.get("data", {}) for output in outputs),
+        "it has no figure": not any(has_figure(output) for output in outputs),
         "it stores widget state": "widgets" in notebook.metadata,
     }
     return [problem for problem, found in checks.items() if found]
 
 
-def test_the_notebooks_are_numbered_from_one():
+def test_the_notebooks_are_numbered_from_zero():
     numbers = [path.name[:2] for path in NOTEBOOKS]
-    assert numbers == [f"{i:02d}" for i in range(1, len(numbers) + 1)] and len(numbers) >= 6
+    assert numbers == [f"{i:02d}" for i in range(len(numbers))] and len(numbers) >= 6
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_has_its_place_its_idea_its_summary_and_its_answers(path):
+    cells, code = read(path).cells, code_cells(path)
+    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    headings = [line for text in texts for line in text.splitlines() if line.startswith("## ")]
+    assert f"](../docs/maps/{path.stem[:2]}.svg)" in texts[0]
+    assert headings[-4:] == ["## What you saw", "## Exercises", "## Clean up", "## Next"]
+    assert "decinb.what_you_saw(" in next(cell.source for cell in code if "what_you_saw" in cell.source)
+    exercises = next(text for text in texts if "## Exercises" in text)
+    assert len(re.findall(r"^\d\. \*", exercises, re.M)) == 3 and "<details><summary>Hints</summary>" in exercises
+    assert f"(solutions/{path.name})" in exercises and (FOLDER / "solutions" / path.name).exists()
+    assert not [cell.source for cell in code[1:] if len(cell.source.splitlines()) > LESSON_LINES]
+    assert not [
+        cell.source for cell in code if re.search(r"if (scenes|can_judge) else|image_size\(pipe\) == 128", cell.source)
+    ]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_the_answers_of_a_lesson_can_be_checked(path):
+    asked = set(re.findall(r'decinb\.check\("([\d.]+)"', "\n".join(cell.source for cell in read(path).cells)))
+    solved = "\n".join(cell.source for cell in code_cells(FOLDER / "solutions" / path.name))
+    assert asked == {exercise for exercise in ANSWERS if exercise[:2] == path.stem[:2]}
+    assert all(f'decinb.check("{exercise}"' in solved for exercise in asked)
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
+def test_a_solution_was_run_and_belongs_to_a_notebook(path):
+    code = code_cells(path)
+    assert (FOLDER / path.name).exists() and f"(../{path.name})" in read(path).cells[0].source
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("path", LESSONS + SOLUTIONS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_figure_has_a_text_for_readers_who_do_not_see_it(path):
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            html = str(output.get("data", {}).get("text/html", ""))
+            assert not re.search(r'<img (?![^>]*alt="[^"]{3,}")', html), cell.source
+            assert "image/png" not in output.get("data", {}), cell.source
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -96,15 +148,17 @@ def test_the_notebooks_use_the_values_of_the_guide():
 
 
 PLACE = re.compile(r"\[(\d\d)\]\(\.\./notebooks/(\w+)\.ipynb\)(?:, ([^|[]+))?")
+NOWHERE = ("the first cell of each notebook", "not part of the guide")
 
 
-def test_each_step_of_the_articles_is_where_the_docs_say():
-    page = (FOLDER.parent / "docs" / "articles.md").read_text(encoding="utf-8")
-    steps = [line for line in page.splitlines() if line.startswith("| ")][1:]
-    assert len(steps) >= 24
+@pytest.mark.parametrize(("page", "most"), [("articles.md", 27), ("the_guide.md", 24)])
+def test_each_block_of_the_articles_is_where_the_docs_say(page, most):
+    text = (FOLDER.parent / "docs" / page).read_text(encoding="utf-8")
+    steps = [line for line in text.splitlines() if line.startswith("| ") and not line.endswith("| here |")]
+    assert len(steps) == most
     for step in steps:
         places = PLACE.findall(step)
-        assert places or "the first cell of each notebook" in step, step
+        assert places or any(words in step for words in NOWHERE), step
         for number, name, sections in places:
             there = [cell.source for cell in read(FOLDER / f"{name}.ipynb").cells if cell.cell_type == "markdown"]
             headings = {line.removeprefix("## ") for source in there for line in source.splitlines()}

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from decinb.scenes import caption, random_scene, render, strokes
+from decinb.scenes import caption, estimates, random_scene, render, strokes, tasks
 from decinb.scenes.adherence import named_attributes
 from decinb.scenes.judge import Judge
-from decinb.tiny import estimates, evaluate, tasks
+from decinb.tiny import evaluate
 
 
 @pytest.fixture

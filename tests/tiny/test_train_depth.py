@@ -8,9 +8,9 @@ import torch
 
 from decinb import InputError, ModelError
 from decinb.loading import load_pipeline
-from decinb.scenes import Scene, depth_map, render
+from decinb.scenes import Scene, depth_map, render, tasks
 from decinb.scenes.judge import Judge
-from decinb.tiny import data, evaluate_depth, losses, networks, tasks, train, train_depth
+from decinb.tiny import data, evaluate_depth, losses, networks, train, train_depth
 from decinb.unet_nas import UNetNAS
 from tests.helpers.small import SMALL
 

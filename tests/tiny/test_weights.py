@@ -9,10 +9,10 @@ import pytest
 
 from decinb.loading import load_pipeline
 from decinb.models import MODELS
-from decinb.scenes import Scene, caption, random_scene, render
+from decinb.scenes import Scene, caption, random_scene, render, tasks
 from decinb.scenes.adherence import adherence
 from decinb.scenes.judge import WEIGHTS, Judge, accuracy, through_vae
-from decinb.tiny import evaluate, evaluate_depth, tasks, train_judge
+from decinb.tiny import evaluate, evaluate_depth, train_judge
 
 RESULTS = Path(__file__).parents[2] / "results" / "tiny"
 

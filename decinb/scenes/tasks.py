@@ -1,15 +1,22 @@
-"""The image-to-image tasks that the bundled model is measured on: an input, a prompt, and the scene asked for."""
+"""Image-to-image tasks whose truth is known, and what can be measured of them.
+
+A trial of a task is an input, a prompt, and the scene asked for.
+"""
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from decinb.scenes import Scene, caption, random_scene, render, strokes
+from decinb.scenes import Scene, caption, estimates, random_scene, render, strokes
+from decinb.scenes.adherence import named_attributes
+from decinb.scenes.estimates import Estimate
+from decinb.scenes.judge import Judge
 
 GUIDANCE = 7.5
 STEPS = 30
@@ -92,3 +99,49 @@ def house_kept(image: Image.Image, target: Scene) -> float:
     visible = np.abs(with_house - without).sum(axis=-1) > 30
     found = np.abs(pixels - with_house).sum(axis=-1) < 2 / 3 * np.abs(pixels - without).sum(axis=-1)
     return float(found[visible].mean()) if visible.any() else 1.0
+
+
+def reference(task: str, count: int) -> list[Image.Image]:
+    """Return renders of other scenes such as a task asks for."""
+    return [render(trial.target) for trial in draw_trials(task, count, purpose="reference")]
+
+
+def measure(
+    pipe: DiffusionPipeline,
+    trials: Sequence[Trial],
+    strength: float,
+    renders: Sequence[Image.Image],
+    num_inference_steps: int | None = None,
+) -> dict[str, Estimate]:
+    """Run trials at one strength.
+
+    Args:
+        renders: what the images made are compared with as a whole; as many as there are trials.
+        num_inference_steps: of the whole schedule; by default ``STEPS``.
+
+    Returns:
+        ``changed``, the fraction of images with every attribute that the input lacked; ``adherence``, of all that the
+        prompt names; ``layout``, how well the building stayed in its place (at strength 1 what chance gives);
+        ``change``, the mean difference from the input; ``frechet``, the distance to the renders.
+    """
+    images, prompts = [trial.image for trial in trials], [trial.prompt for trial in trials]
+    made = run_in_batches(pipe, images, prompts, strength, GUIDANCE, num_inference_steps)
+    judge = Judge.load()
+    pairs = list(zip(trials, made, strict=True))
+    answers = [answer(trial.prompt, seen) for trial, seen in zip(trials, judge.classify(made), strict=True)]
+    changed = [
+        all(right[name] for name in trial.changed if name in right)
+        for trial, right in zip(trials, answers, strict=True)
+    ]
+    return {
+        "changed": estimates.fraction(changed),
+        "adherence": estimates.mean([float(np.mean(list(right.values()))) for right in answers]),
+        "layout": estimates.mean([house_kept(image, trial.target) for trial, image in pairs]),
+        "change": estimates.change(made, images),
+        "frechet": estimates.frechet(judge.features(made), judge.features(renders)),
+    }
+
+
+def answer(prompt: str, seen: dict[str, Any]) -> dict[str, bool]:
+    """Return for each attribute that a prompt names whether the judge sees it."""
+    return {name: seen.get(name) == value for name, value in named_attributes(prompt).items()}

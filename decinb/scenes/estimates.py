@@ -4,14 +4,27 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from decinb.metrics import mean_abs_difference
 from decinb.scenes.judge import frechet_distance
 
-Estimate = dict[str, float]
-"""A measured value as {"value", "low", "high"}: the ends are those of its 95% confidence interval."""
-
 Z = 1.96
+
+
+class Estimate(dict[str, float]):
+    """A measured value as {"value", "low", "high"}: the ends are those of its 95% confidence interval.
+
+    In a text it is formatted as one number, with its interval: ``f"{estimate:.0%}"`` is "83% (75% to 89%)".
+    """
+
+    def __format__(self, form: str) -> str:
+        value, low, high = (format(self[name], form or ".2f") for name in ("value", "low", "high"))
+        return f"{value} ({low} to {high})"
+
+    def __str__(self) -> str:
+        return format(self)
 
 
 def mean(values: Sequence[float]) -> Estimate:
@@ -27,6 +40,27 @@ def fraction(answers: Sequence[bool]) -> Estimate:
     middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     error = Z / (1 + Z**2 / count) * np.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
     return _estimate(share, min(share, middle - error), max(share, middle + error))
+
+
+def change(images: Sequence[Image.Image], originals: Sequence[Image.Image]) -> Estimate:
+    """Return the mean difference of images from what each was made of, 0 to 1."""
+    return mean([mean_abs_difference(*pair) for pair in zip(images, originals, strict=True)])
+
+
+def spread(images: Sequence[Image.Image]) -> Estimate:
+    """Return the mean difference of any two of some images, 0 to 1, with an interval by leaving out each in turn.
+
+    Args:
+        images: of the same size, at least three for an interval.
+    """
+    differences = np.array([[mean_abs_difference(one, other) for other in images] for one in images])
+    count = len(images)
+    value = differences.sum() / (count * (count - 1))
+    if count < 3:
+        return _estimate(value, value, value)
+    others = (differences.sum() - 2 * differences.sum(axis=0)) / ((count - 1) * (count - 2))
+    error = Z * np.sqrt((count - 1) * np.mean((others - others.mean()) ** 2))
+    return _estimate(value, max(0.0, value - error), value + error)
 
 
 def frechet(features: Tensor, reference: Tensor, blocks: int = 10) -> Estimate:
@@ -47,4 +81,4 @@ def frechet(features: Tensor, reference: Tensor, blocks: int = 10) -> Estimate:
 
 
 def _estimate(value: float, low: float, high: float) -> Estimate:
-    return {"value": float(value), "low": float(low), "high": float(high)}
+    return Estimate(value=float(value), low=float(low), high=float(high))

@@ -1,0 +1,156 @@
+"""One object for what differs between models in a lesson: example, prompts, and what can be measured."""
+
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from decinb.images import SAMPLES, Source, load_image
+from decinb.models import draws_scenes, example, image_size
+from decinb.scenes import estimates, random_scene, render
+from decinb.scenes.adherence import adherence, named_attributes
+from decinb.scenes.estimates import Estimate
+from decinb.scenes.judge import Judge
+from decinb.scenes.tasks import draw_trials, measure, reference, run_in_batches
+from decinb.utils.environment import in_notebook
+
+T = TypeVar("T")
+
+UNKNOWN = Estimate(value=math.nan, low=math.nan, high=math.nan)
+"""What is returned where nothing can be measured. ``plot_curves`` leaves it out."""
+
+COUNT, STEPS = 32, 20
+"""Images of a point of a curve, and the steps that they are made in."""
+
+
+class Lab:
+    """A loaded pipeline with an input, a prompt that suits it, and the measures that hold for its images.
+
+    The judge and the truth about scenes exist only for models that draw scenes. For all others, ``can_judge`` is False
+    and what needs them returns ``UNKNOWN``. The pipeline's own progress bar is turned off.
+
+    Args:
+        pipe: any pipeline.
+        image: as in ``load_image``; None for the model's example.
+        prompt: None for the model's example.
+        can_judge: whether its images are scenes; None to decide by the name of the model.
+
+    Attributes:
+        image: the input, a square of the size that the model was trained on.
+        prompt: the prompt.
+        is_example: whether image and prompt are those of the model's example.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        image: Source | None = None,
+        prompt: str | None = None,
+        can_judge: bool | None = None,
+    ):
+        sample, example_prompt = example(pipe)
+        self.pipe, self.size = pipe, image_size(pipe)
+        self.image = self.load(sample if image is None else image)
+        self.prompt = prompt or example_prompt
+        self.is_example = image is None and prompt is None
+        self.can_judge = draws_scenes(pipe) if can_judge is None else can_judge
+        pipe.set_progress_bar_config(disable=True)
+        print("prompt:", self.prompt)
+        if self.can_judge and not (image is None or (isinstance(image, str) and image in SAMPLES)):
+            print("This model knows only drawn landscapes: it will turn your image into one.")
+
+    def load(self, image: Source) -> Image.Image:
+        """Load an image in the size of the model."""
+        return load_image(image, size=self.size)
+
+    def choose(self, scenes: T, photos: T) -> T:
+        """Return ``scenes`` for a model that draws scenes, ``photos`` for any other."""
+        return scenes if self.can_judge else photos
+
+    def adherence(self, images: Sequence[Image.Image], prompt: str | None = None) -> Estimate:
+        """Return which fraction of what a prompt names an image shows, on average; by default the own prompt."""
+        prompt = prompt or self.prompt
+        if not self._can_check(prompt):
+            return UNKNOWN
+        return estimates.mean(adherence(list(images), prompt))
+
+    def shows(self, images: Sequence[Image.Image], words: str) -> Estimate:
+        """Return the fraction of images that show everything some words name."""
+        if not self._can_check(words):
+            return UNKNOWN
+        return estimates.fraction([fraction == 1 for fraction in adherence(list(images), words)])
+
+    def distance(self, images: Sequence[Image.Image], prompt: str | None = None) -> Estimate:
+        """Return the Fréchet distance of images to as many fresh renders of scenes that fit a prompt.
+
+        It depends on the number of images: compare only distances of equally many.
+        """
+        prompt = prompt or self.prompt
+        if not self._can_check(prompt):
+            return UNKNOWN
+        rng = random.Random(f"distance {prompt}")
+        named = {name: value for name, value in named_attributes(prompt).items() if value != "plain"}
+        renders = [render(replace(random_scene(rng), **named)) for _ in images]
+        return estimates.frechet(Judge.load().features(list(images)), Judge.load().features(renders))
+
+    def spread(self, images: Sequence[Image.Image]) -> Estimate:
+        """Return the mean difference of any two images."""
+        return estimates.spread(list(images))
+
+    def mean(self, function: Callable[[Image.Image], float], images: Sequence[Image.Image]) -> Estimate:
+        """Return the mean of a measure over images."""
+        return estimates.mean([function(image) for image in images])
+
+    def trial(self, task: str, number: int = 0) -> tuple[Image.Image, str]:
+        """Return the input and the prompt of one trial of a task; the own ones where there are no scenes."""
+        if not self.can_judge:
+            return self.image, self.prompt
+        trial = draw_trials(task, number + 1)[number]
+        return trial.image, trial.prompt
+
+    def curves(
+        self, task: str, strengths: Sequence[float], count: int = COUNT, num_inference_steps: int = STEPS
+    ) -> dict[str, list[Estimate]]:
+        """Run a task at several strengths, each on the same inputs.
+
+        Args:
+            task: one of ``decinb.scenes.tasks.TASKS``. Where there are no scenes, the own image and prompt are run with
+                ``count`` seeds instead.
+            strengths: above 0, at most 1.
+            count: inputs; at least 20 for an interval of ``frechet``.
+
+        Returns:
+            A list with one estimate for each strength, by measure: ``changed``, the fraction of images with every
+            attribute that the input lacked; ``adherence``; ``layout``, how well the building stayed in its place;
+            ``change``, the mean difference from the input; ``frechet``, the distance to renders.
+        """
+        if not self.can_judge:
+            images, prompts = [self.image] * count, [self.prompt] * count
+            rows = []
+            for strength in strengths:
+                made = run_in_batches(self.pipe, images, prompts, strength, num_inference_steps=num_inference_steps)
+                unknown = dict.fromkeys(("changed", "adherence", "layout", "frechet"), UNKNOWN)
+                rows.append({"change": estimates.change(made, images), **unknown})
+        else:
+            trials, renders = draw_trials(task, count), reference(task, count)
+            rows = [measure(self.pipe, trials, strength, renders, num_inference_steps) for strength in strengths]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def _can_check(self, words: str) -> bool:
+        return self.can_judge and bool(named_attributes(words))
+
+
+def what_you_saw(*lines: str) -> None:
+    """Show lines as a list, without those with a value that is not known (nan)."""
+    known = [f"- {line}" for line in lines if not re.search(r"\bnan\b", line)]
+    if in_notebook():
+        from IPython.display import Markdown, display
+
+        display(Markdown("\n".join(known)))
+    else:
+        print("\n".join(known))

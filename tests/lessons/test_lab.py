@@ -1,0 +1,82 @@
+"""What a lesson is told of a model: an example that suits it, whether the judge can look, measures with intervals."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+import decinb
+from decinb.lessons.lab import UNKNOWN
+from decinb.models import MODELS, draws_scenes
+from decinb.scenes import random_scene, render
+from decinb.scenes.judge import Judge
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """A judge that has learned nothing: what is tested here does not depend on its answers."""
+    torch.manual_seed(0)
+    untrained = Judge().eval()
+    monkeypatch.setattr(Judge, "load", lambda: untrained)
+    return untrained
+
+
+def test_the_judge_looks_at_models_that_draw_scenes_not_at_an_image_size(tiny, monkeypatch):
+    assert draws_scenes(tiny)
+    monkeypatch.setitem(MODELS, "tiny", replace(MODELS["tiny"], draws_scenes=False))
+    assert decinb.image_size(tiny) == 128 and not decinb.Lab(tiny).can_judge
+    assert decinb.Lab(tiny, can_judge=True).can_judge
+
+
+def test_a_lab_has_the_models_example_and_prints_the_prompt(tiny, capsys):
+    lab = decinb.Lab(tiny)
+    assert lab.image.size == (128, 128) and lab.prompt == MODELS["tiny"].example_prompt and lab.is_example
+    assert capsys.readouterr().out == f"prompt: {lab.prompt}\n"
+    assert lab.choose("a house", "a photo") == "a house"
+
+
+def test_a_photo_gets_one_line_that_says_what_the_model_knows(tiny, capsys):
+    lab = decinb.Lab(tiny, image=render(random_scene_with_house()), prompt="a house")
+    assert "knows only drawn landscapes" in capsys.readouterr().out and not lab.is_example
+    decinb.Lab(tiny, image="sketch")
+    assert "knows only" not in capsys.readouterr().out
+
+
+def random_scene_with_house():
+    return replace(random_scene(random.Random(0)), house="red")
+
+
+def test_where_nothing_can_be_judged_the_measures_are_unknown(tiny, judge):
+    blind, lab = decinb.Lab(tiny, can_judge=False), decinb.Lab(tiny)
+    images = [lab.image] * 3
+    assert blind.adherence(images) is UNKNOWN and blind.shows(images, "a red house") is UNKNOWN
+    assert lab.adherence(images, "words that name nothing") is UNKNOWN
+    assert lab.distance(images, "words that name nothing") is UNKNOWN
+    assert math.isnan(blind.distance(images)["value"])
+    assert blind.trial("day to night") == (blind.image, blind.prompt)
+
+
+def test_measures_have_intervals(tiny, judge):
+    lab = decinb.Lab(tiny)
+    images = [render(replace(random_scene_with_house(), layout=layout)) for layout in range(6)]
+    for estimate in (lab.adherence(images), lab.spread(images), lab.mean(decinb.oversaturated, images)):
+        assert estimate["low"] <= estimate["value"] <= estimate["high"]
+    assert lab.spread(images)["low"] < lab.spread(images)["value"]
+    assert lab.spread([lab.image] * 3)["value"] == 0
+    assert f"{lab.shows(images, 'a house'):.0%}".endswith("%)")
+
+
+@pytest.mark.slow
+def test_curves_have_one_estimate_for_each_strength(tiny, judge):
+    curves = decinb.Lab(tiny).curves("day to night", [0.3, 1.0], count=2, num_inference_steps=4)
+    assert {"changed", "adherence", "layout", "change", "frechet"} == set(curves)
+    assert all(len(points) == 2 for points in curves.values())
+    blind = decinb.Lab(tiny, can_judge=False).curves("day to night", [1.0], count=2, num_inference_steps=4)
+    assert set(blind) == set(curves) and blind["change"][0]["value"] > 0 and blind["layout"] == [UNKNOWN]
+
+
+def test_a_summary_leaves_out_what_is_unknown(capsys):
+    decinb.what_you_saw(f"the distance is {UNKNOWN:.2f}", "an image of nanometres", "a line")
+    assert capsys.readouterr().out == "- an image of nanometres\n- a line\n"
