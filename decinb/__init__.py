@@ -6,6 +6,9 @@ import warnings
 
 import lazy_loader
 
+from decinb.utils.threads import limit_spinning
+
+limit_spinning()  # before torch is loaded
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")  # diffusers reads it when it is imported
 
 # transformers logs that torchvision is missing, which nothing here needs, when diffusers imports an image processor.
@@ -16,12 +19,14 @@ _lazy_getattr, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "designs": ["grid", "one_at_a_time", "random_design", "zipped"],
-        "errors": ["InputError", "ModelError", "SweepError"],
+        "errors": ["InputError", "ModelError", "Stopped", "SweepError"],
         "execution.chains": ["Chain", "Link", "run_chain"],
         "execution.plan": ["Plan", "plan"],
         "execution.replay": ["replay"],
         "figures.curves": ["plot_bars", "plot_curves", "plot_maps", "show_figure"],
+        "execution.runner": ["State"],
         "images": ["SAMPLES", "load_image", "read_record"],
+        "interactive.playground": ["Playground", "playground"],
         "lessons.answers": ["check"],
         "lessons.lab": ["Lab", "what_you_saw"],
         "loading": ["download", "load_pipeline"],
@@ -35,7 +40,8 @@ _lazy_getattr, __dir__, __all__ = lazy_loader.attach(
         ],
         "plotting": ["plot_grid", "plot_images", "show_gallery"],
         "scenes.adherence": ["adherence", "named_attributes"],
-        "sweep": ["Sweep", "load_sweep", "run_sweep"],
+        "sweep": ["Steps", "Sweep", "load_sweep", "run_sweep", "steps"],
+        "utils.environment": ["check_driver"],
         "unet_nas": ["ModelMixin", "UNetNAS"],  # diffusers looks for ModelMixin here when it loads a saved pipeline
     },
 )

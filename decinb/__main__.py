@@ -1,13 +1,20 @@
-"""Print what a bug report needs: ``python -m decinb``. The report has no secrets, paths or user names."""
+"""Print what a bug report needs: ``python -m decinb``. The report has no secrets, paths or user names.
 
+``python -m decinb notebooks FOLDER`` copies the notebooks to a folder.
+"""
+
+import argparse
 import os
 import platform
 import re
+import shutil
 from collections.abc import Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 
 import torch
 
+from decinb.errors import InputError
 from decinb.loading import is_here
 from decinb.models import MODELS, Model
 from decinb.utils.device import choose_device, choose_dtype
@@ -15,7 +22,7 @@ from decinb.utils.environment import versions
 from decinb.utils.memory import total_memory
 
 PACKAGES = ("decinb", "torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "safetensors", "Pillow")
-VARIABLES = re.compile("(HF|DIFFUSERS|TRANSFORMERS|DECINB|PYTORCH|CUDA|OMP|MKL)_")
+VARIABLES = re.compile("(HF|DIFFUSERS|TRANSFORMERS|DECINB|PYTORCH|CUDA|G?OMP|MKL)_")
 SECRET = re.compile("TOKEN|KEY|SECRET|PASS|AUTH", re.IGNORECASE)
 HARMLESS = re.compile(r"[\d.,:]{1,6}|true|false|yes|no|on|off", re.IGNORECASE)  # other values may be paths or names
 
@@ -25,8 +32,37 @@ def report() -> str:
     return "\n".join(f"{name}: {value}" for name, value in _facts())
 
 
+def copy_notebooks(folder: str | Path) -> list[Path]:
+    """Copy the notebooks of the installed package, or of this checkout, to a folder, and return their new paths.
+
+    Raises:
+        InputError: one of them is there already, or this installation has none.
+    """
+    found = [Path(str(file.locate())) for file in distribution("decinb").files or () if file.suffix == ".ipynb"]
+    found = found or sorted(Path(__file__).parents[1].glob("notebooks/*.ipynb"))
+    if not found:
+        raise InputError("this installation of decinb has no notebooks: install its wheel")
+    folder = Path(folder)
+    if there := [file.name for file in found if (folder / file.name).exists()]:
+        raise InputError(f"folder: {folder} already has {', '.join(there)}; give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copy(file, folder)) for file in found]
+
+
 def main() -> None:
-    print(report())
+    parser = argparse.ArgumentParser(prog="python -m decinb", description="Print what a bug report needs.")
+    commands = parser.add_subparsers(dest="command", metavar="[notebooks FOLDER]")
+    copying = commands.add_parser("notebooks", help="copy the notebooks to a folder")
+    copying.add_argument("folder", nargs="?", default=".")
+    arguments = parser.parse_args()
+    if arguments.command is None:
+        print(report())
+        return
+    try:
+        copied = copy_notebooks(arguments.folder)
+    except InputError as error:
+        parser.exit(1, f"{error}\n")
+    print(f"{len(copied)} notebooks copied to {arguments.folder}")
 
 
 def _facts() -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ Designs are plain lists: join them with ``+``, filter them with a comprehension,
 import itertools
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from decinb.errors import InputError
@@ -14,7 +14,7 @@ from decinb.utils import validation
 
 Cell = dict[str, Any]
 
-MAX_CELLS = 100_000  # of a grid: weeks of work on any device
+MAX_CELLS = 100_000  # of a design: weeks of work on any device
 
 
 def grid(**axes: Sequence[Any]) -> list[Cell]:
@@ -38,13 +38,15 @@ def zipped(**axes: Sequence[Any]) -> list[Cell]:
     Example: ``zipped(strength=[0.5, 1.0], num_inference_steps=[30, 15])`` gives two cells of 15 steps each.
 
     Raises:
-        InputError: an axis is not a list of values, or is empty; the lists differ in length.
+        InputError: an axis is not a list of values, or is empty; the lists differ in length, or have more than 100,000
+            values.
     """
     lists = _lists(axes)
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
         given = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise InputError(f"zipped takes lists of equal length: {given}")
+    _check_number(max(lengths.values(), default=0))
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
@@ -62,6 +64,7 @@ def one_at_a_time(base: Cell, **axes: Sequence[Any]) -> list[Cell]:
     lists = _lists(axes)
     if missing := [name for name in lists if name not in base]:
         raise InputError(f"base must name {missing[0]}, which is to be changed, got {validation.short_repr(base)}")
+    _check_number(sum(map(len, lists.values())))
     changed = [{**base, name: value} for name, values in lists.items() for value in values]
     return [dict(base), *(cell for cell in changed if cell != base)]
 
@@ -79,6 +82,7 @@ def random_design(n: int, seed: int = 0, **axes: Sequence[Any]) -> list[Cell]:
     total = math.prod(len(values) for values in lists.values())
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
         raise InputError(f"n must be an integer from 1 to {total} (all combinations), got {validation.short_repr(n)}")
+    _check_number(n)
     cells = []
     for place in random.Random(validation.seed(seed)).sample(range(total), n):
         values = []
@@ -90,10 +94,12 @@ def random_design(n: int, seed: int = 0, **axes: Sequence[Any]) -> list[Cell]:
 
 
 def _lists(axes: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
-    for name, values in axes.items():
-        if isinstance(values, (str, dict)) or not isinstance(values, Iterable):
-            raise InputError(f"{name} must be a list of values, got {validation.short_repr(values)}")
-    lists = {name: values if isinstance(values, Sequence) else list(values) for name, values in axes.items()}
+    lists = {name: validation.bounded_list(values, name, MAX_CELLS) for name, values in axes.items()}
     if empty := [name for name, values in lists.items() if not len(values)]:
         raise InputError(f"{empty[0]} is an empty list: give at least one value")
     return lists
+
+
+def _check_number(cells: int) -> None:
+    if cells > MAX_CELLS:
+        raise InputError(f"a design has at most {MAX_CELLS:,} cells, got {cells:,}")

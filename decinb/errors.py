@@ -8,8 +8,10 @@ import sys
 import traceback
 from pathlib import Path
 
+MAX_REASON = 400  # characters of another library's message that one of ours repeats
 
-class _TwoLines:
+
+class _TwoLines(Exception):
     """An error that IPython shows in two lines."""
 
     _was_shown = False
@@ -40,6 +42,22 @@ class SweepError(_TwoLines, RuntimeError):
     def __init__(self, message: str, sweep: object):
         super().__init__(message)
         self.sweep = sweep
+
+
+class Stopped(_TwoLines, KeyboardInterrupt):
+    """The user interrupted a sweep or a chain. Its ``done`` is that sweep or chain, with all that was finished."""
+
+    def __init__(self, message: str, done: object):
+        super().__init__(message)
+        self.done = done
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says, on one line, after its class if the text says nothing: ``KeyError: 'seconds'``."""
+    text = " ".join(str(error).split())
+    if len(text) > MAX_REASON:
+        text = f"{text[: MAX_REASON // 2]}…{text[-MAX_REASON // 2 :]}"
+    return text if " " in text else f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _user_line(error: BaseException) -> traceback.FrameSummary | None:

@@ -1,29 +1,33 @@
 """Read images that users give, and save images with the record of how they were made.
 
 ``load_image`` turns a sample's name, a path, a URL, bytes, an array, a tensor or a PIL image into an upright RGB image
-of a size that a model takes. ``save_image`` writes a PNG, complete or not at all, with a record inside.
+of a size that a model takes. ``save_image`` writes a PNG, complete or not at all, with a record inside, and a seal: the
+hash of all bytes before it. A file that was edited since, even by a program that keeps the record, is refused.
 """
 
 import functools
+import hashlib
 import io
 import json
 import os
 import re
+import struct
 import warnings
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from decinb.errors import InputError
+from decinb.errors import InputError, reason
 from decinb.scenes import Scene, render
 from decinb.utils import validation
-from decinb.utils.files import write_atomically
+from decinb.utils.files import open_regular, parse_json, read_regular, write_atomically
 from decinb.utils.url import fetch
-from decinb.utils.validation import MAX_SIDE, MIN_SIDE, MULTIPLE
+from decinb.utils.validation import MAX_SIDE, MULTIPLE
 
 SAMPLES: dict[str, tuple[Scene, int]] = {
     "day": (Scene(house="blue", trees="round", mountains=True, layout=13), 128),
@@ -38,13 +42,19 @@ SAMPLES: dict[str, tuple[Scene, int]] = {
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64_000_000  # more than a phone photo; checked in the header, before anything is decoded
 MAX_FILE = 250_000_000  # bytes, of that many pixels without compression
+MAX_SAVED_PIXELS = 32_000_000  # of an image that decinb saved; models make at most 4 million by themselves
+MAX_SAVED_FILE = 100_000_000  # bytes, of that many pixels without compression
+MAX_BATCH = 1000  # images in one call
 ROUNDING = 1e-4  # floats may lie this far below 0 or above 1
 MAX_ASPECT = 4  # models are not trained on longer images
 
 RECORD = "decinb"  # the PNG text chunk with the record
 INPUT = b"inPt"  # the PNG chunk with the input image; the capitals say: ancillary, private, safe to copy
+SEAL = b"seAL"  # the PNG chunk before the last with the SHA-256 of what comes before it: not safe to copy
+END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
+OUTPUT_HASH = "output_hash"  # a field of all records that were ever sealed
 
-Source = str | os.PathLike[str] | bytes | np.ndarray | torch.Tensor | Image.Image
+Source: TypeAlias = str | os.PathLike[str] | bytes | np.ndarray | torch.Tensor | Image.Image
 """What ``load_image`` takes."""
 
 
@@ -56,10 +66,10 @@ def load_image(source: Source, size: int | None = None, allow_private: bool = Fa
 
     Args:
         source: a key of ``SAMPLES``, a path to a PNG, JPEG or WEBP file, an http(s) URL of one, its bytes, a PIL image,
-            an array (height, width, channels) or a tensor (channels, height, width); integers from 0 to 255, or floats
-            from 0 to 1.
-        size: height and width of the result in pixels, a multiple of 8 from 64 to 2048: the largest square in the
-            middle, scaled. None keeps the size of the image, cropped to a multiple of 8 and at most 2048.
+            an array (height, width, channels) or a tensor (channels, height, width), also in a batch of one; integers
+            from 0 to 255, or floats from 0 to 1.
+        size: height and width of the result in pixels, a multiple of 8 up to 2048: the largest square in the middle,
+            scaled. None keeps the size of the image, cropped to a multiple of 8 and at most 2048.
         allow_private: let a URL lead to a private address, one of this machine or its network.
 
     Raises:
@@ -91,35 +101,46 @@ def read_image(source: Source, size: int | None = None, allow_private: bool = Fa
     except (MemoryError, Image.DecompressionBombError) as error:
         raise InputError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels") from error
     except Exception as error:  # Pillow's decoders may raise anything on damaged data
-        raise InputError(f"{name} is damaged: {' '.join(str(error).split())}") from error
+        raise InputError(f"{name} is damaged: {reason(error)}") from error
 
 
-def load_images(source: Source | list[Source], name: str = "image") -> list[Image.Image]:
+def load_images(
+    source: Source | list[Source], multiple: int = MULTIPLE, exact: bool = False
+) -> list[Image.Image] | torch.Tensor:
     """Load one image or several of the same size, each as ``load_image`` does.
 
     Args:
-        source: one source, a list of them, or an array or tensor with the images along its first axis.
-        name: the argument that error messages name.
+        source: one source, a list of them, an array (images, height, width, channels) or a tensor (images, channels,
+            height, width).
+        multiple: the sides of the result are multiples of this.
+        exact: keep arrays and tensors of floats as they are, rather than rounding them to the 256 levels of an image.
+
+    Returns:
+        A list, or for exact floats a float tensor (images, 3, height, width) from 0 to 1.
 
     Raises:
         InputError: the list is empty, an image cannot be loaded, or they differ in size.
     """
+    if exact and (pixels := _float_batch(source)) is not None:
+        return fit_pixels(pixels, multiple)
     if isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 4:
         source = list(source)
     if not isinstance(source, (list, tuple)):
-        return [load_image(source)]
+        return [fit(read_image(source), multiple=multiple)]
     if not source:
-        raise InputError(f"{name} is an empty list: give at least one")
+        raise InputError("image is an empty list: give at least one")
+    if len(source) > MAX_BATCH:
+        raise InputError(f"image must be at most {MAX_BATCH:,} images, got {len(source):,}")
     made = []
     for i, one in enumerate(source):
         try:
-            made.append(load_image(one))
+            made.append(fit(read_image(one), multiple=multiple))
         except InputError as error:
-            raise InputError(f"{name}[{i}]: {error}") from error
+            raise InputError(f"image[{i}]: {error}") from error
     for i, one in enumerate(made):
         if one.size != made[0].size:
             raise InputError(
-                f"{name}[{i}] has {one.width} x {one.height} pixels and {name}[0] {made[0].width} x {made[0].height}: "
+                f"image[{i}] has {one.width} x {one.height} pixels and image[0] {made[0].width} x {made[0].height}: "
                 "the images of one call must have the same size"
             )
     return made
@@ -156,46 +177,105 @@ def save_image(image: Image.Image, path: Path, record: dict[str, Any], input_ima
         info.add(INPUT, _lossless(input_image))
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=info)
-    write_atomically(path, file.getvalue())
+    write_atomically(path, _sealed(file.getvalue()))
+
+
+class Saved(NamedTuple):
+    """What a PNG holds that decinb saved.
+
+    Args:
+        image: the image.
+        record: what it was made from.
+        input_image: the image that it was made from, or None.
+        sealed: whether the seal proves that nothing was changed; False for files of earlier versions, which have none.
+    """
+
+    image: Image.Image
+    record: dict[str, Any]
+    input_image: Image.Image | None
+    sealed: bool
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
     """Return the record inside a PNG that decinb saved.
 
     Raises:
-        InputError: the file is not such a PNG, or is damaged.
+        InputError: the file is not such a PNG, is damaged, or was changed.
     """
-    return _read(path)[0]
+    return read_saved(path).record
 
 
 def read_input(path: str | Path) -> Image.Image:
     """Return the input image inside a PNG that decinb saved.
 
     Raises:
-        InputError: the file is not such a PNG, is damaged, or was made without an input image.
+        InputError: the file is not such a PNG, is damaged, was changed, or was made without an input image.
     """
-    image = _read(path)[1]
+    image = read_saved(path).input_image
     if image is None:
-        raise InputError(f"{str(path)!r} does not contain the image that it was made from")
+        raise InputError(f"{_shown(path)} does not contain the image that it was made from")
     return image
 
 
-def _read(path: str | Path) -> tuple[dict[str, Any], Image.Image | None]:
+def read_saved(path: str | Path) -> Saved:
+    """Return all that is inside a PNG that decinb saved.
+
+    Raises:
+        InputError: the file is not such a PNG, is damaged, or was changed.
+    """
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with open_regular(validation.path(path, "path"), MAX_SAVED_FILE) as file:
+            data = file.read()
+        with _open(io.BytesIO(data), "PNG") as image:
+            if image.width * image.height > MAX_SAVED_PIXELS:
+                raise ValueError("it has too many pixels")
             image.load()
-            record = json.loads(image.text[RECORD])
+            record = parse_json(image.text[RECORD])
             if not isinstance(record, dict):
                 raise ValueError("the record is not a dict")
-            inside = next((chunk[1] for chunk in image.private_chunks if chunk[0] == INPUT), None)
-        if inside is None:
-            return record, None
-        with Image.open(io.BytesIO(inside), formats=("WEBP",)) as input_image:
-            if max(input_image.size) > MAX_SIDE:
-                raise ValueError("the image inside is too large")
-            return record, input_image.convert("RGB")
-    except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{str(path)!r} is not a PNG that decinb saved, or is damaged") from error
+            own = {chunk[0]: chunk[1] for chunk in image.private_chunks}
+            image = image.convert("RGB")
+        input_image = _decode_input(own[INPUT]) if INPUT in own else None
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders may raise anything on damaged data
+        why = getattr(error, "strerror", None) or reason(error)
+        raise InputError(f"{_shown(path)} is not a PNG that decinb saved, or is damaged: {why}") from error
+    sealed = _has_seal(data)
+    if not sealed and (SEAL in own or OUTPUT_HASH in record):
+        raise InputError(f"{_shown(path)} was changed after decinb saved it")
+    return Saved(image, record, input_image, sealed)
+
+
+def _decode_input(data: bytes) -> Image.Image:
+    with _open(io.BytesIO(data), "WEBP") as image:
+        if max(image.size) > MAX_SIDE:
+            raise ValueError("the image inside is too large")
+        return image.convert("RGB")
+
+
+def _open(file: Any, format: str) -> Image.Image:
+    """Open an image of one format; how many pixels it may have is checked by the caller, so nothing warns of many."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Image.open(file, formats=(format,))
+
+
+def _shown(path: str | os.PathLike[str]) -> str:
+    return validation.short_repr(os.fspath(path))
+
+
+def _sealed(png: bytes) -> bytes:
+    """Return a PNG file with a seal before its last chunk."""
+    before = png.removesuffix(END)
+    seal = hashlib.sha256(before).digest()
+    return before + struct.pack(">I", len(seal)) + SEAL + seal + struct.pack(">I", zlib.crc32(SEAL + seal)) + END
+
+
+def _has_seal(png: bytes) -> bool:
+    """Return whether a PNG file ends with its seal, and the seal is right."""
+    before = png[: -len(END) - 44]  # the length, type and checksum of the chunk around 32 bytes
+    return len(before) > 0 and _sealed(before + END) == png
 
 
 @functools.lru_cache(8)
@@ -230,9 +310,7 @@ def _bytes(source: Any, allow_private: bool) -> tuple[bytes, str]:
             raise InputError(f"{name} is a folder: give a file in it")
         if not path.is_file():
             raise InputError(f"{name} is neither a file nor one of the samples: {', '.join(SAMPLES)}")
-        if path.stat().st_size > MAX_FILE:
-            raise InputError(f"{name} has {path.stat().st_size} bytes; at most {MAX_FILE} are allowed")
-        return path.read_bytes(), name
+        return read_regular(path, MAX_FILE), name
     except (OSError, RuntimeError, ValueError) as error:  # no permission, no such user (~name), an impossible name
         if isinstance(error, InputError):
             raise
@@ -254,7 +332,13 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
-    """Convert an array (height, width[, channels]) or a tensor ([channels,] height, width)."""
+    """Convert an array (height, width[, channels]) or a tensor ([channels,] height, width), also in a batch of one."""
+    if isinstance(array, torch.Tensor):
+        validation.plain_tensor(array, "image")
+    if array.ndim == 4:
+        if array.shape[0] != 1:
+            raise InputError(f"image has the shape {tuple(array.shape)}, {array.shape[0]} images: one is expected here")
+        array = array[0]
     shape = tuple(array.shape)
     if isinstance(array, torch.Tensor):
         expected, channels = "(channels, height, width), CHW", shape[0] if len(shape) == 3 else 1
@@ -286,10 +370,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
         raise InputError(f"image must hold integers or floats, got {values.dtype}")
     low, high = values.min(), values.max()
     if kind == "f":
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise InputError("image holds NaN or infinity")
-        if low < -ROUNDING or high > 1 + ROUNDING:
-            raise InputError(f"image of floats must be from 0 to 1, got {low:g} to {high:g}; divide bytes by 255")
+        _check_floats(float(low), float(high))
         return (values.clip(0, 1) * 255).round().astype(np.uint8)
     if low < 0 or high > 65535:
         raise InputError(f"image of integers must be from 0 to 255, or to 65535, got {low} to {high}")
@@ -297,24 +378,70 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     return (values // 257 if deep else values).astype(np.uint8)
 
 
-def fit(image: Image.Image, size: int | None = None) -> Image.Image:
+def _check_floats(low: float, high: float) -> None:
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise InputError("image holds NaN or infinity")
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        hint = "halve it and add 0.5" if low >= -1 - ROUNDING and high <= 1 + ROUNDING else "divide bytes by 255"
+        raise InputError(f"image of floats must be from 0 to 1, got {low:g} to {high:g}; {hint}")
+
+
+def _float_batch(source: Any) -> torch.Tensor | None:
+    """Return arrays and tensors of floats as one tensor (images, 3, height, width), or None for anything else.
+
+    None also for those that ``read_image`` refuses or scales down.
+    """
+    items = list(source) if isinstance(source, (list, tuple)) else [source]
+    batches = []
+    for item in items[: MAX_BATCH + 1]:
+        if isinstance(item, np.ndarray) and item.dtype.kind == "f" and item.ndim in (3, 4):
+            item = torch.from_numpy(np.moveaxis(item.astype(np.float32), -1, -3))
+        elif not (isinstance(item, torch.Tensor) and item.is_floating_point() and item.ndim in (3, 4)):
+            return None
+        batch = validation.plain_tensor(item, "image").detach()
+        batches.append(batch if batch.ndim == 4 else batch[None])
+    shapes = {tuple(batch.shape[1:]) for batch in batches}
+    if len(shapes) != 1 or sum(map(len, batches)) > MAX_BATCH:
+        return None
+    ((channels, height, width),) = shapes
+    if channels not in (1, 3) or min(height, width) == 0 or max(height, width) > MAX_SIDE or not len(batches[0]):
+        return None
+    pixels = torch.cat([batch.float() for batch in batches])
+    _check_floats(float(pixels.min()), float(pixels.max()))
+    return pixels.clamp(0, 1).expand(-1, 3, -1, -1)
+
+
+def fit_pixels(pixels: torch.Tensor, multiple: int = MULTIPLE) -> torch.Tensor:
+    """Crop pixels (images, channels, height, width) evenly, so that their sides are multiples of ``multiple``."""
+    height, width = pixels.shape[-2:]
+    _check_smallest(width, height, multiple)
+    new_height, new_width = height // multiple * multiple, width // multiple * multiple
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    return pixels[..., top : top + new_height, left : left + new_width]
+
+
+def _check_smallest(width: int, height: int, multiple: int) -> None:
+    if min(width, height) < multiple:
+        raise InputError(f"image must be at least {multiple} x {multiple} pixels, got {width} x {height}")
+
+
+def fit(image: Image.Image, size: int | None = None, multiple: int = MULTIPLE) -> Image.Image:
     """Crop and scale an image to a size that a model takes, as ``load_image`` describes."""
     width, height = image.size
-    if min(image.size) < MIN_SIDE:
-        raise InputError(f"image must be at least {MIN_SIDE} x {MIN_SIDE} pixels, got {width} x {height}")
+    _check_smallest(width, height, multiple)
     if size:
         return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     shrink = min(1, MAX_SIDE / max(image.size))
-    if min(image.size) * shrink < MIN_SIDE:
+    if min(image.size) * shrink < multiple:
         raise InputError(
             f"image of {width} x {height} pixels is too long: scaled to {MAX_SIDE} pixels, its shorter side has less "
-            f"than {MIN_SIDE}"
+            f"than {multiple}"
         )
     if max(image.size) > MAX_ASPECT * min(image.size):
         validation.warn(
             f"image of {width} x {height} pixels is longer than {MAX_ASPECT}:1: models are not trained on such images"
         )
-    width, height = (int(side * shrink) // MULTIPLE * MULTIPLE for side in image.size)
+    width, height = (int(side * shrink) // multiple * multiple for side in image.size)
     if shrink < 1:
         return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2

@@ -26,7 +26,8 @@ class Model:
         about: a short description.
         image_size: height and width in pixels of the images that it was trained on.
         example_image, example_prompt: a sample and a prompt that suit it.
-        revision: a branch, tag or commit on the hub; None is the main branch.
+        revision: a branch, tag or commit of ``source`` on the hub; None is the main branch. A commit keeps a model
+            as it was tried, whatever its publisher changes. Mirrors and extra sources are taken from their main branch.
         licence: as its publisher names it.
         pipelines: the name of the pipeline class for each task, in decinb or diffusers.
         depth: whether it takes the depth of the input image.
@@ -100,14 +101,26 @@ MODELS: dict[str, Model] = {
         512,
         "valley",
         "A cute baby dragon with blue and green scales, artstation painting",  # from the guide
+        revision="99d0c312e8e00e1bfb1aa89ad52b2a34f5829c2d",
         licence="CreativeML Open RAIL++-M",
         memory=2.0,
-        allow_pickle=True,  # some of its parts were published as .bin only
+        allow_pickle=True,  # its U-Net and VAE are safetensors, other parts may be .bin only
+    ),
+    "decidiffusion-v2-0": Model(
+        "Deci/DeciDiffusion-v2-0",
+        "the publisher's second version, 732 million parameters; untested: nobody has run it with decinb yet",
+        512,
+        "valley",
+        "A cute baby dragon with blue and green scales, artstation painting",
+        licence="CreativeML Open RAIL++-M",
+        memory=1.5,
+        allow_pickle=True,
     ),
     "sd-v1-5": Model(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",  # runwayml deleted the original in August 2024
         "Stable Diffusion v1.5, 1.07 billion parameters",
         512,
+        revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
         licence="CreativeML Open RAIL-M",
         pipelines={IMAGE_TO_IMAGE: "StableDiffusionImg2ImgPipeline", TEXT_TO_IMAGE: "StableDiffusionPipeline"},
         variant="fp16",
@@ -118,6 +131,7 @@ MODELS: dict[str, Model] = {
         "stabilityai/stable-diffusion-xl-base-1.0",
         "Stable Diffusion XL, 3.5 billion parameters, two text encoders",
         1024,
+        revision="462165984030d82259a11f4367a4eed129e94a7b",
         licence="CreativeML Open RAIL++-M",
         pipelines={IMAGE_TO_IMAGE: "StableDiffusionXLImg2ImgPipeline", TEXT_TO_IMAGE: "StableDiffusionXLPipeline"},
         variant="fp16",
@@ -127,6 +141,7 @@ MODELS: dict[str, Model] = {
         "stabilityai/stable-diffusion-xl-refiner-1.0",
         "the second stage of Stable Diffusion XL, which adds detail to an image",
         1024,
+        revision="5d4cfe854c9a9a87939ff3653551c2b3c99a4356",
         licence="CreativeML Open RAIL++-M",
         pipelines={IMAGE_TO_IMAGE: "StableDiffusionXLImg2ImgPipeline"},
         variant="fp16",
@@ -172,8 +187,10 @@ def image_size(pipe: DiffusionPipeline) -> int:
     """Return the height and width in pixels of the images that a pipeline's model was trained on."""
     if known := MODELS.get(str(pipe.config.get("_name_or_path"))):
         return known.image_size
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    sample = getattr(network.config, "sample_size", None) if network is not None else None
+    networks = [getattr(pipe, name, None) for name in ("unet", "transformer")]
+    # Compared with None, because a compiled network has no truth value.
+    network = next((network for network in networks if network is not None), None)
+    sample = None if network is None else getattr(network.config, "sample_size", None)
     if sample is None:
         return getattr(pipe, "default_sample_size", 64) * getattr(pipe, "vae_scale_factor", 8)
     return max(sample if isinstance(sample, (list, tuple)) else (sample,)) * getattr(pipe, "vae_scale_factor", 8)

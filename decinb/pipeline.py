@@ -6,9 +6,14 @@ pipeline from another without loading anything twice.
 
 import inspect
 import json
+import math
 import warnings
+from collections.abc import Callable
+from functools import wraps
+from types import NoneType
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -33,6 +38,35 @@ from decinb.utils.quiet import quiet
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 BATCHED = ("image", "prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "depth_map")
 """The arguments that are given once for all images of a call, or once for each."""
+DEPRECATED = ("callback", "callback_steps")
+"""Older arguments that diffusers still takes, among its ``**kwargs``."""
+DEFAULT_STEPS = 30
+DEFAULT_GUIDANCE_RESCALE = 0.7
+
+
+def _arguments_of(stock: type[DiffusionPipeline], **defaults: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a ``__call__``: it gets the arguments of a diffusers pipeline's call, all of them as one dict.
+
+    Their names, their order and their defaults are those of diffusers, except for the ``defaults`` given here. Help and
+    completion in notebooks show them.
+    """
+    theirs = inspect.signature(stock.__call__).parameters.values()
+    own = inspect.Signature([one.replace(default=defaults.get(one.name, one.default)) for one in theirs])
+    names = [name for name, one in own.parameters.items() if name != "self" and one.kind is not one.VAR_KEYWORD]
+    allowed = [*names, *DEPRECATED] if len(names) + 1 < len(own.parameters) else names
+
+    def decorate(call: Callable[..., Any]) -> Any:
+        @wraps(call)
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            validation.known(kwargs, allowed)
+            bound = own.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            return call(self, {name: bound.arguments[name] for name in names} | bound.arguments.get("kwargs", {}))
+
+        __call__.__signature__ = own
+        return __call__
+
+    return decorate
 
 
 class _DeciDiffusion:
@@ -42,9 +76,9 @@ class _DeciDiffusion:
     that may surprise, and then runs the call of diffusers.
     """
 
-    deci_default_number_of_iterations = 30
+    deci_default_number_of_iterations = DEFAULT_STEPS
     """The publisher's default of ``num_inference_steps``."""
-    deci_default_guidance_rescale = 0.7
+    deci_default_guidance_rescale = DEFAULT_GUIDANCE_RESCALE
     """The publisher's default of ``guidance_rescale``, which only text to image takes."""
 
     @property
@@ -58,8 +92,9 @@ class _DeciDiffusion:
 
         diffusers alone would convert the shared components to float32.
         """
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", pipeline.dtype)
+        if not kwargs.keys() & {"dtype", "torch_dtype"}:
+            is_old = diffusers.__version__.startswith("0.39.")
+            kwargs["torch_dtype" if is_old else "dtype"] = pipeline.dtype
         with quiet():
             return super().from_pipe(pipeline, **kwargs)
 
@@ -80,32 +115,60 @@ class _DeciDiffusion:
         mro = type(self).__mro__
         return mro[mro.index(_DeciDiffusion) + 1]
 
-    def _checked_call(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the call of diffusers with arguments that are known to be valid."""
-        signature = inspect.signature(self._stock.__call__)
-        names = [name for name in signature.parameters if name not in ("self", "kwargs")]
-        validation.known(kwargs, names)
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        arguments = {name: bound.arguments[name] for name in names}
+    def _checked_call(self, arguments: dict[str, Any]) -> Any:
+        """Run the call of diffusers once all of its arguments are known to be valid."""
+        self._check_components(arguments)
         arguments = self._broadcast(self._validate(arguments))
         self._warn(arguments)
         return self._run(arguments)
 
+    def _check_components(self, arguments: dict[str, Any]) -> None:
+        """Refuse a call that needs a component which the pipeline does not have."""
+        needed = ["vae", "unet", "scheduler"]
+        guided = validation.guidance_scale(arguments["guidance_scale"]) > 1
+        if arguments["prompt_embeds"] is None or (guided and arguments["negative_prompt_embeds"] is None):
+            needed += ["text_encoder", "tokenizer"]
+        if missing := [name for name in needed if getattr(self, name, None) is None]:
+            raise InputError(f"this pipeline has no {' and no '.join(missing)}: set it, as in pipe.{missing[0]} = ...")
+        if getattr(self.unet, "encoder_hid_proj", None) is None:
+            for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
+                if arguments.get(name) is not None:
+                    raise InputError(f"{name} must be left out: {type(self.unet).__name__} takes no image prompts here")
+
     def _validate(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments with each of them validated by itself; prompts become lists."""
         valid = dict(arguments)
-        schedule, steps = _custom_schedule(arguments), arguments["num_inference_steps"]
-        if schedule is not None:
-            steps = len(schedule)
-        elif steps is None:
-            steps = self.deci_default_number_of_iterations
-        valid["num_inference_steps"] = validation.num_inference_steps(steps)
+        valid["num_inference_steps"] = self._validate_steps(arguments)
         valid["guidance_scale"] = validation.guidance_scale(arguments["guidance_scale"])
         valid["num_images_per_prompt"] = validation.count(arguments["num_images_per_prompt"], "num_images_per_prompt")
         valid["eta"] = validation.fraction(arguments["eta"], "eta")
         valid["output_type"] = validation.choice(arguments["output_type"], "output_type", OUTPUT_TYPES)
+        valid["clip_skip"] = self._validate_clip_skip(arguments["clip_skip"])
+        if not isinstance(arguments["cross_attention_kwargs"], (dict, NoneType)):
+            given = validation.short_repr(arguments["cross_attention_kwargs"])
+            raise InputError(f"cross_attention_kwargs must be a dict such as {{'scale': 0.5}}, got {given}")
+        if arguments.get("callback") is not None:
+            valid["callback_steps"] = validation.count(arguments.get("callback_steps") or 1, "callback_steps")
         return valid | self._validate_prompts(arguments)
+
+    def _validate_steps(self, arguments: dict[str, Any]) -> int:
+        """Return the number of steps: that of a custom schedule if there is one."""
+        given = [name for name in ("timesteps", "sigmas") if arguments.get(name) is not None]
+        if not given:
+            steps = arguments["num_inference_steps"]
+            return validation.num_inference_steps(self.deci_default_number_of_iterations if steps is None else steps)
+        if len(given) > 1:
+            raise InputError("timesteps and sigmas are two ways to give one schedule: leave out one of them")
+        (name,) = given
+        if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise InputError(f"{name} must be left out: {type(self.scheduler).__name__} takes no custom {name}")
+        return validation.num_inference_steps(len(validation.bounded_list(arguments[name], name, validation.MAX_STEPS)))
+
+    def _validate_clip_skip(self, value: Any) -> int | None:
+        """Return how many of the text encoder's last layers to skip."""
+        if value is None or self.text_encoder is None:
+            return None
+        return validation.integer(value, "clip_skip", 0, self.text_encoder.config.num_hidden_layers)
 
     def _validate_prompts(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return the prompts that are given as lists, and the embeddings that are given as tensors."""
@@ -124,18 +187,23 @@ class _DeciDiffusion:
             )
         return valid | embeds
 
-    def _validate_image(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return the validated arguments of image to image; images become a list, latents stay a tensor."""
+    def _validate_image(self, arguments: dict[str, Any], exact: bool = True) -> dict[str, Any]:
+        """Return the validated arguments of image to image; images become a list, latents and floats stay a tensor."""
         strength = validation.strength(arguments["strength"])
         validation.steps_run(arguments["num_inference_steps"], strength)
-        latents = validation.latents(arguments["image"], self.vae.config.latent_channels)
-        return {"strength": strength, "image": load_images(arguments["image"]) if latents is None else latents}
+        image = validation.latents(arguments["image"], self.vae.config.latent_channels)
+        if image is None:
+            image = load_images(arguments["image"], self.vae_scale_factor, exact)
+        return {"strength": strength, "image": image}
 
     def _broadcast(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments with equally many images and prompts: a single one is repeated."""
         batched = {name: arguments[name] for name in BATCHED if arguments.get(name) is not None}
         size = validation.batch_size(**{name: len(values) for name, values in batched.items()})
-        validation.generators(arguments["generator"], size * arguments["num_images_per_prompt"])
+        number = size * arguments["num_images_per_prompt"]
+        validation.generators(arguments["generator"], number)
+        if (latents := arguments.get("latents")) is not None and len(latents) != number:
+            raise InputError(f"latents must have one row for each of the {number} images, got {len(latents)}")
         return arguments | {name: _repeat(values, size) for name, values in batched.items()}
 
     def _warn(self, arguments: dict[str, Any]) -> None:
@@ -178,6 +246,12 @@ class _DeciDiffusion:
             hook = self.vae.decoder.register_forward_hook(check_pixels)
             try:
                 output = super().__call__(**{**arguments, **checks})
+            except ValueError as error:
+                if "more than 1 value per channel" in str(error):  # group norms that have one value in each group
+                    raise InputError(
+                        "image is too small for the group norms of this model: use a larger one"
+                    ) from error
+                raise
             finally:
                 hook.remove()
         if not all(finite) or not all(decoded):
@@ -226,26 +300,21 @@ class DeciDiffusionImg2ImgPipeline(_WithoutSafetyChecker, StableDiffusionImg2Img
     ``DiffusionPipeline`` and ``AutoPipelineForImage2Image`` once decinb is imported.
     """
 
-    def __call__(
-        self,
-        prompt: str | list[str] | None = None,
-        image: Any = None,
-        strength: float = 0.8,
-        num_inference_steps: int | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    @_arguments_of(StableDiffusionImg2ImgPipeline, num_inference_steps=DEFAULT_STEPS)
+    def __call__(self, arguments: dict[str, Any]) -> Any:
         """Generate images from images and prompts.
 
-        One image serves for several prompts, and one prompt for several images.
+        One image serves for several prompts, and one prompt for several images. The arguments are those of
+        ``StableDiffusionImg2ImgPipeline.__call__``; it also describes those that are not listed here.
 
         Args:
             prompt: at most 4,000 characters; a text encoder reads 75 tokens, about 300 characters.
-            image: whatever ``load_image`` takes, a list of such images of the same size, or latents (images, 4,
-                height / 8, width / 8) from a call with ``output_type="latent"``.
+            image: whatever ``load_image`` takes, a list of such images of the same size, a tensor (images, channels,
+                height, width) or array (images, height, width, channels), or latents (images, 4, height / 8, width / 8)
+                from a call with ``output_type="latent"``. Floats, from 0 to 1, are not rounded. Sides are cropped to
+                multiples of the VAE's factor, 8 in most models, which is also the smallest side.
             strength: how much of the image to replace: above 0, at most 1.
             num_inference_steps: the steps for a strength of 1, 1 to 999. Defaults to 30.
-            args, kwargs: the other arguments of ``StableDiffusionImg2ImgPipeline.__call__``.
 
         Returns:
             What ``StableDiffusionImg2ImgPipeline.__call__`` returns.
@@ -254,7 +323,7 @@ class DeciDiffusionImg2ImgPipeline(_WithoutSafetyChecker, StableDiffusionImg2Img
             InputError: an argument is unknown or cannot be used; the message says what is allowed.
             ModelError: the model gave NaN or infinity.
         """
-        return self._checked_call(prompt, image, strength, num_inference_steps, *args, **kwargs)
+        return self._checked_call(arguments)
 
     def _validate(self, arguments: dict[str, Any]) -> dict[str, Any]:
         valid = super()._validate(arguments)
@@ -272,25 +341,21 @@ class DeciDiffusionPipeline(_WithoutSafetyChecker, StableDiffusionPipeline):
     0.7, and without a safety checker.
     """
 
-    def __call__(
-        self,
-        prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        *args: Any,
-        guidance_rescale: float = _DeciDiffusion.deci_default_guidance_rescale,
-        **kwargs: Any,
-    ) -> Any:
+    @_arguments_of(
+        StableDiffusionPipeline, num_inference_steps=DEFAULT_STEPS, guidance_rescale=DEFAULT_GUIDANCE_RESCALE
+    )
+    def __call__(self, arguments: dict[str, Any]) -> Any:
         """Generate images from prompts.
+
+        The arguments are those of ``StableDiffusionPipeline.__call__``; it also describes those that are not listed
+        here.
 
         Args:
             prompt: at most 4,000 characters; a text encoder reads 75 tokens, about 300 characters.
-            height, width: of the images in pixels, multiples of 8 from 64 to 2048. Default to ``image_size``.
+            height, width: of the images in pixels, multiples of 8 up to 2048. Default to ``image_size``.
             num_inference_steps: 1 to 999. Defaults to 30.
-            args, kwargs: the other arguments of ``StableDiffusionPipeline.__call__``.
             guidance_rescale: how far to rescale the guided prediction to the spread of the unguided one, 0 to 1
-                (https://huggingface.co/papers/2305.08891).
+                (https://huggingface.co/papers/2305.08891). Defaults to 0.7.
 
         Returns:
             What ``StableDiffusionPipeline.__call__`` returns.
@@ -299,14 +364,20 @@ class DeciDiffusionPipeline(_WithoutSafetyChecker, StableDiffusionPipeline):
             InputError: an argument is unknown or cannot be used; the message says what is allowed.
             ModelError: the model gave NaN or infinity.
         """
-        kwargs["guidance_rescale"] = guidance_rescale
-        return self._checked_call(prompt, height, width, num_inference_steps, *args, **kwargs)
+        return self._checked_call(arguments)
 
     def _validate(self, arguments: dict[str, Any]) -> dict[str, Any]:
         valid = super()._validate(arguments)
         valid["guidance_rescale"] = validation.fraction(arguments["guidance_rescale"], "guidance_rescale")
+        multiple = math.lcm(validation.MULTIPLE, self.vae_scale_factor)
         sides = [name for name in ("height", "width") if arguments[name] is not None]
-        return valid | {name: validation.side(arguments[name], name) for name in sides}
+        if arguments["latents"] is not None:
+            channels = self.unet.config.in_channels
+            if validation.latents(arguments["latents"], channels, "latents") is None:
+                given = arguments["latents"]
+                got = tuple(given.shape) if torch.is_tensor(given) else validation.short_repr(given)
+                raise InputError(f"latents must be a float tensor (images, {channels}, height, width), got {got}")
+        return valid | {name: validation.side(arguments[name], name, multiple) for name in sides}
 
 
 class DeciDiffusionDepth2ImgPipeline(_DeciDiffusion, StableDiffusionDepth2ImgPipeline):
@@ -315,17 +386,12 @@ class DeciDiffusionDepth2ImgPipeline(_DeciDiffusion, StableDiffusionDepth2ImgPip
     It inherits from [`StableDiffusionDepth2ImgPipeline`], with a default of 30 steps.
     """
 
-    def __call__(
-        self,
-        prompt: str | list[str] | None = None,
-        image: Any = None,
-        depth_map: Tensor | None = None,
-        strength: float = 0.8,
-        num_inference_steps: int | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    @_arguments_of(StableDiffusionDepth2ImgPipeline, num_inference_steps=DEFAULT_STEPS)
+    def __call__(self, arguments: dict[str, Any]) -> Any:
         """Generate images from images, their depth, and prompts.
+
+        The arguments are those of ``StableDiffusionDepth2ImgPipeline.__call__``; it also describes those that are not
+        listed here.
 
         Args:
             prompt: at most 4,000 characters; a text encoder reads 75 tokens, about 300 characters.
@@ -334,7 +400,6 @@ class DeciDiffusionDepth2ImgPipeline(_DeciDiffusion, StableDiffusionDepth2ImgPip
                 pipeline's depth estimator makes it from the image.
             strength: how much of the image to replace: above 0, at most 1.
             num_inference_steps: the steps for a strength of 1, 1 to 999. Defaults to 30.
-            args, kwargs: the other arguments of ``StableDiffusionDepth2ImgPipeline.__call__``.
 
         Returns:
             What ``StableDiffusionDepth2ImgPipeline.__call__`` returns.
@@ -343,7 +408,7 @@ class DeciDiffusionDepth2ImgPipeline(_DeciDiffusion, StableDiffusionDepth2ImgPip
             InputError: an argument is unknown or cannot be used; the message says what is allowed.
             ModelError: the model gave NaN or infinity.
         """
-        return self._checked_call(prompt, image, depth_map, strength, num_inference_steps, *args, **kwargs)
+        return self._checked_call(arguments)
 
     def prepare_depth_map(self, *args: Any, **kwargs: Any) -> Tensor:
         """Prepare the depth as diffusers does, without torch's warning about half precision on the CPU."""
@@ -353,9 +418,14 @@ class DeciDiffusionDepth2ImgPipeline(_DeciDiffusion, StableDiffusionDepth2ImgPip
 
     def _validate(self, arguments: dict[str, Any]) -> dict[str, Any]:
         valid = super()._validate(arguments)
-        valid |= self._validate_image(valid)
+        valid |= self._validate_image(valid, exact=False)
         if torch.is_tensor(valid["image"]):
             raise InputError("image must not be latents here: depth is estimated from pixels")
+        if valid["image"][0].size == (self.vae_scale_factor,) * 2:
+            raise InputError(
+                f"image must be larger than {self.vae_scale_factor} x {self.vae_scale_factor} pixels: the depth of a "
+                "single latent pixel is constant"
+            )
         if arguments["depth_map"] is not None:
             valid["depth_map"] = validation.depth_map(arguments["depth_map"])
         return valid

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from decinb.errors import InputError
+from decinb.figures.gallery import gallery
 from decinb.figures.layout import Axis, CellValues, either, lay_out
-from decinb.figures.page import Tile, compose, finish, fit, shrunk
+from decinb.figures.page import Tile, compose, figure_file, finish, fit, shrunk
+from decinb.figures.viewer import Fragment
 from decinb.images import load_image, read_input
+from decinb.utils import validation
 from decinb.utils.environment import in_notebook
-from decinb.utils.labels import describe, plain, wrap
+from decinb.utils.labels import describe, plain, printable, wrap
 
 if TYPE_CHECKING:
     from decinb.execution.chains import Chain
@@ -28,6 +32,8 @@ PAGE = 12  # rows and columns of one figure
 MAX_PAGE = 40  # a figure of more rows or columns is too large to open, even with images at their smallest
 WIDTH, WIDEST = 11.0, 3.2  # inches: the most of a grid and of one of its images
 TITLE_ROOM = 0.9  # inches: the most that a title may take
+MAX_IMAGES = 10_000  # in one figure or gallery
+MAX_TITLE = 100  # characters of a title that become part of a file name
 TITLE = 34  # characters in a line of a link's title
 UNBREAKABLE = str.maketrans({" ": "\u00a0", "-": "\u2011"})  # keeps the name of a tab on one line
 
@@ -35,14 +41,16 @@ UNBREAKABLE = str.maketrans({" ": "\u00a0", "-": "\u2011"})  # keeps the name of
 def plot_images(images: Sequence[Image.Image], values: Sequence[Any], title: str) -> None:
     """Show images side by side, each under ``title: value``, and save the row as ``{title}_experiments.png``.
 
-    This is the helper of Deci's guide, with the same arguments and the same result.
+    This is the helper of Deci's guide, with the same arguments and the same result. The file is always in the current
+    folder: a title's slashes, and what not every system allows in a file name, become underscores.
 
     Raises:
         InputError: there are no images, or the number of values differs from that of images.
     """
-    _check(images, values, "values")
-    name = title.rstrip(": ")  # the guide has a title "Steps:", and not every system allows a colon in a file name
-    _draw_grid(images, [f"{name}: {plain(value)}" for value in values], len(images), f"{name}_experiments.png")
+    images, values = _check(images, values, "values")
+    name = str(title).rstrip(": ")  # the guide has a title "Steps:"
+    file = re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "_", printable(name))[:MAX_TITLE].lstrip(".~ ")
+    _draw_grid(images, [f"{name}: {plain(value)}" for value in values], len(images), f"{file}_experiments.png")
 
 
 def plot_grid(
@@ -54,44 +62,59 @@ def plot_grid(
     """Show images in rows of ``columns``, each under its own title, and save the grid if a file is named.
 
     Raises:
-        InputError: there are no images, or the number of titles differs from that of images.
+        InputError: there are no images, the number of titles differs from that of images, or the file cannot be
+            written.
     """
-    _check(images, titles, "titles")
-    _draw_grid(images, titles, columns, file)
+    images, titles = _check(images, titles, "titles")
+    _draw_grid(images, titles, validation.count(columns, "columns"), file)
 
 
 def show_gallery(
-    images: Sequence[Image.Image], groups: Sequence[str], titles: Sequence[str] | None = None, width: int = 150
+    images: Sequence[Image.Image],
+    groups: Sequence[str],
+    titles: Sequence[str] | None = None,
+    width: int = 150,
+    tabs: bool = False,
 ) -> None:
-    """Show many images in a notebook, one tab for each group; outside a notebook or without ipyplot, one labelled grid.
+    """Show many images in a notebook, in a section for each group that opens and closes; elsewhere as a labelled grid.
 
     Args:
-        images: of any size; the notebook stores them as JPEG, at most twice ``width`` wide.
-        groups: for each image, the name of its tab. Tabs appear in the order in which they are first named.
-        titles: a line above each image, below its number.
+        images: of any size; the notebook stores them at most twice ``width`` wide.
+        groups: for each image, the name of its group. Groups appear in the order in which they are first named.
+        titles: a line below each image.
         width: of an image in the page, in pixels.
+        tabs: show the groups as the tabs of ipyplot, if it is installed. These need a notebook that is trusted.
 
     Raises:
         InputError: there are no images, or the number of groups or titles differs from that of images.
     """
-    _check(images, groups, "groups")
+    images, groups = _check(images, groups, "groups")
     if titles is not None:
-        _check(images, titles, "titles")
-    if not in_notebook() or find_spec("ipyplot") is None:
+        images, titles = _check(images, titles, "titles")
+    width = validation.count(width, "width")
+    if not in_notebook():
         labels = groups if titles is None else [f"{one}\n{title}" for one, title in zip(groups, titles, strict=True)]
         plot_grid(images, labels, columns=6)
-        return
+    elif tabs and find_spec("ipyplot") is not None:
+        _show_tabs(images, groups, titles, width)
+    else:
+        from IPython.display import display
+
+        display(Fragment(gallery(images, groups, titles, width)))
+
+
+def _show_tabs(images: Sequence[Image.Image], groups: Sequence[str], titles: Sequence[str] | None, width: int) -> None:
+    """Show a gallery with ipyplot, which puts all texts into its page unescaped."""
     import ipyplot
     from IPython.utils.capture import capture_output
 
-    # ipyplot puts all texts into its page unescaped.
-    tabs = [html.escape(group).translate(UNBREAKABLE) for group in groups]
+    names = [html.escape(str(group)).translate(UNBREAKABLE) for group in groups]
     with capture_output() as captured:  # ipyplot displays everything twice: as a page, and as the page's source
         ipyplot.plot_class_tabs(
             [_data_url(image, 2 * width) for image in images],
-            tabs,
-            tabs_order=list(dict.fromkeys(tabs)),
-            custom_texts=None if titles is None else list(map(html.escape, titles)),
+            names,
+            tabs_order=list(dict.fromkeys(names)),
+            custom_texts=None if titles is None else [html.escape(str(title)) for title in titles],
             max_imgs_per_tab=len(images),
             img_width=width,
             show_url=False,
@@ -209,12 +232,13 @@ def _plot(
         raise InputError(f"page must be an integer from 1 to {MAX_PAGE}, got {page!r}")
     import matplotlib.pyplot as plt
 
+    file = None if file is None else figure_file(file)
     layout = lay_out(cells, rows, cols, free=1 if len(inputs) == 1 else 0)
     parts = list(layout.pages(page))
     for number, part in enumerate(parts, 1):
         several = len(parts) > 1
         composed = compose(part, cells, tile, inputs, f"page {number} of {len(parts)}" if several else "")
-        numbered = Path(file).with_stem(f"{Path(file).stem}-{number}") if file and several else file
+        numbered = file.with_stem(f"{file.stem}-{number}") if file and several else file
         finish(composed.draw(plt.figure()), numbered)
 
 
@@ -249,13 +273,14 @@ def _data_url(image: Image.Image, max_width: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _draw_grid(images: Sequence[Image.Image], titles: Sequence[str], columns: int, file: str | Path | None) -> None:
+def _draw_grid(images: Sequence[Image.Image], titles: Sequence[Any], columns: int, file: str | Path | None) -> None:
     """Draw images in rows, at most ``WIDTH`` inches wide, each under its title in the one size in which all fit."""
     import matplotlib.pyplot as plt
 
+    titles = [" ".join(printable(str(title)).split()) for title in titles]
     width = min(WIDEST, WIDTH / columns)
     height = width * max(image.height / image.width for image in images)
-    size, wrapped = fit([(" ".join(title.split()), 0.96 * width, TITLE_ROOM) for title in titles])
+    size, wrapped = fit([(title, 0.96 * width, TITLE_ROOM) for title in titles])
     above = 0.25 * max(title.count("\n") + 1 for title in wrapped)
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(
@@ -265,12 +290,16 @@ def _draw_grid(images: Sequence[Image.Image], titles: Sequence[str], columns: in
         ax.axis("off")
     for ax, image, title in zip(axes.flat, images, wrapped, strict=False):
         ax.imshow(image)
-        ax.set_title(title, fontsize=size, parse_math=False)
+        ax.set_title(title, fontsize=size, parse_math=False)  # a prompt may hold dollar signs
     finish(figure, file, f"Images, each under its title: {'; '.join(titles)}")
 
 
-def _check(images: Sequence[Image.Image], labels: Sequence[Any], name: str) -> None:
-    if not images:
+def _check(images: Sequence[Image.Image], labels: Sequence[Any], name: str) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return images and their labels, which may be given as generators."""
+    images = validation.bounded_list(images, "images", MAX_IMAGES)
+    labels = validation.bounded_list(labels, name, MAX_IMAGES)
+    if not len(images):
         raise InputError("images is empty: there is nothing to show")
     if len(images) != len(labels):
         raise InputError(f"{name} must have one entry for each image: got {len(labels)} for {len(images)} images")
+    return images, labels

@@ -1,31 +1,35 @@
 """A sweep: one image for every cell of a design, validated and planned first, then run together.
 
-``run_sweep`` makes the images, ``load_sweep`` reads them back from a folder, and ``replay`` makes one again from its
-file.
+``run_sweep`` makes the images, ``steps`` makes them one U-Net call at a time, ``load_sweep`` reads them back from a
+folder, and ``replay`` makes one again from its file.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.designs import Cell
-from decinb.errors import InputError, SweepError
+from decinb.errors import InputError, Stopped, SweepError, reason
 from decinb.execution.plan import make_plan
-from decinb.execution.provenance import ImageRecord
+from decinb.execution.provenance import ImageRecord, distinguish_inputs
 from decinb.execution.results import Results
-from decinb.execution.runner import Runner, is_shared
+from decinb.execution.runner import Runner, State, check_processes, is_shared
 from decinb.execution.store import Images, Store
 from decinb.figures import viewer
+from decinb.figures.quiz import quiz
 from decinb.images import Source
 from decinb.sampling.adapters import adapter_of
 from decinb.utils import validation
 from decinb.utils.files import write_atomically
-from decinb.utils.labels import ARGUMENTS, label
+from decinb.utils.labels import ARGUMENTS, spreadsheet_cell
 from decinb.utils.locks import pipeline_lock
 
 if TYPE_CHECKING:
@@ -61,8 +65,8 @@ class Sweep:
             InputError: an argument is not known.
         """
         validation.known(where, [*ARGUMENTS, "steps_run"])
-        several = (list, tuple, set, range)
-        wanted = {name: value if isinstance(value, several) else [value] for name, value in where.items()}
+        several = (list, tuple, set, range, np.ndarray)
+        wanted = {name: list(value) if isinstance(value, several) else [value] for name, value in where.items()}
         kept = [
             i
             for i, record in enumerate(self.records)
@@ -89,7 +93,7 @@ class Sweep:
         """Write the records as a UTF-8 CSV file with a header and one row per image; return its path."""
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.to_dataframe().to_csv(file, index=False)
+        self.to_dataframe().map(spreadsheet_cell).to_csv(file, index=False)
         return file
 
     def plot(self, *args: Any, **kwargs: Any) -> None:
@@ -111,6 +115,20 @@ class Sweep:
             InputError: the sweep is empty, or scores do not fit its images.
         """
         return viewer.Fragment(viewer.viewer(self.images, self.records, self.image, scores))
+
+    def quiz(self, name: str, questions: int = 5, pairs: bool = False, seed: int = 0) -> viewer.Fragment:
+        """Return questions for a notebook's output: guess which value made an image, see the answer, count the score.
+
+        Args:
+            name: the argument to guess, such as ``"strength"``.
+            questions: how many, 1 to 20.
+            pairs: ask instead which of two images, alike in everything else, has the larger value.
+            seed: of the choice of images.
+
+        Raises:
+            InputError: the argument is not one in which the images differ.
+        """
+        return quiz(self.images, self.records, name, questions, pairs, seed)
 
     def to_html(self, file: str | Path, scores: Mapping[str, Sequence[float]] | None = None) -> Path:
         """Write the viewer as one HTML file that needs no network and holds the exact pixels; return its path.
@@ -150,8 +168,8 @@ def run_sweep(
     alone. All cells are checked before the first one runs, and cells with the same result are computed once.
 
     With a folder, each image is saved as soon as it is finished, and images that are there already are not computed
-    again: after an interruption, or to add cells, call this again. Interrupting the notebook cell returns what is
-    done. If the folder cannot be written to, a warning says so and images stay in memory.
+    again: after an interruption, or to add cells, call this again. If the folder cannot be written to, a warning says
+    so and images stay in memory.
 
     Under ``accelerate launch``, all processes share the cells through ``folder``. Otherwise a second thread with the
     same pipeline, or a second process in the same folder, waits until the first is done.
@@ -177,6 +195,8 @@ def run_sweep(
     Raises:
         InputError: an argument or a cell cannot be used; the message names it.
         SweepError: the sweep failed while it ran; its ``sweep`` holds what was finished before.
+        Stopped: the sweep was interrupted. It is a ``KeyboardInterrupt``, so it ends the notebook's cell; its ``done``
+            is a sweep of what was finished.
     """
     if pack is not None:
         warnings.warn(
@@ -187,14 +207,126 @@ def run_sweep(
         max_rows = validation.count(pack, "pack")
     elif max_rows is not None:
         max_rows = validation.count(max_rows, "max_rows")
-    if folder is None and is_shared():
-        raise InputError("folder must be given when several processes share a sweep: they exchange images through it")
-    store = None if folder is None else Store(validation.folder(folder))
-    adapter = adapter_of(pipe)
-    given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
-    with pipeline_lock(pipe):  # for planning too, which reads the scheduler
-        results = Results(make_plan(adapter, cells, given, guidance_rescale, store), store)
-        return _run(Runner(adapter, results, max_rows, progress, show), results)
+    adapter_of(pipe)  # refuses anything but a pipeline
+    with pipeline_lock(pipe):  # until the end, so that another thread's call waits
+        running = _start(
+            pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, max_rows, progress, show
+        )
+        try:
+            for _ in running:
+                pass
+        except KeyboardInterrupt as interrupt:
+            raise running.stopped() from interrupt
+        return running.sweep
+
+
+def steps(
+    pipe: DiffusionPipeline,
+    image: Source | None,
+    prompt: str,
+    cells: Sequence[Cell],
+    seed: int = 0,
+    negative_prompt: str | None = None,
+    folder: str | Path | None = None,
+    guidance_rescale: float | None = None,
+    max_rows: int | None = None,
+) -> "Steps":
+    """Run a sweep one U-Net call at a time: an iterator of what each cell has become.
+
+    It does what ``run_sweep`` does, and makes the same images, while your own code decides what happens between two
+    calls: show ``state.predicted``, stop, ask the user. All cells are checked at once, before the first step.
+
+    Example::
+
+        running = decinb.steps(pipe, image, prompt, [{"strength": 0.6}])
+        for state in running:
+            print(state.step, "of", state.steps, state.seconds_left)
+        running.sweep.images[0]
+
+    Args:
+        pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, max_rows: as for ``run_sweep``.
+
+    Returns:
+        An iterator of ``State``: ``cell``, ``step``, ``steps``, ``predicted``, ``image`` and ``seconds_left``. Cells
+        that are computed together advance together. ``close()`` stops; ``sweep`` is what is finished by then.
+
+    Raises:
+        InputError: an argument or a cell cannot be used; the message names it.
+        SweepError: from the iterator: the sweep failed while it ran.
+    """
+    max_rows = None if max_rows is None else validation.count(max_rows, "max_rows")
+    return _start(pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, max_rows)
+
+
+class Steps(Iterator[State]):
+    """A sweep in progress, from ``steps``.
+
+    Between two steps, the pipeline is free for other calls, and may be given another scheduler: the sweep keeps its
+    own. Steps may be taken by different threads, one at a time.
+
+    Attributes:
+        plan: what the sweep takes, as ``plan`` returns it.
+    """
+
+    def __init__(self, runner: Runner, results: Results):
+        self.plan = results.plan
+        self._pipe, self._scheduler = runner.adapter.pipe, getattr(runner.adapter.pipe, "scheduler", None)
+        self._results, self._steps = results, runner.steps()
+        self._states: deque[State] = deque()  # of the last step, not yet taken
+
+    def __next__(self) -> State:
+        while not self._states:
+            if (states := self.advance()) is None:
+                raise StopIteration
+            self._states.extend(states)
+        return self._states.popleft()
+
+    def advance(self) -> list[State] | None:
+        """Take one step: start cells, advance all that are in progress by one U-Net call, or decode some.
+
+        Returns:
+            The states of these cells, which may be none; None when everything is finished.
+
+        Raises:
+            SweepError: the sweep failed.
+        """
+        with pipeline_lock(self._pipe), self._own_scheduler():
+            try:
+                return next(self._steps, None)
+            except Exception as error:
+                if isinstance(error, InputError) and not len(self._results):  # found only now, in folder or U-Net
+                    raise
+                raise SweepError(_describe_failure(self._results, error), self.sweep) from error
+
+    @property
+    def sweep(self) -> Sweep:
+        """The finished cells."""
+        folder = None if self._results.store is None else self._results.store.folder
+        return Sweep(self.plan.image, self.plan.prompt, *self._results.in_order(), folder)
+
+    def close(self) -> None:
+        """Stop. What is fully denoised is still decoded and kept; the rest can be made later."""
+        with pipeline_lock(self._pipe), self._own_scheduler():
+            self._steps.close()
+
+    def stopped(self) -> Stopped:
+        """Stop as ``close`` does, and return the error that says how to go on."""
+        self.close()
+        self._results.save_again()
+        return Stopped(_describe_stop(self._results), self.sweep)
+
+    @contextmanager
+    def _own_scheduler(self) -> Iterator[None]:
+        """Give the pipeline the scheduler that was planned with, inside the ``with`` block."""
+        before = getattr(self._pipe, "scheduler", None)
+        if before is self._scheduler:
+            yield
+            return
+        self._pipe.scheduler = self._scheduler
+        try:
+            yield
+        finally:
+            self._pipe.scheduler = before
 
 
 def load_sweep(folder: str | Path) -> Sweep:
@@ -203,35 +335,54 @@ def load_sweep(folder: str | Path) -> Sweep:
     Raises:
         InputError: the folder holds no sweep, or none of its images is finished.
     """
-    store = Store(folder)
+    store = Store(validation.folder(folder))
     paths, records, image = store.read()
+    records = distinguish_inputs(records)
     return Sweep(image, records[0]["prompt"], [r["cell"] for r in records], Images(paths), records, store.folder)
 
 
-def _run(runner: Runner, results: Results) -> Sweep:
-    """Return the sweep of a run: complete, or what was done when the user interrupted it."""
-    try:
-        runner.run()
-    except KeyboardInterrupt:
-        print(f"stopped: {len(results)} of {len(results.plan.cells)} cells are done")
-    except Exception as error:
-        if isinstance(error, InputError) and not len(results):  # found only now, in the folder or the U-Net
-            raise
-        raise SweepError(_describe_failure(results, error), _to_sweep(results)) from error
-    return _to_sweep(results)
+def _start(
+    pipe: DiffusionPipeline,
+    image: Source | None,
+    prompt: str,
+    cells: Sequence[Cell],
+    seed: int,
+    negative_prompt: str | None,
+    folder: str | Path | None,
+    guidance_rescale: float | None,
+    max_rows: int | None,
+    progress: bool = False,
+    show: bool = False,
+) -> Steps:
+    """Validate and plan a sweep."""
+    check_processes()
+    if folder is None and is_shared():
+        raise InputError("folder must be given when several processes share a sweep: they exchange images through it")
+    store = None if folder is None else Store(validation.folder(folder))
+    adapter = adapter_of(pipe)
+    given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
+    with pipeline_lock(pipe):  # for planning too, which reads the scheduler
+        results = Results(make_plan(adapter, cells, given, guidance_rescale, store), store)
+        return Steps(Runner(adapter, results, max_rows, progress, show), results)
 
 
-def _to_sweep(results: Results) -> Sweep:
-    folder = None if results.store is None else results.store.folder
-    return Sweep(results.plan.image, results.plan.prompt, *results.in_order(), folder)
+def _describe_stop(results: Results) -> str:
+    done = f"{len(results)} of {len(results.plan.cells)} cells are done"
+    if results.store is None:
+        return (
+            f"{done}, and sys.last_value.done holds them; with folder=..., running a stopped sweep again goes on from "
+            "where it was"
+        )
+    folder = str(results.store.folder)
+    return f"{done} and saved; to go on, run this again; to see what is done, decinb.load_sweep({folder!r})"
 
 
 def _describe_failure(results: Results, error: Exception) -> str:
     cells = results.in_progress
-    named = "; ".join(f"cell {i} ({label(results.plan.records[i])})" for i in cells[:3]) or "the sweep"
+    named = "; ".join(f"cell {i} ({results.plan.label(i)})" for i in cells[:3]) or "the sweep"
     more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
     done = f"{len(results)} of {len(results.plan.cells)} cells are done and are in this error's `sweep`"
-    return f"{named}{more} failed: {error}; {done}"
+    return f"{named}{more} failed: {reason(error)}; {done}"
 
 
 def _flatten(record: ImageRecord) -> dict[str, Any]:

@@ -233,7 +233,7 @@ class UNetNAS(ModelMixin, AttentionMixin, ConfigMixin, UNet2DConditionLoadersMix
                 raise
             raise ModelError(f"the weights in {where!r} do not fit the configuration: {_one_line(error)}") from error
         refuse_partial(info, where)
-        return (model, info) if wants_info else model
+        return (model, info) if wants_info else model  # type: ignore[return-value]
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Refuse FreeU, which scales the skip connections of ``UNet2DConditionModel``'s up blocks.

@@ -17,6 +17,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 import pytest
 
 import decinb
+from tests.helpers.browser import MISSING
 from tests.helpers.guarantees import Observed
 
 if TYPE_CHECKING:
@@ -50,6 +51,14 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.config.workeroutput["observed"] = _observed.outcomes
     elif exitstatus == pytest.ExitCode.OK:
         _observed.write()
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say in one line which tests of pages were skipped, and how to get them."""
+    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])]
+    for missing in MISSING:
+        if count := reasons.count(missing):
+            terminalreporter.write_line(f"{count} browser tests were skipped: {missing}")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -21,14 +21,18 @@ LAYERS = (
     ("designs", "models", "unet_nas", "metrics"),
     ("scenes",),
     ("images",),
-    ("pipeline", "sampling"),
+    ("pipeline", "sampling", "runtimes"),
     ("checkpoints", "figures"),
     ("loading", "plotting"),
     ("execution",),
     ("sweep",),
+    ("interactive",),
     ("__main__", "lessons", "tiny", "benchmark"),
 )
-SUBPACKAGES = {"sampling", "execution", "checkpoints", "figures", "benchmark", "scenes", "tiny", "utils", "lessons"}
+SUBPACKAGES = {
+    *("sampling", "execution", "checkpoints", "figures", "runtimes", "interactive"),
+    *("benchmark", "lessons", "scenes", "tiny", "utils"),
+}
 NEVER_IMPORTED = {"benchmark", "lessons", "tiny"}  # tools that use the package; the package does not need them
 
 

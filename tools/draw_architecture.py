@@ -36,21 +36,23 @@ PLACES = {
     "designs": (0.75, 1.2),
     "models": (2.1, 1.2),
     "unet_nas": (3.45, 1.2),
-    "scenes": (6.35, 2.6),
+    "scenes": (6.1, 3.1),
     "metrics": (6.35, 1.2),
     "images": (6.35, 1.2),
     "pipeline": (4.7, 1.2),
     "sampling": (1.9, 2.0),
+    "runtimes": (6.7, 1.6),
     "checkpoints": (4.7, 2.0),
     "figures": (1.2, 1.9),
     "loading": (4.7, 1.2),
     "plotting": (1.2, 1.2),
-    "execution": (2.95, 2.2),
+    "execution": (2.95, 2.7),
     "sweep": (2.95, 1.2),
-    "__main__": (0.7, 1.1),
-    "lessons": (2.0, 1.2),
-    "tiny": (4.2, 2.9),
-    "benchmark": (6.75, 1.9),
+    "interactive": (2.95, 2.2),
+    "__main__": (0.62, 1.0),
+    "lessons": (1.8, 1.15),
+    "tiny": (3.85, 2.7),
+    "benchmark": (6.47, 2.4),
 }
 COLOURS = {
     "light": {"page": "#ffffff", "band": "#f6f8fa", "text": "#1f2328", "core": "#cfe3fb", "package": "#fbe3c0"},
@@ -78,7 +80,7 @@ def data() -> dict[str, dict[str, list[str]]]:
 
 def draw(shown: dict[str, dict[str, list[str]]], file: Path, colours: dict[str, str]) -> None:
     """Draw each part as a box on its layer, and an arrow for each import that no chain of other imports implies."""
-    figure = plt.figure(figsize=(8.3, 8.1), facecolor=colours["page"])
+    figure = plt.figure(figsize=(8.3, 0.74 * len(LAYERS)), facecolor=colours["page"])
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, 7.8), ylim=(-0.5, len(LAYERS) - 0.5))
     ax.axis("off")

@@ -2,7 +2,8 @@
 
 A solution is named with its folder: ``solutions/02_strength_sweep``.
 
-What is left out of the files: the state of progress bars, times of execution, and anything a kernel wrote to stderr.
+What is left out of the files: the state of widgets, times of execution, and anything a kernel wrote to stderr. Of a
+widget that also shows itself as HTML, such as the playground, the HTML remains.
 Figures are stored small, in 256 colours. An error stops everything and leaves that notebook as it was.
 """
 
@@ -19,6 +20,7 @@ import papermill
 from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 MAX_WIDTH = 900  # pixels of an image by itself: as wide as a page shows it
 FIGURE = re.compile(r'(width="(\d+)" style="max-width: none" src="data:image/png;base64,)([A-Za-z0-9+/=]+)')
 
@@ -40,6 +42,7 @@ def execute(path: Path) -> None:
 
 def _small(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
     data = output.get("data", {})
+    data.pop(WIDGET, None)
     if "image/png" in data:
         data["image/png"] = _small_png(data["image/png"], MAX_WIDTH)
     if FIGURE.search(str(data.get("text/html", ""))):
@@ -57,8 +60,8 @@ def _small_png(encoded: str, width: int) -> str:
 
 
 def _is_noise(output: nbformat.NotebookNode) -> bool:
-    widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
-    return widget or output.get("name") == "stderr"
+    data = output.get("data", {})
+    return (WIDGET in data and "text/html" not in data) or output.get("name") == "stderr"
 
 
 def main() -> None:

@@ -9,18 +9,16 @@ and the guide then loads the U-Net-NAS. In both cases the files are in the syste
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
 
 from decinb.benchmark import counting, latency
 from decinb.benchmark.latency import Measurement, Timing
+from decinb.benchmark.processes import in_turns, run_fresh
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.unet_nas import UNetNAS
@@ -73,8 +71,6 @@ IMPORT = "import time; start = time.perf_counter(); import {}; print(time.perf_c
 WAYS = {"load_pipeline": "ours", "the guide's way": "guides"}
 IMPORTS = {"diffusers": "diffusers", "diffusers and decinb": "diffusers, decinb"}
 
-Result = TypeVar("Result")
-
 
 def write_model(folder: Path) -> int:
     """Write a model with random weights in the layout of the published checkpoint; return its bytes of weights."""
@@ -98,24 +94,6 @@ def write_model(folder: Path) -> int:
     return sum(weight.numel() * weight.element_size() for net in networks.values() for weight in net.parameters())
 
 
-def run(code: str, *arguments: str) -> dict | float:
-    """Run Python code in a fresh process, and return the JSON value in the last line that it prints."""
-    command = [sys.executable, "-c", code, *arguments]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(output.strip().splitlines()[-1])
-
-
-def in_turns(
-    names: Sequence[str], function: Callable[[str], Result], rounds: int, warmup: int
-) -> dict[str, list[Result]]:
-    """Call a function with each name in turns, as A B B A; return its results without those of the warm-up."""
-    results: dict[str, list[Result]] = {name: [] for name in names}
-    for turn in range(-warmup, rounds):
-        for name in names if turn % 2 == 0 else reversed(names):
-            results[name].append(function(name))
-    return {name: found[warmup:] for name, found in results.items()}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure as the command line asks, print the results, and write them as JSON."""
     parser = argparse.ArgumentParser(prog="python tools/measure_loading.py", description=__doc__.splitlines()[0])
@@ -127,8 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     where = environment("cpu", torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         size = write_model(Path(folder))
-        loads = in_turns(list(WAYS), lambda way: run(LOAD, WAYS[way], folder), given.rounds, given.warmup)
-    imports = in_turns(list(IMPORTS), lambda name: run(IMPORT.format(IMPORTS[name])), given.rounds, given.warmup)
+        loads = in_turns(list(WAYS), lambda way: run_fresh(LOAD, WAYS[way], folder), given.rounds, given.warmup)
+    imports = in_turns(list(IMPORTS), lambda name: run_fresh(IMPORT.format(IMPORTS[name])), given.rounds, given.warmup)
 
     load_timings = {
         way: Timing(tuple(one["seconds"] for one in found), max(one["bytes"] for one in found))

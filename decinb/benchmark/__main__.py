@@ -1,52 +1,116 @@
-"""Time packed sweeps against a loop over the pipeline, or a pipeline's options: ``python -m decinb.benchmark``."""
+"""Measure this machine: ``python -m decinb.benchmark``, with one of the words below to say what.
+
+sweep         packed sweeps and a loop over the pipeline
+options       a pipeline's options that change images only by rounding
+runtimes      the U-Net in PyTorch and in OpenVINO; with --model random, U-Nets of full size
+neighbours    a sweep beside busy processes, with threads that adapt and with fixed numbers of threads
+first-image   fresh processes to their first image, part by part
+"""
 
 import argparse
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
-from decinb.benchmark import latency, options, packing
+from diffusers import DiffusionPipeline
+
+from decinb.benchmark import first_image, latency, neighbours, options, packing, runtimes
+from decinb.benchmark.latency import Measurement
 from decinb.loading import load_pipeline
+from decinb.runtimes.graph import is_installed
+from decinb.runtimes.openvino import RUNTIMES, TORCH
 from decinb.utils import acceleration
 from decinb.utils.device import choose_workload
+
+Given = argparse.Namespace
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark that the command line asks for, print a table, and write the measurement as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m decinb.benchmark", description=__doc__)
-    parser.add_argument("what", nargs="?", default="sweep", choices=("sweep", "options"), help="what to compare")
+    given = _parser().parse_args(arguments)
+    run, module, name = BENCHMARKS[given.what]
+    measurement = run(given)
+    print(module.table(measurement))
+    print("written to", latency.save(measurement, given.folder, name))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m decinb.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", default="sweep", choices=BENCHMARKS, help="what to measure")
     parser.add_argument("--model", default="tiny", help="a model for load_pipeline, or random: full size")
     parser.add_argument("--device", help="cuda, mps or cpu; by default the best available")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default what suits the device")
-    parser.add_argument("--designs", nargs="+", choices=packing.DESIGNS, help="by default all; for random only mixed")
+    parser.add_argument("--designs", nargs="+", help="by default all; for random only mixed")
     parser.add_argument("--options", nargs="+", help="names of options; by default all")
     parser.add_argument("--steps", type=int, default=10, help="steps of the image that options are timed on")
     parser.add_argument("--rounds", type=int, default=4, help="how often each way is timed (default %(default)s)")
     parser.add_argument("--max-rows", type=int, help="the most rows in a U-Net call; by default what suits the device")
+    parser.add_argument("--size", type=int, default=64, help="of the latents of random U-Nets (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each run beside busy processes")
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2], help="numbers of busy processes")
     parser.add_argument("--folder", default="results", help="where to write the JSON (default %(default)s)")
-    given = parser.parse_args(arguments)
+    return parser
 
+
+def _load(given: Given) -> DiffusionPipeline:
+    if given.model != "random":
+        return load_pipeline(given.model, given.device, given.dtype)
+    device, dtype, _ = choose_workload(given.device, given.dtype)
+    acceleration.keep_freed_memory()
+    return packing.random_pipeline(device, dtype)
+
+
+def _runtimes() -> Sequence[str]:
+    return RUNTIMES if is_installed() else (TORCH,)
+
+
+def _measure_sweeps(given: Given) -> Measurement:
+    names = given.designs or (["mixed"] if given.model == "random" else list(packing.DESIGNS))
+    designs = {name: packing.DESIGNS[name] for name in names}
+    return packing.compare(_load(given), designs, given.rounds, given.max_rows, given.model)
+
+
+def _measure_options(given: Given) -> Measurement:
+    pipe = _load(given)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty, so that the first call pays for its compilation
+        names = given.options or list(options.options(pipe))
+        return options.compare_options(pipe, options.example_call(pipe, given.steps), names, given.rounds, given.model)
+
+
+def _measure_runtimes(given: Given) -> Measurement:
     if given.model == "random":
-        device, dtype, _ = choose_workload(given.device, given.dtype)
-        pipe = packing.random_pipeline(device, dtype)
-        acceleration.keep_freed_memory()
-    else:
-        pipe = load_pipeline(given.model, given.device, given.dtype)
+        return runtimes.compare_networks(size=given.size, repeats=given.rounds, runtimes=_runtimes())
+    designs = {name: runtimes.GUIDES[name] for name in given.designs or runtimes.GUIDES}
+    return runtimes.compare(
+        lambda runtime: load_pipeline(given.model, "cpu", runtime=runtime),
+        designs,
+        _runtimes(),
+        given.rounds,
+        given.model,
+    )
 
-    if given.what == "options":
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty, so that the first call pays for its compilation
-            names = given.options or list(options.options(pipe))
-            call = options.example_call(pipe, given.steps)
-            measurement = options.compare_options(pipe, call, names, given.rounds, given.model)
-        print(options.table(measurement))
-        print("written to", latency.save(measurement, given.folder, "options"))
-    else:
-        names = given.designs or (["mixed"] if given.model == "random" else list(packing.DESIGNS))
-        designs = {name: packing.DESIGNS[name] for name in names}
-        measurement = packing.compare(pipe, designs, given.rounds, given.max_rows, given.model)
-        print(packing.table(measurement))
-        print("written to", latency.save(measurement, given.folder, "benchmark"))
+
+def _measure_neighbours(given: Given) -> Measurement:
+    ways = [*neighbours.WAYS, *([neighbours.OPENVINO] if is_installed() else [])]
+    return neighbours.compare(given.busy, given.rounds, given.seconds, ways)
+
+
+def _measure_first_image(given: Given) -> Measurement:
+    return first_image.measure_first_image([name for name in _runtimes() if name != "openvino-bfloat16"], given.rounds)
+
+
+BENCHMARKS: dict[str, tuple[Callable[[Given], Measurement], ModuleType, str]] = {
+    "sweep": (_measure_sweeps, packing, "benchmark"),
+    "options": (_measure_options, options, "options"),
+    "runtimes": (_measure_runtimes, runtimes, "runtimes"),
+    "neighbours": (_measure_neighbours, neighbours, "neighbours"),
+    "first-image": (_measure_first_image, first_image, "first-image"),
+}
+"""What each word measures, the module with its table, and the name of its files."""
 
 
 if __name__ == "__main__":

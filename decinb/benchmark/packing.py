@@ -91,7 +91,7 @@ def compare(
     for name, cells in designs.items():
         jobs = [Job(image, prompt, None, **{**DEFAULTS, **cell}) for cell in cells]
         most = max_rows or adapter_of(pipe).default_max_rows(jobs)
-        ways = _ways(pipe, jobs, most)
+        ways = ways_to_make(pipe, jobs, most)
         images, counts = {}, {}
         for way, run in ways.items():
             images[way], counts[way] = _run_and_count(pipe, run)
@@ -103,7 +103,7 @@ def compare(
     return Measurement(timings, settings, where)
 
 
-def _ways(pipe: StableDiffusionImg2ImgPipeline, jobs: Sequence[Job], max_rows: int) -> dict[str, Way]:
+def ways_to_make(pipe: StableDiffusionImg2ImgPipeline, jobs: Sequence[Job], max_rows: int) -> dict[str, Way]:
     """Return the two ways to make the images, by name: the loop of the guide, and the packed sweep."""
 
     def one_by_one() -> Iterator[list[int]]:
@@ -127,21 +127,27 @@ def _ways(pipe: StableDiffusionImg2ImgPipeline, jobs: Sequence[Job], max_rows: i
 
 def _run_and_count(pipe: StableDiffusionImg2ImgPipeline, run: Way) -> tuple[dict[int, Tensor], dict[str, Any]]:
     """Run a way once; return its images as floats from 0 to 1, and its U-Net calls, rows and, on CUDA, peak memory."""
-    decoded: list[Tensor] = []
-    images: dict[int, Tensor] = {}
     on_cuda = pipe.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(pipe.device)
-    hook = pipe.vae.decoder.register_forward_hook(lambda module, args, output: decoded.append(output))
-    try:
-        with counting.count_unet_calls(pipe) as counted:
-            for indices in run():
-                if indices:
-                    images.update(zip(indices, (decoded.pop().float() / 2 + 0.5).clamp(0, 1).cpu(), strict=True))
-    finally:
-        hook.remove()
+    with counting.count_unet_calls(pipe) as counted:
+        images = images_of(pipe, run)
     peak = torch.cuda.max_memory_allocated(pipe.device) if on_cuda else None
     return images, {"calls": counted.calls, "rows": counted.rows, "peak_bytes": peak}
+
+
+def images_of(pipe: StableDiffusionImg2ImgPipeline, run: Way) -> dict[int, Tensor]:
+    """Run a way once, and return its images by index as floats from 0 to 1, before they are rounded to 8 bits."""
+    decoded: list[Tensor] = []
+    images: dict[int, Tensor] = {}
+    hook = pipe.vae.decoder.register_forward_hook(lambda module, args, output: decoded.append(output))
+    try:
+        for indices in run():
+            if indices:
+                images.update(zip(indices, (decoded.pop().float() / 2 + 0.5).clamp(0, 1).cpu(), strict=True))
+    finally:
+        hook.remove()
+    return images
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

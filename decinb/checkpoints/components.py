@@ -4,7 +4,7 @@ Every class comes from diffusers, transformers or decinb, whatever the files say
 configurations show which files are needed, so a model can be rejected before its weights are downloaded or read.
 """
 
-import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +18,10 @@ import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, SchedulerMixin
 from torch import nn
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextModel,
     CLIPTokenizer,
+    DPTImageProcessor,
     FeatureExtractionMixin,
     ImageProcessingMixin,
     PreTrainedModel,
@@ -28,9 +30,10 @@ from transformers import (
 )
 
 from decinb.checkpoints import hub
-from decinb.checkpoints.integrity import check_finite
-from decinb.errors import ModelError
+from decinb.checkpoints.integrity import bounded_by, check_finite, check_folder, tensor_sizes
+from decinb.errors import ModelError, reason
 from decinb.unet_nas import UNetNAS, refuse_partial
+from decinb.utils import files as safe_files
 from decinb.utils import validation
 from decinb.utils.quiet import quiet
 
@@ -50,6 +53,10 @@ DECIDIFFUSION: dict[str, type] = {
 PROCESSORS = (PreTrainedTokenizerBase, ImageProcessingMixin, FeatureExtractionMixin, ProcessorMixin)
 ALLOWED_CLASSES = (ModelMixin, PreTrainedModel, SchedulerMixin, *PROCESSORS)
 """Base classes of a component. transformers' Auto classes have none of these: they can load code from a repository."""
+
+SIZED = (CLIPImageProcessor, DPTImageProcessor)  # image processors whose numbers are all sizes of images, or small
+MAX_PIXELS = 8192  # height and width that a configuration may name
+MAX_LEVELS = 8  # of a network that halves the size of its input from level to level
 
 
 @dataclass(frozen=True)
@@ -169,45 +176,87 @@ def load_component(name: str, component: Component, folder: Path, dtype: torch.d
         ModelError: the files are damaged, or a tensor is missing, unexpected, of another shape, or not finite.
     """
     where = (folder / component.files[0]).parent
+    check_folder(name, where)
     if issubclass(component.cls, SchedulerMixin):
         return _scheduler(folder / component.files[0], component.cls)
     if not issubclass(component.cls, nn.Module):
-        with as_model_error(f"{name}: cannot be loaded from {where}"):
-            return component.cls.from_pretrained(str(where), local_files_only=True)
+        return _without_weights(name, component, where)
     is_pickle = component.weights[0].endswith(".bin")
     # The library's own message about a rejected pickle explains how to run its code anyway, so it is not shown.
-    reason = "the .bin is damaged or holds more than plain tensors, or torch is older than 2.6" if is_pickle else None
-    with as_model_error(f"{name}: cannot be loaded from {where}", reason):
-        model, info = component.cls.from_pretrained(
-            str(where),
-            local_files_only=True,
-            use_safetensors=not is_pickle,
-            variant=component.variant,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are listed in the info instead, and rejected below
-            dtype=dtype,
-        )
+    why = "the .bin is damaged or holds more than plain tensors, or torch is older than 2.6" if is_pickle else None
+    dtype_name = "torch_dtype" if issubclass(component.cls, ModelMixin) else "dtype"  # also for diffusers 0.39
+    with as_model_error(f"{name}: cannot be loaded from {where}", why), hub.offline():
+        sizes: dict[str, int] = {}
+        for file in component.weights:
+            sizes |= tensor_sizes(folder / file)
+        with bounded_by(sizes, name, where):
+            _try_without_memory(component.cls, where)
+            model, info = component.cls.from_pretrained(
+                str(where),
+                local_files_only=True,
+                use_safetensors=not is_pickle,
+                variant=component.variant,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are listed in the info instead, and rejected below
+                **{dtype_name: dtype},
+            )
     refuse_partial(info, where)
     check_finite(name, model, where)
     return model
 
 
+def _try_without_memory(cls: type, where: Path) -> None:
+    """Create a network of diffusers on the meta device, where no configuration can take memory; errors are ignored.
+
+    transformers itself does this before it loads weights. diffusers does it for parameters, but computes tables of
+    positions and masks, which may be of any size.
+    """
+    if issubclass(cls, ModelMixin):
+        try:
+            with torch.device("meta"):
+                cls.from_config(cls.load_config(str(where), local_files_only=True))
+        except ModelError:
+            raise
+        except Exception:  # loading itself will say what is wrong
+            return
+
+
+def _without_weights(name: str, component: Component, where: Path) -> Any:
+    """Return a tokenizer or an image processor."""
+    with as_model_error(f"{name}: cannot be loaded from {where}"):
+        if issubclass(component.cls, SIZED):
+            entry, number = validation.largest_number(read_json(where / Path(component.files[0]).name))
+            if number > MAX_PIXELS:
+                shown = validation.short_repr(number)
+                raise ModelError(f"{name}: {entry} in {where} is {shown}, and at most {MAX_PIXELS} is allowed")
+        with hub.offline(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # how transformers calls tokenizers before 0.23
+            return component.cls.from_pretrained(str(where), local_files_only=True)
+
+
 def check_tokenizers(components: Mapping[str, Any], where: str) -> None:
-    """Check that each CLIP tokenizer fits the vocabulary and the length of its text encoder.
+    """Check that each tokenizer has a maximum length, and each CLIP tokenizer fits its text encoder.
 
     Raises:
         ModelError: one does not; the message gives both sizes.
     """
     for name, tokenizer in components.items():
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            continue
+        length = tokenizer.model_max_length
+        if isinstance(length, bool) or not isinstance(length, (int, float)) or not length >= 1:
+            raise ModelError(
+                f"{name}: model_max_length in {where} must be a number of tokens, got {validation.short_repr(length)}"
+            )
         encoder = components.get(name.replace("tokenizer", "text_encoder"))
         if not isinstance(tokenizer, CLIPTokenizer) or encoder is None:
             continue
         config = encoder.config
-        if len(tokenizer) != config.vocab_size or tokenizer.model_max_length > config.max_position_embeddings:
+        if len(tokenizer) != config.vocab_size or length > config.max_position_embeddings:
             raise ModelError(
-                f"{name}: the tokenizer of {where} has {len(tokenizer)} tokens and a maximum length of "
-                f"{tokenizer.model_max_length}, but the text encoder has {config.vocab_size} tokens and a maximum "
-                f"length of {config.max_position_embeddings}: they do not belong together; take both from one model"
+                f"{name}: the tokenizer of {where} has {len(tokenizer)} tokens and a maximum length of {length}, but "
+                f"the text encoder has {config.vocab_size} tokens and a maximum length of "
+                f"{config.max_position_embeddings}: they do not belong together; take both from one model"
             )
 
 
@@ -218,28 +267,31 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: the file is not valid JSON, or not a JSON object.
     """
     with as_model_error(f"{path} is not valid JSON"):
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = safe_files.read_json(path)
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object but {validation.short_repr(value)}")
     return value
 
 
 @contextmanager
-def as_model_error(what: str, reason: str | None = None) -> Iterator[None]:
+def as_model_error(what: str, why: str | None = None) -> Iterator[None]:
     """Raise any error of the ``with`` block as a one-line ModelError.
 
     Args:
         what: the start of the message.
-        reason: the rest of the message; by default the text of the original error.
+        why: the rest of the message; by default what the original error says.
     """
     try:
         yield
     except ModelError:
         raise
-    except Exception as error:
-        if reason is not None:
-            raise ModelError(f"{what}: {reason}") from None
-        raise ModelError(f"{what}: {' '.join(str(error).split())}") from error
+    except BaseException as error:
+        # The tokenizers library, written in Rust, panics with an error of its own, which is not an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if why is not None:
+            raise ModelError(f"{what}: {why}") from None
+        raise ModelError(f"{what}: {reason(error)}") from error
 
 
 # --- which classes ----------------------------------------------------------------------------------------------------
@@ -327,11 +379,9 @@ def _check_network(files: Files, folder: str, cls: type) -> None:
         raise ModelError(
             f"{files.where} has no flexible_unet, and its {folder} is not a U-Net-NAS: it is not a DeciDiffusion model"
         )
-    for implementation in _attention_implementations(config):
-        if "/" in implementation:  # transformers would download that kernel and run it
-            raise ModelError(
-                f"{folder}: {files.where} asks for code from the hub, {implementation!r}, which decinb does not run"
-            )
+    for key, value in _entries(config):
+        if problem := _problem(key, value):
+            raise ModelError(f"{folder}: {files.where} asks for {problem}")
     if f"{folder}/adapter_config.json" in files.names:  # transformers would load the base model that it names
         raise ModelError(
             f"{folder}: {files.where} holds an adapter, not a model: load its base model, then add the adapter with "
@@ -339,12 +389,27 @@ def _check_network(files: Files, folder: str, cls: type) -> None:
         )
 
 
-def _attention_implementations(config: Any) -> list[str]:
-    """Return all attention implementations that a configuration, or one nested in it, names."""
-    if not isinstance(config, dict):
-        return []
-    own = [str(value) for key, value in config.items() if key.endswith("attn_implementation")]
-    return own + [name for value in config.values() for name in _attention_implementations(value)]
+def _problem(key: str, value: Any) -> str | None:
+    """Return what an entry of a network's configuration asks for, if decinb refuses it."""
+    shown = validation.short_repr(value)
+    if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+        return f"code from the hub, {shown}, which decinb does not run"
+    if (key == "backbone" and value) or (key in ("use_timm_backbone", "use_pretrained_backbone") and value is True):
+        return f"another model, {key} {shown}: save it with that model inside"
+    if key == "quantization_config" and value:
+        return "quantised weights (quantization_config), which decinb does not read: use weights of plain floats"
+    if key in ("sample_size", "image_size") and validation.largest_number(value)[1] > MAX_PIXELS:
+        return f"images that are too large: {key} is {shown}, and at most {MAX_PIXELS} is allowed"
+    if key == "block_out_channels" and isinstance(value, list) and len(value) > MAX_LEVELS:
+        return f"{len(value)} levels (block_out_channels), and at most {MAX_LEVELS} are allowed"
+    return None
+
+
+def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all entries of a configuration and of those nested in it."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        yield key, value
+        yield from _entries(value)
 
 
 def _shards(index: Path) -> list[str]:
@@ -376,4 +441,9 @@ def _scheduler(path: Path, default: type[SchedulerMixin]) -> SchedulerMixin:
         validation.warn(f"scheduler: diffusers has no {name!r}; {default.__name__} is used instead")
         cls = default
     with as_model_error(f"scheduler: cannot be created from {path}"):
-        return cls.from_config(config)
+        validation.scheduler_config(config)
+        scheduler = cls.from_config(config)
+        betas = getattr(scheduler, "betas", None)
+        if torch.is_tensor(betas) and not betas.isfinite().all():
+            raise ValueError("its betas are NaN or infinite")
+        return scheduler

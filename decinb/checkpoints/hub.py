@@ -11,7 +11,9 @@ their hash under ``blobs``, and links to them under ``snapshots/<commit>``. Othe
 import hashlib
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import (
@@ -57,6 +59,28 @@ MAX_TIMEOUT = 20.0  # seconds of silence; an upper bound on HF_HUB_ETAG_TIMEOUT,
 
 class NotFoundError(ModelError):
     """The model does not exist on the hub, or is private or disabled."""
+
+
+_here = threading.local()
+_is_offline_mode = constants.is_offline_mode
+
+
+def _is_offline_here() -> bool:
+    return getattr(_here, "offline", False) or _is_offline_mode()
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Let no request of the hub's client leave from this thread inside the ``with`` block.
+
+    A configuration can name other models, which diffusers and transformers would look up.
+    """
+    constants.is_offline_mode = _is_offline_here  # the client asks it before each request
+    before, _here.offline = getattr(_here, "offline", False), True
+    try:
+        yield
+    finally:
+        _here.offline = before
 
 
 def is_model_id(name: str) -> bool:
@@ -108,9 +132,40 @@ def fetch(
     """
     if not refresh and (folder := find_cached(repo_id, revision, choose)):
         return folder
-    timeout = min(timeout or constants.HF_HUB_ETAG_TIMEOUT, MAX_TIMEOUT)
+    with _as_model_error(repo_id, revision, choose, refresh):
+        return _fetch_from_hub(repo_id, revision, choose, _limit(timeout), refresh)
+
+
+def list_missing(
+    repo_id: str, revision: str | None, choose: ChooseFiles, timeout: float | None = None
+) -> dict[str, int]:
+    """Return the files that ``fetch`` would download, each with its size in bytes.
+
+    The configurations that ``choose`` reads are downloaded for that, a few kilobytes. Arguments and errors as for
+    ``fetch``.
+    """
+    timeout = _limit(timeout)
+    with _as_model_error(repo_id, revision, choose, refresh=True):
+        listing = HfApi().model_info(repo_id, revision=revision, timeout=timeout, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in listing.siblings}
+
+        def is_missing(name: str) -> bool:
+            return not isinstance(try_to_load_from_cache(repo_id, name, revision=listing.sha), str)
+
+        missing_before = {name for name in sizes if is_missing(name)}
+        chosen = choose(list(sizes), lambda name: _fetch_file(repo_id, name, listing.sha, timeout, False))
+        return {name: sizes[name] for name in chosen if name in missing_before}
+
+
+def _limit(timeout: float | None) -> float:
+    return min(timeout or constants.HF_HUB_ETAG_TIMEOUT, MAX_TIMEOUT)
+
+
+@contextmanager
+def _as_model_error(repo_id: str, revision: str | None, choose: ChooseFiles, refresh: bool) -> Iterator[None]:
+    """Raise what goes wrong in the ``with`` block as a ModelError of one line."""
     try:
-        return _fetch_from_hub(repo_id, revision, choose, timeout, refresh)
+        yield
     except (ModelError, InputError):
         raise
     except Exception as error:  # the errors of the HTTP library are not the hub client's own, and change with versions

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from decinb import models
 from decinb.checkpoints import hub
@@ -13,6 +14,8 @@ from decinb.utils import validation
 
 Locations = list[tuple[str, Path]]
 """The folders of a model, each with the prefix that its components' names get in the pipeline, ``""`` for the first."""
+
+Answer = TypeVar("Answer")
 
 Check = Callable[[Contents], None]
 """Raises an error to reject a model, after its small files are downloaded and before its weights are."""
@@ -47,36 +50,67 @@ def locate(
     def fetch(one: Model) -> Path:
         if isinstance(one.source, Path):
             return one.source
-        if not hub.is_model_id(one.source):
-            raise InputError(
-                f"model: the source of {name!r}, {one.source!r}, is not a hub id 'owner/name'; give a folder as a "
-                "pathlib.Path"
-            )
-        return hub.fetch(one.source, one.revision, _file_chooser(one, allow_pickle, check), timeout, refresh)
+        chooser = _file_chooser(one, allow_pickle, check)
+        return hub.fetch(_hub_id(name, one), one.revision, chooser, timeout, refresh)
 
-    def fetch_first(source: Model, mirrors: list[Model]) -> Path:
-        if mirrors and not refresh and not _is_cached(source):
-            cached = next(filter(_is_cached, mirrors), None)
-            if cached is not None:
-                return fetch(cached)
+    return [
+        (prefix, _from_first(name, source, mirrors, fetch, prefer_cached=not refresh))
+        for prefix, source, mirrors in _sources(model)
+    ]
+
+
+def list_missing(name: str, model: Model, allow_pickle: bool = False) -> dict[str, int]:
+    """Return the files of a model that are not in the cache, as ``owner/name/file``, each with its size in bytes.
+
+    Arguments and errors as for ``locate``.
+    """
+
+    def ask(one: Model) -> dict[str, int]:
+        if isinstance(one.source, Path):
+            return {}
+        repo_id = _hub_id(name, one)
+        missing = hub.list_missing(repo_id, one.revision, _file_chooser(one, allow_pickle))
+        return {f"{repo_id}/{file}": size for file, size in missing.items()}
+
+    found: dict[str, int] = {}
+    for _, source, mirrors in _sources(model):
+        found |= _from_first(name, source, mirrors, ask, prefer_cached=False)
+    return found
+
+
+def _hub_id(name: str, model: Model) -> str:
+    if not hub.is_model_id(str(model.source)):
+        raise InputError(
+            f"model: the source of {name!r}, {model.source!r}, is not a hub id 'owner/name'; give a folder as a "
+            "pathlib.Path"
+        )
+    return str(model.source)
+
+
+def _from_first(
+    name: str, source: Model, mirrors: list[Model], ask: Callable[[Model], Answer], prefer_cached: bool
+) -> Answer:
+    """Return the answer for a source, or for the first of its mirrors that exists if the source does not."""
+    if mirrors and prefer_cached and not _is_cached(source):
+        cached = next(filter(_is_cached, mirrors), None)
+        if cached is not None:
+            return ask(cached)
+    try:
+        return ask(source)
+    except hub.NotFoundError as error:
+        if name not in MODELS:
+            raise
+        failures, not_found = [str(error)], error
+    for mirror in mirrors:
         try:
-            return fetch(source)
-        except hub.NotFoundError as error:
-            if name not in MODELS:
-                raise
-            failures, not_found = [str(error)], error
-        for mirror in mirrors:
-            try:
-                folder = fetch(mirror)
-            except ModelError as error:
-                failures.append(str(error))
-            else:
-                validation.warn(f"{name}: {source.source} is gone from the hub; its copy {mirror.source} is used")
-                return folder
-        edit = f"if it has moved, edit {models.line_of(str(source.source))}"
-        raise ModelError(f"{name}: {'; '.join(failures)}; {edit}") from not_found
-
-    return [(prefix, fetch_first(source, mirrors)) for prefix, source, mirrors in _sources(model)]
+            answer = ask(mirror)
+        except ModelError as error:
+            failures.append(str(error))
+        else:
+            validation.warn(f"{name}: {source.source} is gone from the hub; its copy {mirror.source} is used")
+            return answer
+    edit = f"if it has moved, edit {models.line_of(str(source.source))}"
+    raise ModelError(f"{name}: {'; '.join(failures)}; {edit}") from not_found
 
 
 def is_local(model: Model) -> bool:
@@ -86,8 +120,8 @@ def is_local(model: Model) -> bool:
 
 def _sources(model: Model) -> list[tuple[str, Model, list[Model]]]:
     """Return the prefix, the source and the mirrors of every group of components that lies in a folder of its own."""
-    mirrors = [replace(model, source=mirror) for mirror in model.mirrors]
-    extra = [(prefix, replace(model, source=source), []) for prefix, source in model.extra_sources]
+    mirrors = [replace(model, source=mirror, revision=None) for mirror in model.mirrors]
+    extra = [(prefix, replace(model, source=source, revision=None), []) for prefix, source in model.extra_sources]
     return [("", model, mirrors), *extra]
 
 

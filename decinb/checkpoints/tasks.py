@@ -86,7 +86,11 @@ def assemble(
         ModelError: the components do not fit the class.
     """
     expected, _ = cls._get_signature_keys(cls)
-    plain = {name: value for name, value in settings.items() if not isinstance(value, (list, tuple))}
+    plain = {
+        name: value
+        for name, value in settings.items()
+        if not isinstance(value, (list, tuple)) and name not in {*expected, *cls._optional_components}
+    }
     arguments = dict.fromkeys(expected) | plain | dict(components)
     parameters = inspect.signature(cls.__init__).parameters
     with as_model_error(f"{where}: cannot create a {cls.__name__} from its components"):

@@ -21,10 +21,17 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from decinb.errors import InputError, ModelError
-from decinb.execution.provenance import LINK_ARGUMENTS, ImageRecord, chain_records, image_name, pipeline_record
+from decinb.errors import InputError, ModelError, Stopped
+from decinb.execution.provenance import (
+    LINK_ARGUMENTS,
+    ImageRecord,
+    chain_records,
+    image_hash,
+    image_name,
+    pipeline_record,
+)
 from decinb.execution.store import Store
-from decinb.images import Source, load_image
+from decinb.images import OUTPUT_HASH, Source, load_image
 from decinb.models import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from decinb.pipeline import is_decidiffusion
 from decinb.sampling.adapters import adapter_of
@@ -32,6 +39,8 @@ from decinb.sampling.base import Adapter, Output
 from decinb.utils import validation
 from decinb.utils.locks import pipeline_lock
 from decinb.utils.quiet import quiet
+
+MAX_LINKS = 100
 
 LATENT, PICTURE = "latent", "picture"
 """What one link takes from the link before it."""
@@ -106,9 +115,8 @@ def run_chain(
     """Run links one after the other, each by its pipeline's own call on the result of the one before it.
 
     All links are checked before the first one runs. With a folder, each image is saved as soon as it is made, and
-    ``replay`` makes it again, with all links before it, from the file alone. Interrupting the notebook cell returns
-    what is done, and an exception carries it as its ``chain``. If the folder cannot be written to, a warning says so
-    and images stay in memory.
+    ``replay`` makes it again, with all links before it, from the file alone. An exception carries what is done as its
+    ``chain``. If the folder cannot be written to, a warning says so and images stay in memory.
 
     Args:
         links: at least one ``Link``. Only the first may be text to image.
@@ -119,6 +127,7 @@ def run_chain(
     Raises:
         InputError: a link cannot run, or cannot follow the one before it; the message names it.
         ModelError: a link made NaN or infinity; the message names it.
+        Stopped: the chain was interrupted. It is a ``KeyboardInterrupt``; its ``done`` is a chain of what was finished.
     """
     calls = read_links(links, image is not None)
     seed = validation.seed(seed)
@@ -129,6 +138,7 @@ def run_chain(
     try:
         for (output, seconds), record in zip(run_calls(calls, first, seed), records, strict=True):
             record |= {"seconds": round(seconds, 3), "blacked_out": output.blacked_out}
+            record[OUTPUT_HASH] = image_hash(output.image.convert("RGB"))
             chain.images.append(output.image)
             chain.records.append(record)
             if output.blacked_out:
@@ -137,8 +147,10 @@ def run_chain(
                 )
             if store:
                 _save(store, output.image, record, first, len(chain) - 1)
-    except KeyboardInterrupt:
-        print(f"stopped: {len(chain)} of {len(calls)} links are done")
+    except KeyboardInterrupt as interrupt:
+        saved = "" if store is None else f" and saved in {str(store.folder)!r}"
+        done = f"{len(chain)} of {len(calls)} links are done{saved}; sys.last_value.done holds them"
+        raise Stopped(done, chain) from interrupt
     except Exception as error:
         error.chain = chain
         raise
@@ -201,6 +213,8 @@ def read_links(links: Any, has_image: bool, schedulers: Sequence[SchedulerMixin]
     """
     if not isinstance(links, Sequence) or isinstance(links, (str, bytes)) or not links:
         raise InputError(f"links must be a list of at least one decinb.Link, got {validation.short_repr(links)}")
+    if len(links) > MAX_LINKS:
+        raise InputError(f"links must be at most {MAX_LINKS}, got {len(links)}")
     calls: list[Call] = []
     for i, link in enumerate(links):
         where = f"link {i}: "

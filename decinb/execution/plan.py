@@ -12,17 +12,18 @@ from PIL import Image
 
 from decinb.designs import Cell
 from decinb.errors import InputError
-from decinb.execution.provenance import ImageRecord, image_name, image_record, shared_record
+from decinb.execution.provenance import ImageRecord, distinguish_inputs, image_name, image_record, shared_record
 from decinb.execution.store import Store
 from decinb.images import Source, fit, read_image
 from decinb.sampling.adapters import adapter_of
 from decinb.sampling.base import Adapter
 from decinb.sampling.jobs import Job
 from decinb.utils import validation
-from decinb.utils.labels import label
+from decinb.utils.labels import ARGUMENTS, SHORT, label
 
 MANY_IMAGES = 1000  # in one sweep, beyond which a warning asks whether it was meant
 LISTED_CELLS = 5  # named in one note
+TEXTS = [name for name in ARGUMENTS if name not in SHORT]  # arguments that labels name only where cells differ in them
 
 
 @dataclass
@@ -78,6 +79,11 @@ class Plan:
             parts.append(f"about {_duration(self.seconds)}")
         parts.append(f"about {max(self.bytes / 1e6, 0.1):,.1f} MB on disk")
         return "; ".join(parts + self.notes)
+
+    def label(self, i: int) -> str:
+        """Return a cell in words: its numbers, and the prompts and the input where cells differ in them."""
+        differing = [name for name in TEXTS if len({record[name] for record in self.records}) > 1]
+        return label(self.records[i], differing)
 
     def plot(self, *args: Any, **kwargs: Any) -> None:
         """Show the empty grid: see ``decinb.plotting.plot_plan``."""
@@ -139,7 +145,7 @@ def make_plan(
     jobs = _cells_to_jobs(adapter, cells, given, inputs)
     records = _jobs_to_records(adapter, cells, jobs, rescale, [inputs.describe(job.image) for job in jobs])
     calls = adapter.count_calls(jobs)
-    found = store.find(records) if store else {}
+    found = {key: path for key, (path, _) in store.find(records).items()} if store else {}
     missing = list({record["key"]: i for i, record in enumerate(records) if record["key"] not in found}.values())
     rows = sum(calls[i] * adapter.rows(jobs[i]) for i in missing)
     per_row = adapter.seconds_per_row([jobs[i] for i in missing]) if timed and missing else None
@@ -203,7 +209,11 @@ def _cells_to_jobs(adapter: Adapter, cells: Sequence[Cell], given: Cell, inputs:
     for i, cell in enumerate(cells):
         where = f"cell {i}: "
         arguments = complete_cell(cell, {**own, **given}, where)
-        jobs.append(make_job(arguments, inputs.load(arguments["image"]), where))
+        try:
+            image = inputs.load(arguments["image"])
+        except InputError as error:
+            raise InputError(f"{where if 'image' in cell else ''}{error}") from error
+        jobs.append(make_job(arguments, image, where))
         adapter.check_cell(cell, where)
     return jobs
 
@@ -258,7 +268,7 @@ def _jobs_to_records(
         truncated = {name: end for name, text in texts.items() if (end := truncated_text(text))}
         record = image_record(cell, job, source["image"], adapter.output_size(job), adapter.key_parts(job), shared)
         records.append({**record, "original_size": source["original_size"], "truncated": truncated})
-    return records
+    return distinguish_inputs(records)
 
 
 # --- from records to a plan -------------------------------------------------------------------------------------------
@@ -281,7 +291,8 @@ def _warn_and_note(
         by_key.setdefault(record["key"], []).append(i)
     if len(by_key) < len(cells):
         same = max(by_key.values(), key=len)
-        settings = "; ".join(label(cells[i]) for i in same[:LISTED_CELLS])
+        named = [{name: records[i][name] for name in cells[i]} for i in same[:LISTED_CELLS]]
+        settings = "; ".join(label(one, TEXTS) for one in named)
         warned.append(
             f"{len(cells) - len(by_key)} of {len(cells)} cells repeat another and are not computed again: "
             f"{_list_cells(same)} give the same image ({settings})"

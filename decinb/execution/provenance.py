@@ -1,23 +1,35 @@
 """What made an image: the record that its file holds, and how a pipeline is matched with such a record again.
 
+The key of a record is a hash of everything that decides its image: of the pipeline's fingerprint, its scheduler, and
+what the arguments of the call come to. It follows from the record alone, so a record that was changed does not match
+its own key.
+
 A record may come from a stranger's file, so nothing in it is trusted: it cannot name a file to read, and no model or
 scheduler other than those already known.
 """
 
 import hashlib
 import json
+import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
+from torch import nn
 
 from decinb.designs import Cell
 from decinb.errors import InputError
+from decinb.execution.fingerprint import fingerprint, sampled_hash
+from decinb.images import OUTPUT_HASH, Saved
+from decinb.loading import is_here
 from decinb.models import MODELS
+from decinb.runtimes.openvino import precision
 from decinb.sampling.base import Adapter
 from decinb.sampling.jobs import Job
 from decinb.utils import validation
@@ -33,6 +45,24 @@ CHAIN = "chain"
 MADE_BY = ("model", "weights", "scheduler", "scheduler_config")
 IMAGE_FIELDS = [*ARGUMENTS, "guidance_rescale", *MADE_BY]
 """The fields that a sweep's image is made again from."""
+NOT_PLAIN = "not recorded"
+"""The key of a value in a scheduler's configuration that JSON cannot hold, such as a function."""
+MAX_NUMBER, MAX_LENGTH = 1e6, 10_000
+"""The largest number and the longest list in a scheduler's configuration that is read from a file."""
+
+KEY_FIELDS = (
+    "weights",
+    "scheduler",
+    "scheduler_config",
+    "dtype",
+    "guidance_rescale",
+    "image_hash",
+    "prompt",
+    "num_inference_steps",
+    "seed",
+    "decides",
+)
+"""The fields that decide a sweep's image; ``decides`` holds what the other arguments come to in its pipeline."""
 
 LINK_ARGUMENTS = (
     "prompt",
@@ -68,25 +98,17 @@ def image_record(
         key_parts: what else decides the image, depending on the pipeline; see ``Adapter.key_parts``.
         shared: what all images of the sweep have in common, from ``shared_record``.
     """
-    hashed = None if job.image is None else image_hash(job.image)
-    decides = {name: shared[name] for name in ("weights", "scheduler", "scheduler_config", "dtype", "guidance_rescale")}
     arguments = {name: getattr(job, name) for name in ARGUMENTS} | {"image": image_name}
-    return {
+    record = {
         "cell": {name: arguments[name] for name in cell},
         **arguments,
         "steps_run": job.num_inference_steps - job.skipped,
-        "image_hash": hashed,
+        "image_hash": None if job.image is None else image_hash(job.image),
         "image_size": list(size),
         **shared,
-        "key": key(
-            **decides,
-            image=hashed,
-            prompt=job.prompt,
-            num_inference_steps=job.num_inference_steps,
-            seed=job.seed,
-            **key_parts,
-        ),
+        "decides": dict(key_parts),
     }
+    return record | {"key": record_key(record)}
 
 
 def shared_record(pipe: DiffusionPipeline, guidance_rescale: float) -> ImageRecord:
@@ -105,38 +127,92 @@ def chain_records(
         image: the input of the first link, or None.
         image_name: what to call it.
     """
-    decides = [{name: link[name] for name in (*LINK_FIELDS, "dtype") if name != "model"} for link in links]
-    hashed = None if image is None else image_hash(image)
-    return [
-        {
-            CHAIN: list(links[:i]),
-            "seed": seed,
-            "image": image_name,
-            "image_hash": hashed,
-            "image_size": None if image is None else list(image.size),
-            "versions": versions(),
-            "key": key(chain=decides[:i], seed=seed, image=hashed),
-        }
-        for i in range(1, len(links) + 1)
-    ]
+    shared = {
+        "seed": seed,
+        "image": image_name,
+        "image_hash": None if image is None else image_hash(image),
+        "image_size": None if image is None else list(image.size),
+        "versions": versions(),
+    }
+    records = [{CHAIN: list(links[:i]), **shared} for i in range(1, len(links) + 1)]
+    return [record | {"key": record_key(record)} for record in records]
 
 
 def pipeline_record(pipe: DiffusionPipeline) -> ImageRecord:
     """Return what an image depends on besides the arguments of the call: the model, scheduler, dtype and device."""
+    found, config = fingerprint(pipe), scheduler_config(pipe.scheduler)
+    callables = [f"scheduler.{name} ({_plain_type(value)})" for name, value in config.items() if _plain_type(value)]
     return {
         "model": model_name(pipe),
-        "weights": weights_hash(pipe),
+        "weights": key(**found.components),
+        "components": found.components,
+        "adapters": active_adapters(pipe),
+        "unknown": found.unknown + callables,
         "scheduler": type(pipe.scheduler).__name__,
-        "scheduler_config": {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")},
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": pipe.device.type,
+        "scheduler_config": config,
+        "dtype": precision(pipe),
+        "device": pipe._execution_device.type,
     }
+
+
+def scheduler_config(scheduler: SchedulerMixin) -> ImageRecord:
+    """Return a scheduler's configuration as JSON can hold it: arrays as lists, infinity as a string."""
+    return {name: _plain(value) for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, (bool, int, str, type(None))) else {NOT_PLAIN: type(value).__name__}
+
+
+def _plain_type(value: Any) -> str | None:
+    """Return the type of a value that JSON cannot hold, from what ``_plain`` made of it; else None."""
+    return value.get(NOT_PLAIN) if isinstance(value, dict) else None
+
+
+def _from_plain(value: Any) -> Any:
+    """Return a value of a configuration from what ``_plain`` made of it."""
+    return float(value) if value in ("inf", "-inf", "nan") else value
+
+
+def unknown_parts(record: ImageRecord) -> list[str]:
+    """Return what could not be hashed of the pipelines that made an image: it may be another one next time."""
+    return [part for link in record.get(CHAIN, [record]) for part in link.get("unknown", [])]
+
+
+def active_adapters(pipe: DiffusionPipeline) -> list[tuple[str, float | None]]:
+    """Return the names of a pipeline's active adapters with their scales; None if layers differ in the scale."""
+    peft = sys.modules.get("peft.tuners.lora")  # without it there are no adapters
+    layers = [
+        layer
+        for part in pipe.components.values()
+        if peft and isinstance(part, nn.Module)
+        for layer in part.modules()
+        if isinstance(layer, peft.LoraLayer) and not layer.disable_adapters
+    ]
+    scales: dict[str, set[float]] = {}
+    for layer in layers:
+        for name in layer.active_adapters:
+            if layer.scaling.get(name):
+                rank = math.sqrt(layer.r[name]) if layer.use_rslora.get(name) else layer.r[name]
+                scales.setdefault(name, set()).add(round(layer.scaling[name] * rank / layer.lora_alpha[name], 6))
+    return [[name, found.pop() if len(found) == 1 else None] for name, found in sorted(scales.items())]
 
 
 def model_name(pipe: DiffusionPipeline) -> str:
     """Return the name a pipeline was loaded by; of a folder only its last part, since a path is private."""
     name = str(pipe.config.get("_name_or_path") or "unnamed")
-    return Path(name).name if Path(name).is_absolute() else name
+    if not Path(name).is_absolute():
+        return name
+    name = Path(name).name
+    return f"./{name}" if name in MODELS else name  # not the known model
 
 
 def image_name(source: Any, image: Image.Image | None) -> str | None:
@@ -148,9 +224,39 @@ def image_name(source: Any, image: Image.Image | None) -> str | None:
     return f"image {image_hash(image)[:6]}"
 
 
+def distinguish_inputs(records: Sequence[ImageRecord]) -> list[ImageRecord]:
+    """Return records in which different inputs have different names, since two files may both be ``photo.png``."""
+    hashes: dict[Any, set[Any]] = {}
+    for record in records:
+        hashes.setdefault(record["image"], set()).add(record["image_hash"])
+
+    def renamed(record: ImageRecord) -> ImageRecord:
+        name = record["image"]
+        if len(hashes[name]) == 1:
+            return record
+        full = f"{name} ({str(record['image_hash'])[:6]})"
+        cell = {argument: full if argument == "image" else value for argument, value in record["cell"].items()}
+        return {**record, "image": full, "cell": cell}
+
+    return list(map(renamed, records))
+
+
+def record_key(record: ImageRecord) -> str:
+    """Return the key of a record. Equal keys mean equal images.
+
+    Raises:
+        KeyError: the record lacks a field.
+    """
+    if CHAIN in record:
+        names = [name for name in (*LINK_FIELDS, "dtype") if name != "model"]
+        links = [{name: link[name] for name in names} for link in record[CHAIN]]
+        return key(chain=links, seed=record["seed"], image=record["image_hash"])
+    return key(**{name: record[name] for name in KEY_FIELDS})
+
+
 def key(**made_by: Any) -> str:
-    """Return a short hash of everything that decides an image's pixels. Equal keys mean equal images."""
-    return hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    """Return a short hash of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
 
 
 def image_hash(image: Image.Image) -> str:
@@ -158,17 +264,19 @@ def image_hash(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()[:16]
 
 
-@torch.no_grad()
-def weights_hash(pipe: DiffusionPipeline) -> str:
-    """Return a hash of the names, shapes and some 61 values of every tensor, which is quick for a model of any size."""
-    digest = hashlib.sha256()
-    for part, module in sorted(pipe.components.items()):
-        if isinstance(module, torch.nn.Module):
-            tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-            few = [tensor.flatten()[:: max(1, tensor.numel() // 61)].float() for tensor in tensors.values()]
-            digest.update(f"{part} {[(name, *tensor.shape) for name, tensor in tensors.items()]}".encode())
-            digest.update(torch.cat(few).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def mismatch(saved: Saved) -> str | None:
+    """Return how the images in a file differ from what its record says of them; None if they do not."""
+    record = saved.record
+    try:
+        if saved.input_image is not None and image_hash(saved.input_image) != record["image_hash"]:
+            return "the input image in it is another one than the record names"
+        if saved.sealed and image_hash(saved.image) != record[OUTPUT_HASH]:
+            return "the image is another one than the record names"
+        if saved.sealed and record_key(record) != record["key"]:
+            return "the record does not match its own key"
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        return f"the record is damaged ({type(error).__name__}: {error})"
+    return None
 
 
 # --- from a record ----------------------------------------------------------------------------------------------------
@@ -182,10 +290,12 @@ def check_fields(record: ImageRecord, fields: Sequence[str], where: str) -> None
 
 
 def known_model(record: ImageRecord, where: str) -> str:
-    """Return the model that a record names, if it is in ``MODELS``: a file must not make decinb fetch any other.
+    """Return the model that a record names, if it is in ``MODELS`` and on this machine.
+
+    A file must not make decinb fetch anything.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not, or adapters were added to it.
     """
     name = record["model"]
     if not isinstance(name, str) or name not in MODELS:
@@ -193,13 +303,45 @@ def known_model(record: ImageRecord, where: str) -> str:
             f"{where!r} was made by {validation.short_repr(name)}, not by one of {', '.join(MODELS)}: "
             "give the pipeline that made it as pipe"
         )
+    if not is_here(MODELS[name]):
+        raise InputError(
+            f"{where!r} was made by {name!r}, which is not on this machine: give load_pipeline({name!r}) as pipe, or "
+            f"call decinb.download({name!r}) first"
+        )
+    if adapters := record.get("adapters"):
+        raise InputError(
+            f"{where!r} was made by {name!r} with adapters ({validation.short_repr(adapters)}): "
+            "give a pipeline that has loaded them as pipe"
+        )
     return name
 
 
-def check_weights(pipe: DiffusionPipeline, record: ImageRecord, where: str) -> None:
-    """Refuse a pipeline with other weights than a record names."""
-    if weights_hash(pipe) != record["weights"]:
-        raise InputError(f"pipe has other weights than those that made {where!r} ({record['model']})")
+def check_pipeline(pipe: DiffusionPipeline, record: ImageRecord, where: str) -> None:
+    """Refuse a pipeline that would make another image than the one that a record describes.
+
+    Raises:
+        InputError: its dtype, weights, adapters or settings are not those of the record.
+    """
+    made_in, own = record.get("dtype"), str(pipe.dtype).removeprefix("torch.")
+    if made_in not in (own, None):
+        raise InputError(
+            f"{where!r} was made in {validation.short_repr(made_in)}, but pipe is in {own}: give "
+            "load_pipeline(..., dtype=...) with that dtype as pipe"
+        )
+    if "components" not in record:
+        if sampled_hash(pipe) != record["weights"]:
+            raise InputError(f"pipe has other weights than those that made {where!r} ({record['model']})")
+        return
+    found = fingerprint(pipe)
+    if key(**found.components) != record["weights"]:
+        said = record["components"] if isinstance(record["components"], dict) else {}
+        names = [name for name in {**found.components, **said} if found.components.get(name) != said.get(name)]
+        raise InputError(
+            f"pipe has other weights or settings than what made {where!r} ({record['model']}): "
+            f"{' and '.join(map(validation.short_repr, names)) or 'the whole'} differs"
+        )
+    if unknown := unknown_parts(record):
+        validation.warn(f"{where!r} may come out differently: it was made with {unknown[0]}, which cannot be compared")
 
 
 def restore_scheduler(adapter: Adapter, record: ImageRecord, where: str) -> SchedulerMixin:
@@ -210,13 +352,31 @@ def restore_scheduler(adapter: Adapter, record: ImageRecord, where: str) -> Sche
     """
     own = adapter.pipe.scheduler
     name, config = str(record["scheduler"]), record["scheduler_config"]
+    if name == type(own).__name__ and config == scheduler_config(own):
+        return own
     allowed = {cls.__name__: cls for cls in (type(own), *own.compatibles)}
     if name not in allowed or not isinstance(config, dict):
         raise InputError(
             f"{where!r} names the scheduler {validation.short_repr(name)}, which {adapter.name} cannot use"
         )
-    if not adapter.fixed_scheduler:
-        return allowed[name].from_config(config)
-    if name != type(own).__name__ or not config.items() <= dict(own.config).items():
-        raise InputError(f"{where!r} was made with another configuration of {name}: load the pipeline again")
-    return own
+    if adapter.fixed_scheduler:
+        expected = scheduler_config(own)
+        if name != type(own).__name__ or any(expected.get(field, value) != value for field, value in config.items()):
+            raise InputError(f"{where!r} was made with another configuration of {name}: load the pipeline again")
+        return own
+    for field, value in config.items():
+        if _plain_type(value) or not _is_modest(value):
+            raise InputError(f"{where!r}: {name} cannot be made from {field} {validation.short_repr(value)}")
+    try:
+        return allowed[name].from_config({field: _from_plain(value) for field, value in config.items()})
+    except Exception as error:
+        raise InputError(f"{where!r}: {name} cannot be made: {validation.short_repr(str(error))}") from error
+
+
+def _is_modest(value: Any) -> bool:
+    """Return whether a value of a configuration costs little memory and time, whatever a scheduler makes of it."""
+    if isinstance(value, (int, float)):
+        return abs(value) <= MAX_NUMBER
+    if isinstance(value, list):
+        return len(value) <= MAX_LENGTH and all(map(_is_modest, value))
+    return True

@@ -1,13 +1,15 @@
 """Make an image again from nothing but its PNG."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 
-from decinb.errors import InputError
-from decinb.execution.chains import Link, read_links, run_calls
+from decinb.errors import InputError, ModelError, reason
+from decinb.execution.chains import MAX_LINKS, Link, read_links, run_calls
 from decinb.execution.plan import make_job
 from decinb.execution.provenance import (
     CHAIN,
@@ -15,50 +17,77 @@ from decinb.execution.provenance import (
     LINK_ARGUMENTS,
     LINK_FIELDS,
     ImageRecord,
+    active_adapters,
     check_fields,
-    check_weights,
+    check_pipeline,
     known_model,
+    mismatch,
     restore_scheduler,
 )
-from decinb.images import read_input, read_record
+from decinb.images import Saved, read_saved
 from decinb.loading import load_pipeline
 from decinb.models import IMAGE_TO_IMAGE, TASKS, TEXT_TO_IMAGE
 from decinb.sampling.adapters import adapter_of
+from decinb.sampling.base import Adapter
 from decinb.utils import validation
 from decinb.utils.locks import pipeline_lock
 
 
 def replay(path: str | Path, pipe: DiffusionPipeline | Sequence[DiffusionPipeline] | None = None) -> Image.Image:
-    """Make an image again from nothing but its PNG.
+    """Make an image again from nothing but its PNG: with the same weights, dtype, adapters, scheduler and arguments.
 
     Args:
         path: a file that ``run_sweep`` or ``run_chain`` has written.
-        pipe: the pipeline that made it; may be left out if it is a known one (a name in ``MODELS``). For a chain, a
-            list with the pipeline of every link, or one whose components all links use.
+        pipe: the pipeline that made it; may be left out if it is a known one (a name in ``MODELS``) that is on this
+            machine: nothing is downloaded. For a chain, a list with the pipeline of every link, or one whose components
+            all links use. Its adapters get the scales that the file names.
 
     Raises:
-        InputError: the file is not such a PNG, or the pipeline has other weights than the one that made it.
+        InputError: the file is not such a PNG, or was changed; the pipeline is not the one that made it.
     """
-    record = read_record(path)
-    return _replay_chain(path, record, pipe) if CHAIN in record else _replay_cell(path, record, pipe)
+    saved = read_saved(path)
+    if wrong := mismatch(saved):
+        raise InputError(f"{str(path)!r} was changed after decinb saved it: {wrong}")
+    with _as_input_error(str(path)):
+        return _replay_chain(path, saved, pipe) if CHAIN in saved.record else _replay_cell(path, saved, pipe)
 
 
-def _replay_cell(path: str | Path, record: ImageRecord, pipe: DiffusionPipeline | None) -> Image.Image:
-    name = str(path)
+@contextmanager
+def _as_input_error(name: str) -> Iterator[None]:
+    """Raise any error of the ``with`` block as an InputError: what fails is what the file says."""
+    try:
+        yield
+    except (InputError, ModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{name!r} cannot be made again: {reason(error)}") from error
+
+
+def _input_image(saved: Saved, path: str | Path) -> Image.Image:
+    if saved.input_image is None:
+        raise InputError(f"{str(path)!r} does not contain the image that it was made from")
+    return saved.input_image
+
+
+def _replay_cell(path: str | Path, saved: Saved, pipe: DiffusionPipeline | None) -> Image.Image:
+    name, record = str(path), saved.record
     where = f"{name!r}: "
     check_fields(record, IMAGE_FIELDS, where)
-    from_text = record["image"] is None
+    image = None if record["image"] is None else _input_image(saved, path)
     if pipe is None:
-        pipe = load_pipeline(known_model(record, name), task=TEXT_TO_IMAGE if from_text else IMAGE_TO_IMAGE)
+        task = TEXT_TO_IMAGE if image is None else IMAGE_TO_IMAGE
+        pipe = load_pipeline(known_model(record, name), dtype=record.get("dtype"), task=task)
     adapter = adapter_of(pipe)
-    check_weights(pipe, record, name)
-    image = None if from_text else read_input(path)
     job = make_job(record, image, where)
     adapter.check_image(image)
+    if adapter.key_parts(job) != record.get("decides", adapter.key_parts(job)):
+        raise InputError(f"{name!r} was changed after decinb saved it: its arguments do not match its key")
     rescale = validation.fraction(record["guidance_rescale"], "guidance_rescale")
-    with pipeline_lock(pipe):
-        before, pipe.scheduler = pipe.scheduler, restore_scheduler(adapter, record, name)
+    with pipeline_lock(pipe), _with_adapters(pipe, record):
+        check_pipeline(pipe, record, name)
+        before, pipe.scheduler = pipe.scheduler, _scheduler(adapter, record, name)
         try:
+            adapter.count_calls([job])  # which refuses a scheduler that cannot run it
             (result,) = [result for step in adapter.run([job], None, rescale) for result in step.results]
         finally:
             pipe.scheduler = before
@@ -67,22 +96,52 @@ def _replay_cell(path: str | Path, record: ImageRecord, pipe: DiffusionPipeline 
     return result.image
 
 
+@contextmanager
+def _with_adapters(pipe: DiffusionPipeline, record: ImageRecord) -> Iterator[None]:
+    """Give a pipeline's adapters the scales that a record names, inside the ``with`` block."""
+    wanted, before = record.get("adapters"), active_adapters(pipe)
+    is_list = isinstance(wanted, list) and all(isinstance(one, list) and len(one) == 2 for one in wanted)
+    if not wanted or not is_list or wanted == before or not _have_scales(wanted + before):
+        yield  # nothing to change, or nothing that could be undone: the weights are compared anyway
+        return
+    loaded = getattr(pipe, "get_list_adapters", dict)()
+    known = {name for names in loaded.values() for name in names}
+    if lacking := [name for name, _ in wanted if name not in known]:
+        raise InputError(f"pipe lacks the adapter {validation.short_repr(lacking[0])}: load it first")
+    if not before:
+        pipe.enable_lora()
+    pipe.set_adapters([name for name, _ in wanted], [scale for _, scale in wanted])
+    try:
+        yield
+    finally:
+        if before:
+            pipe.set_adapters([name for name, _ in before], [scale for _, scale in before])
+        else:
+            pipe.disable_lora()
+
+
+def _have_scales(adapters: list) -> bool:
+    return all(isinstance(name, str) and isinstance(scale, (int, float)) for name, scale in adapters)
+
+
 def _replay_chain(
-    path: str | Path, record: ImageRecord, pipe: DiffusionPipeline | Sequence[DiffusionPipeline] | None
+    path: str | Path, saved: Saved, pipe: DiffusionPipeline | Sequence[DiffusionPipeline] | None
 ) -> Image.Image:
-    name = str(path)
+    name, record = str(path), saved.record
     where = f"{name!r}: "
     links = record[CHAIN]
     if not isinstance(links, list) or not links or not all(isinstance(link, dict) for link in links):
         raise InputError(f"{where}the record's chain must be a list of at least one dict")
+    if len(links) > MAX_LINKS:
+        raise InputError(f"{where}the record's chain must have at most {MAX_LINKS} links, got {len(links)}")
     for link in links:
         check_fields(link, LINK_FIELDS, where)
     check_fields(record, ["seed"], where)
     adapters = [adapter_of(one) for one in _pipelines(links, pipe, name)]
     for i, (adapter, link) in enumerate(zip(adapters, links, strict=True)):
-        check_weights(adapter.pipe, link, f"link {i} of {name}")
-    image = read_input(path) if adapters[0].task == IMAGE_TO_IMAGE else None
-    schedulers = [restore_scheduler(adapter, link, name) for adapter, link in zip(adapters, links, strict=True)]
+        check_pipeline(adapter.pipe, link, f"link {i} of {name}")
+    image = _input_image(saved, path) if adapters[0].task == IMAGE_TO_IMAGE else None
+    schedulers = [_scheduler(adapter, link, name) for adapter, link in zip(adapters, links, strict=True)]
     again = [
         Link(adapter.pipe, **{argument: link[argument] for argument in LINK_ARGUMENTS})
         for adapter, link in zip(adapters, links, strict=True)
@@ -96,6 +155,19 @@ def _replay_chain(
     return output.image
 
 
+def _scheduler(adapter: Adapter, record: ImageRecord, name: str) -> SchedulerMixin:
+    """Return the scheduler that a record names, within bounds of time and memory.
+
+    Raises:
+        InputError: the pipeline cannot use it.
+    """
+    try:
+        validation.scheduler_config(record["scheduler_config"])
+    except InputError as error:
+        raise InputError(f"{name!r}: {error}") from error
+    return restore_scheduler(adapter, record, name)
+
+
 def _pipelines(
     links: Sequence[ImageRecord], pipe: DiffusionPipeline | Sequence[DiffusionPipeline] | None, name: str
 ) -> list[DiffusionPipeline]:
@@ -103,9 +175,10 @@ def _pipelines(
     tasks = [validation.choice(link["task"], f"{name!r}: task", TASKS) for link in links]
     if pipe is None:
         models = [known_model(link, name) for link in links]
-        task_of = dict(zip(models, tasks, strict=True))
-        loaded = {model: load_pipeline(model, task=task) for model, task in task_of.items()}
-        pipes = [loaded[model] for model in models]
+        wanted = [(model, link.get("dtype")) for model, link in zip(models, links, strict=True)]
+        task_of = dict(zip(wanted, tasks, strict=True))
+        loaded = {one: load_pipeline(one[0], dtype=one[1], task=task) for one, task in task_of.items()}
+        pipes = [loaded[one] for one in wanted]
     elif isinstance(pipe, Sequence):
         pipes = list(pipe)
         if len(pipes) != len(links):

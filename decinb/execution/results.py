@@ -7,12 +7,14 @@ from PIL import Image
 
 from decinb.designs import Cell
 from decinb.execution.plan import Plan
-from decinb.execution.provenance import ImageRecord
+from decinb.execution.provenance import ImageRecord, image_hash
 from decinb.execution.store import Images, Store
-from decinb.images import read_record
+from decinb.images import OUTPUT_HASH
 from decinb.sampling.jobs import Result
 from decinb.utils import validation
-from decinb.utils.labels import label
+
+MADE = ("seconds", "blacked_out", OUTPUT_HASH)
+"""The fields of a record that are known when its image is made."""
 
 
 class Results:
@@ -56,44 +58,61 @@ class Results:
         """Add the cells of the plan to the manifest of the folder."""
         if self.store is not None:
             try:
-                self.store.list_cells(self.plan.records)
+                outdated = self.store.list_cells(self.plan.records)
             except OSError as error:
                 self._warn_refused(error)
+            else:
+                if outdated:
+                    print(
+                        f"decinb: {outdated} images were saved by an earlier version, which did not record all that "
+                        "decides an image: they are made again"
+                    )
 
     def load_saved(self) -> dict[str, Path]:
         """Add the images that are in the folder already, also from other processes; return the files by key."""
         if self.store is None:
             return {}
         saved = self.store.find([self.plan.records[self.cells_of[key][0]] for key in self.missing])
-        for key, path in saved.items():
-            record = read_record(path)
-            self._take(key, path, record["seconds"], record.get("blacked_out", False))
-        return saved
+        for key, (path, record) in saved.items():
+            made = {name: record.get(name) for name in MADE}
+            self._take(key, path, made)
+        return {key: path for key, (path, _) in saved.items()}
 
     def add(self, key: str, result: Result) -> bool:
         """Add a new result, and return whether it has an image. Warn if it has none, or a black one."""
-        cell = f"cell {label(self.plan.records[self.cells_of[key][0]])}"
+        cell = f"cell {self.plan.label(self.cells_of[key][0])}"
         if result.image is None:
             self._failed.add(key)
             validation.warn(f"{cell}: {result.error}; the other cells continue")
             return False
         if result.blacked_out:
             validation.warn(f"{cell}: the image is black, because the safety checker judged it unsafe")
-        self._take(key, result.image, result.seconds, result.blacked_out)
+        made = (round(result.seconds, 3), result.blacked_out, image_hash(result.image.convert("RGB")))
+        self._take(key, result.image, dict(zip(MADE, made, strict=True)))
         return True
 
     def save_again(self) -> None:
-        """Try once more to save what could not be saved: a full disk may have room again, or a drive may be back."""
-        if not self._refused:
-            return
-        with suppress(OSError):
-            self.store.list_cells(self.plan.records)
-            for i, (source, _) in self._finished.items():
-                if isinstance(source, Image.Image):
-                    self._save(i)
+        """Save what could not be saved: a full disk may have room again, a drive may be back, an interrupt is over.
 
-    def _take(self, key: str, source: Image.Image | Path, seconds: float, blacked_out: bool) -> None:
-        made = {"seconds": round(seconds, 3), "blacked_out": blacked_out}
+        Warns:
+            Images that had been saved are no longer there. They are left out.
+        """
+        in_memory = [i for i, (source, _) in self._finished.items() if isinstance(source, Image.Image)]
+        if self.store is not None and (in_memory or self._refused):
+            with suppress(OSError):
+                self.store.list_cells(self.plan.records)
+                for i in in_memory:
+                    self._save(i)
+        gone = [i for i, (source, _) in self._finished.items() if isinstance(source, Path) and not source.is_file()]
+        for i in gone:
+            del self._finished[i]
+        if gone:
+            validation.warn(
+                f"{len(gone)} images that were saved in {str(self.store.folder)!r} are no longer there and are left "
+                "out: was the folder renamed, or emptied?"
+            )
+
+    def _take(self, key: str, source: Image.Image | Path, made: ImageRecord) -> None:
         for i in self.cells_of[key]:
             self._finished[i] = source, {**self.plan.records[i], **made}
         for i in self.cells_of[key] if self.store is not None else ():

@@ -3,26 +3,81 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 from PIL import Image
 
+from decinb.errors import InputError
+from decinb.execution.provenance import unknown_parts
 from decinb.execution.results import Results
 from decinb.execution.store import open_image
 from decinb.figures.live import LiveGrid, progress_bar
+from decinb.figures.preview import Preview
 from decinb.sampling.base import Adapter
-from decinb.sampling.jobs import Result, Step
+from decinb.sampling.jobs import Progress, Result, Step
 from decinb.utils import validation
 
 
+@dataclass(frozen=True)
+class State:
+    """The progress of one cell, as ``steps`` yields it.
+
+    Attributes:
+        cell: the number of the cell in the list of cells.
+        step: U-Net calls made: 0 if the cell has just started, ``steps`` if it only has to be decoded or is finished.
+        steps: U-Net calls that the cell takes in all.
+        seconds_left: the estimated time until the whole list is finished; None before the first U-Net call.
+    """
+
+    cell: int
+    step: int
+    steps: int
+    seconds_left: float | None
+    _source: Image.Image | Path | None = None
+    _progress: Progress | None = None
+    _preview: Preview | None = None
+
+    @property
+    def image(self) -> Image.Image | None:
+        """The finished image; None while the cell is in progress, or if it ended with NaN."""
+        return None if self._source is None else open_image(self._source)
+
+    @property
+    def predicted(self) -> Image.Image | None:
+        """The clean image that the last U-Net call predicts, computed when it is asked for; at the end, the image.
+
+        It is decoded by the VAE if that is fast, and otherwise has one pixel per latent. None before the first call,
+        and for a pipeline that keeps its latents to itself.
+        """
+        if self._source is not None:
+            return self.image
+        latents = self._progress.predict() if self._progress and self._progress.predict else None
+        return None if latents is None or self._preview is None else self._preview(latents)
+
+
 def is_shared() -> bool:
-    """Return whether this is one of several processes, as ``accelerate launch`` and ``torchrun`` start them."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Return whether this is one of several processes, as ``accelerate launch`` and ``torchrun`` start them.
+
+    Raises:
+        InputError: the environment variable ``WORLD_SIZE`` is not a number.
+    """
+    given = os.environ.get("WORLD_SIZE") or "1"
+    if not given.isdecimal():
+        raise InputError(f"WORLD_SIZE in the environment must be a number of processes, got {given!r}: unset it")
+    return int(given) > 1
 
 
 def is_first() -> bool:
     """Return whether this is the first of several processes, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_shared() or os.environ.get("RANK", "0") == "0"
+
+
+def check_processes() -> None:
+    """Warn if the environment has only a part of what a launcher sets: this process then computes everything."""
+    if os.environ.get("RANK") and not os.environ.get("WORLD_SIZE"):
+        validation.warn("RANK is set in the environment, but not WORLD_SIZE: this process runs the whole sweep alone")
 
 
 class Runner:
@@ -39,74 +94,96 @@ class Runner:
     def __init__(self, adapter: Adapter, results: Results, max_rows: int | None, progress: bool, show: bool):
         self.adapter, self.results, self.plan = adapter, results, results.plan
         self.max_rows, self.progress = max_rows, progress
+        self._calls: dict[int, int] = {}  # U-Net calls made for each cell that was started
         self._pending: list[tuple[str, Result]] = []  # results of the last step that have not been added yet
+        self._preview = Preview(adapter, self.plan.image) if adapter.exposes_latents else None
         self._grid: LiveGrid | None = None
         if show:
             with self._only_display():
-                self._grid = LiveGrid(adapter, self.plan.image, self.plan.records)
+                self._grid = LiveGrid(self._preview, self.plan.image, self.plan.records)
 
-    def run(self) -> None:
-        """Compute what is missing, in a folder that no other run uses at the same time."""
+    def steps(self) -> Iterator[list[State]]:
+        """Compute what is missing, in a folder that no other run uses at the same time.
+
+        Closing the iterator stops like a ``KeyboardInterrupt``: what is fully denoised is still decoded and kept.
+
+        Yields:
+            Whenever cells start, advance or end, their states; first those of cells that the folder holds already.
+        """
         store = self.results.store
         try:
             with store.locked() if store is not None and is_first() else nullcontext():  # the first locks it for all
                 if is_first():
                     self.results.list_cells()
-                self._load_saved()  # now, because waiting for the folder may have changed it
+                    if store is not None and (unknown := unknown_parts(self.plan.records[0])):
+                        print(f"decinb: {unknown[0]} may change unseen: with it, images are made anew every time")
+                yield self._load_saved()  # now, because waiting for the folder may have changed it
                 missing = self.results.missing
                 if missing and self.adapter.note and is_first():
                     print(f"decinb: {self.adapter.note}")
-                if is_shared():
-                    self._compute_share(missing)
-                else:
-                    self._compute(missing)
+                yield from self._compute_share(missing) if is_shared() else self._compute(missing)
                 self.results.save_again()
         finally:
             with self._only_display():
                 if self._grid:
                     self._grid.close()
 
-    def _compute_share(self, keys: Sequence[str]) -> None:
+    def _compute_share(self, keys: Sequence[str]) -> Iterator[list[State]]:
         """Compute this process's share, then what slower or dead processes have left, from the end of the list."""
         from accelerate import PartialState
 
         with PartialState(cpu=self.adapter.pipe.device.type == "cpu").split_between_processes(list(keys)) as share:
-            self._compute(share)
-        self._load_saved()
+            yield from self._compute(share)
+        yield self._load_saved()
         while missing := self.results.missing:
-            self._compute(missing[-1:])
-            self._load_saved()
+            yield from self._compute(missing[-1:])
+            yield self._load_saved()
 
-    def _compute(self, keys: Sequence[str]) -> None:
+    def _compute(self, keys: Sequence[str]) -> Iterator[list[State]]:
         if not keys:
             return
         jobs = [self.plan.jobs[self._cell(key)] for key in keys]
         calls = self.adapter.count_calls(jobs)
         total_rows = sum(number * self.adapter.rows(job) for number, job in zip(calls, jobs, strict=True))
         steps = self.adapter.run(jobs, self.max_rows, self.plan.guidance_rescale)
-        with progress_bar(total_rows, self.progress) as bar:
+        rows_done, started = 0, perf_counter()
+        with progress_bar(len(jobs), total_rows, self.progress) as bar:
             try:
                 for step in steps:
-                    self._take(step, keys)
-                    bar.update(step.rows)
-            except KeyboardInterrupt as interrupt:  # what is fully denoised by then is still decoded and kept
+                    rows_done += step.rows
+                    left = (total_rows - rows_done) * (perf_counter() - started) / rows_done if rows_done else None
+                    states = self._take(step, keys, calls, left)
+                    bar.advance(step.rows, len(step.results))
+                    yield states
+            except (KeyboardInterrupt, GeneratorExit):  # what is fully denoised by then is still decoded and kept
                 with suppress(KeyboardInterrupt):
                     self._take_pending()
-                    step = steps.throw(interrupt)
+                    step = steps.throw(KeyboardInterrupt())
                     while True:
-                        self._take(step, keys)
+                        self._take(step, keys, calls, None)
                         step = next(steps)
                 raise
 
-    def _take(self, step: Step, keys: Sequence[str]) -> None:
-        """Keep what a step has finished, and show the progress of the rest."""
-        self.results.in_progress = sorted(self._cell(keys[index]) for index in step.active)
+    def _take(self, step: Step, keys: Sequence[str], calls: Sequence[int], seconds_left: float | None) -> list[State]:
+        """Keep what a step has finished, show the progress of the rest, and return the state of both."""
+        active = {self._cell(keys[index]): progress for index, progress in step.active.items()}
+        self.results.in_progress = sorted(cell for cell, progress in active.items() if progress.step < progress.steps)
         self._pending += [(keys[result.index], result) for result in step.results]
         self._take_pending()
         with self._only_display():
-            for index, latents in step.active.items() if self._grid else ():
-                if latents is not None:
-                    self._grid.preview(self._cell(keys[index]), latents)
+            for cell, progress in active.items() if self._grid else ():
+                if progress.predict is not None:
+                    self._grid.preview(cell, progress.predict)
+        advanced = {cell: progress for cell, progress in active.items() if self._calls.get(cell) != progress.step}
+        self._calls.update((cell, progress.step) for cell, progress in advanced.items())
+        return [
+            State(cell, progress.step, progress.steps, seconds_left, None, progress, self._preview)
+            for cell, progress in advanced.items()
+        ] + [
+            State(cell, calls[result.index], calls[result.index], seconds_left, result.image)
+            for result in step.results
+            for cell in self.results.cells_of[keys[result.index]]
+        ]
 
     def _take_pending(self) -> None:
         while self._pending:
@@ -114,9 +191,14 @@ class Runner:
             if self.results.add(key, result):
                 self._show(key, result.image)
 
-    def _load_saved(self) -> None:
-        for key, path in self.results.load_saved().items():
+    def _load_saved(self) -> list[State]:
+        """Take over what the folder holds already."""
+        saved = self.results.load_saved()
+        for key, path in saved.items():
             self._show(key, path)
+        cells = [(cell, path) for key, path in saved.items() for cell in self.results.cells_of[key]]
+        steps = [self.plan.records[cell]["steps_run"] for cell, _ in cells]
+        return [State(cell, made, made, None, path) for (cell, path), made in zip(cells, steps, strict=True)]
 
     def _cell(self, key: str) -> int:
         """Return the number of the first cell that an image is for."""

@@ -1,9 +1,11 @@
 """The folder of a sweep: a PNG for every finished image, and a manifest that lists what belongs to it.
 
 Each PNG holds its record and its input, so the image can be made again from the file alone. An image is found by its
-key, the hash of everything that decides its pixels, whichever design it was made for.
+key, the hash of everything that decides its pixels, whichever design it was made for. It counts as finished only if the
+file proves that it is that image; see ``decinb.images`` and ``mismatch``.
 """
 
+import errno
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
@@ -13,13 +15,15 @@ from typing import Any, overload
 from PIL import Image
 
 from decinb.errors import InputError
-from decinb.execution.provenance import CHAIN, ImageRecord
-from decinb.images import read_input, read_record, save_image
-from decinb.utils.files import write_atomically
-from decinb.utils.labels import SHORT, plain
+from decinb.execution.provenance import CHAIN, ImageRecord, key, mismatch, unknown_parts
+from decinb.images import read_saved, save_image
+from decinb.utils import validation
+from decinb.utils.files import read_json, write_atomically
+from decinb.utils.labels import ARGUMENTS, SHORT, plain
 from decinb.utils.locks import file_lock
 
 MANIFEST = "sweep.json"
+MAX_MANIFEST = 50_000_000  # bytes: some 300,000 cells
 LOCK = ".lock"
 
 
@@ -63,31 +67,39 @@ class Store:
     """A folder of images, each saved with the record of what made it."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        try:
+            self.folder = Path(folder).expanduser().absolute()  # also if the working directory changes meanwhile
+        except RuntimeError as error:
+            raise InputError(f"folder {str(folder)!r} cannot be found: {error}") from error
+        self._in_use = False
 
     def path(self, record: ImageRecord) -> Path:
         """Return where a record's image belongs, whether or not it is there."""
         return self.folder / file_name(record)
 
-    def find(self, records: Sequence[ImageRecord]) -> dict[str, Path]:
-        """Return by key the complete files of records' images, whatever settings their names show."""
+    def find(self, records: Sequence[ImageRecord]) -> dict[str, tuple[Path, ImageRecord]]:
+        """Return by key the files of records' images and the records in them, whatever settings their names show."""
         by_key: dict[str, list[Path]] = {}
         for path in sorted(self.folder.glob("*_*.png")):
             by_key.setdefault(path.stem.rpartition("_")[2], []).append(path)
         found = {}
         for record in records:
-            candidates = by_key.get(record["key"], []) if record["key"] not in found else []
-            if path := next((path for path in candidates if self.read_saved(path, record)), None):
-                found[record["key"]] = path
+            for path in by_key.get(record["key"], []) if record["key"] not in found else []:
+                if saved := self.read_finished(path, record):
+                    found[record["key"]] = path, saved
+                    break
         return found
 
-    def read_saved(self, path: Path, record: ImageRecord) -> ImageRecord | None:
-        """Return the record in a file, or None unless the file is complete and holds this record's image."""
+    def read_finished(self, path: Path, record: ImageRecord) -> ImageRecord | None:
+        """Return the record in a file if the file proves that it holds this record's image; else None."""
         try:
-            saved = read_record(path)
-        except InputError:  # missing, incomplete, or not written by decinb
+            saved = read_saved(path)
+        except InputError:  # missing, incomplete, changed, or not written by decinb
             return None
-        return saved if saved.get("key") == record["key"] else None
+        made = saved.record
+        if not saved.sealed or mismatch(saved) or made["key"] != record["key"] or unknown_parts(made):
+            return None
+        return made
 
     def keep(
         self, image: Image.Image | Path, record: ImageRecord, input_image: Image.Image | None
@@ -98,24 +110,55 @@ class Store:
             OSError: the folder cannot be written to.
         """
         path = self.path(record)
-        if saved := self.read_saved(path, record):
+        if saved := self.read_finished(path, record):
             return path, saved
         self.save(open_image(image), record, input_image)
         return path, record
 
     def save(self, image: Image.Image, record: ImageRecord, input_image: Image.Image | None) -> None:
         """Write an image completely or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._create()
         save_image(image, self.path(record), record, input_image)
 
-    def list_cells(self, records: Sequence[ImageRecord]) -> None:
-        """Add cells to the manifest, which lists everything requested in this folder, finished or not."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def list_cells(self, records: Sequence[ImageRecord]) -> int:
+        """Add cells to the manifest, which lists everything requested in this folder, finished or not.
+
+        A file of an earlier version of decinb, which cannot prove what made it, is no longer listed for a cell that is
+        made again.
+
+        Returns:
+            The number of files that are no longer listed.
+        """
+        self._create()
         listed = {entry["file"]: entry for entry in self._entries()}
-        for record in records:
-            listed.setdefault(self.path(record).name, {"file": self.path(record).name, "cell": record["cell"]})
+        new = {self.path(record).name: record["cell"] for record in records}
+        again = {(_settings(name), key(cell=cell)) for name, cell in new.items() if name not in listed}
+        outdated = [
+            name
+            for name, entry in listed.items()
+            if (_settings(name), key(cell=entry["cell"])) in again and self._is_outdated(name)
+        ]
+        for name in outdated:
+            del listed[name]
+        for name, cell in new.items():
+            listed.setdefault(name, {"file": name, "cell": cell})
         manifest = json.dumps({"cells": list(listed.values())}, indent=1) + "\n"
         write_atomically(self.folder / MANIFEST, manifest.encode())
+        return len(outdated)
+
+    def _create(self) -> None:
+        """Create the folder, but only once: a folder that was renamed would otherwise be split in two."""
+        if self._in_use and not self.folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "it was renamed or deleted while it was in use")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._in_use = True
+
+    def _is_outdated(self, name: str) -> bool:
+        """Return whether a listed file was saved by an earlier version of decinb."""
+        try:
+            return not read_saved(self.folder / Path(name).name).sealed
+        except InputError:
+            return False
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep other processes out of the folder inside the ``with`` block; wait first if one is using it."""
@@ -130,25 +173,63 @@ class Store:
 
         Raises:
             InputError: there is no manifest, it is damaged, or none of its images is finished.
+
+        Warns:
+            A listed file is damaged or was changed, and is left out; or it is of an earlier version, and cannot prove
+            what made it.
         """
         if not (self.folder / MANIFEST).is_file():
             raise InputError(f"folder {str(self.folder)!r} holds no sweep: there is no {MANIFEST} in it")
-        paths, records = [], []
+        paths, records, first = [], [], None
+        refused, outdated = [], 0
         for entry in self._entries():
             path = self.folder / Path(str(entry["file"])).name  # only the name: it must not lead out of the folder
-            with suppress(InputError):  # not finished
-                records.append(read_record(path))
-                paths.append(path)
+            if not path.exists():
+                continue
+            try:
+                saved = read_saved(path)
+                if wrong := mismatch(saved) or _lacking(saved.record):
+                    raise InputError(f"{str(path)!r}: {wrong}")
+            except InputError as error:
+                refused.append(str(error))
+                continue
+            outdated += not saved.sealed
+            paths.append(path)
+            records.append(saved.record)
+            first = saved.input_image if len(paths) == 1 else first
+        if refused:
+            more = f", and {len(refused) - 1} more" if len(refused) > 1 else ""
+            validation.warn(f"left out: {refused[0]}{more}; run the sweep again to make what is missing")
         if not records:
             raise InputError(f"folder {str(self.folder)!r} holds a sweep, but no image of it is finished yet")
-        return paths, records, None if records[0]["image"] is None else read_input(paths[0])
+        if outdated:
+            validation.warn(
+                f"{outdated} of {len(records)} images were saved by an earlier version of decinb and cannot prove what "
+                "made them; running the sweep again makes them again"
+            )
+        return paths, records, first
 
     def _entries(self) -> list[dict[str, Any]]:
         file = self.folder / MANIFEST
         if not file.is_file():
             return []
         try:
-            entries = json.loads(file.read_text(encoding="utf-8"))["cells"]
+            entries = read_json(file, MAX_MANIFEST)["cells"]
             return [entry for entry in entries if entry["file"] and isinstance(entry["cell"], dict)]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{MANIFEST} in {str(self.folder)!r} is damaged: {error}; move it away") from error
+
+
+def _settings(file_name: str) -> str:
+    """Return the part of a file name that comes before the key."""
+    return file_name.rpartition("_")[0]
+
+
+def _lacking(record: ImageRecord) -> str | None:
+    """Return what a record lacks that every record of a sweep has; None if it lacks nothing."""
+    for name in ("cell", *ARGUMENTS, "steps_run", "image_hash", "image_size", "seconds"):
+        if name not in record:
+            return f"the record has no {name!r}"
+    if not isinstance(record["cell"], dict) or any(isinstance(record[name], (dict, list)) for name in ARGUMENTS):
+        return "the record does not describe a cell"
+    return None

@@ -23,7 +23,7 @@ Axis = str | Sequence[str] | None
 Head = tuple[str, ...]
 Place = tuple[int, int]
 
-SWEEP_WIDE = ("guidance_rescale", "model", "scheduler", "dtype")  # these are the same for all cells of one sweep
+SWEEP_WIDE = ("guidance_rescale", "model", "scheduler", "dtype", "adapters")  # the same for all cells of one sweep
 PER_ROW = 4  # cells in a row where they do not make a table
 NO_BREAK_SPACE = "\u00a0"
 LONG = 40  # characters; if the texts of a side are longer, the words that all of them share are left out

@@ -1,66 +1,81 @@
-"""Show a sweep while it runs: a progress bar in rows of the U-Net, and in a notebook a grid that fills."""
+"""Show a sweep while it runs: a progress bar that counts images, and in a notebook a grid that fills."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
-from PIL import Image, ImageChops
+from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
 from decinb.figures.layout import CellValues, in_sequence, lay_out
 from decinb.figures.page import SMALLEST, Page, Tile, compose
-from decinb.sampling.base import Adapter
+from decinb.figures.preview import Preview
 from decinb.utils.environment import in_notebook
 
 PAUSE = 0.5  # seconds between two updates of the grid, at least
-DISPLAY_FRACTION = 0.05  # of the running time, at most, goes into updating the grid
+DISPLAY_FRACTION = 0.1  # of the running time, at most, goes into updating the grid
+PREVIEWS = 0.1  # seconds of an update in which previews are made; the others wait for the next update
 
 SIDE = 960  # pixels of the longer side of the grid, at most
 RESOLUTION = 100  # pixels per inch, at most
 READABLE = 50  # pixels per inch below which labels are left out
 
-FITTED = 128  # pixels of the longer side of the image on which the colours of previews are fitted
+BAR = "{desc} |{bar}| {percentage:3.0f}% [{elapsed}<{remaining}]"
 
 
-def progress_bar(total_rows: int, show: bool = True) -> tqdm:
-    """Make a bar that counts rows of the U-Net, which take nearly all the time, and estimates the time left.
+class ProgressBar(tqdm):
+    """A bar that says how many images are finished, and how long the rest will take.
 
-    It is a widget in a notebook and text in a terminal. Use it in a ``with`` block.
+    Its length and the time left follow the rows of the U-Net, which take nearly all the time, because the images of a
+    packed sweep are all finished shortly before its end.
     """
+
+    images, images_done = 0, 0
+
+    def advance(self, rows: int, images: int) -> None:
+        """Count rows that were computed and images that ended."""
+        self.images_done += images
+        plural = "s" * (self.images != 1)
+        self.set_description_str(f"sweep: {self.images_done} of {self.images} image{plural}", refresh=images > 0)
+        self.update(rows)
+
+
+def progress_bar(images: int, total_rows: int, show: bool = True) -> ProgressBar:
+    """Make the bar of a sweep: a widget in a notebook and text in a terminal. Use it in a ``with`` block."""
     # Little smoothing: the average rate of all rows predicts better than that of the last few.
-    return tqdm(total=total_rows, desc="sweep", unit="row", disable=not show, leave=False, smoothing=0.1)
+    bar = ProgressBar(total=total_rows, disable=not show, leave=False, smoothing=0.1, bar_format=BAR)
+    bar.images = images
+    bar.advance(0, 0)
+    return bar
 
 
 class LiveGrid:
     """In a notebook, show a grid of all cells that fills while they are made. Do nothing anywhere else.
 
     The grid is one image that is replaced at most twice a second, and less often if updates would slow down the sweep.
-    Cells in progress appear as previews: their latents, turned into colours without the VAE.
+    Cells in progress appear as previews of the clean image that is predicted, a few at each update.
 
     Args:
-        adapter: of the pipeline that makes the images.
-        image: the input, on which the colours of previews are fitted; None shows no previews.
+        preview: turns latents into small images; None shows no previews.
+        image: the input, or None.
         cells: the arguments of every cell, in the order of their numbers, with ``image_size`` (width, height).
     """
 
-    def __init__(self, adapter: Adapter, image: Image.Image | None, cells: Sequence[CellValues]):
+    def __init__(self, preview: Preview | None, image: Image.Image | None, cells: Sequence[CellValues]):
         self._canvas: Canvas | None = None
         if not in_notebook():
             return
         from IPython.display import display
 
         self._canvas = Canvas(cells, image)
-        self._matrix = latent_to_rgb(adapter, image) if image and adapter.exposes_latents else None
-        self._latents: dict[int, Tensor] = {}  # received since the last update
+        self._preview = preview
+        self._predictions: dict[int, Callable[[], Tensor | None]] = {}  # received since the last update
         self._missing = set(range(len(cells)))
         self._handle = display(self._shown(), display_id=True)
         self._next = perf_counter() + PAUSE
@@ -69,16 +84,16 @@ class LiveGrid:
         """Show the finished image of cell ``index``."""
         if self._canvas is None:
             return
-        self._latents.pop(index, None)
+        self._predictions.pop(index, None)
         self._missing.discard(index)
         self._canvas.put(index, image)
         self._update(now=not self._missing)
 
-    def preview(self, index: int, latents: Tensor) -> None:
-        """Show the unfinished latents of cell ``index``, (1, channels, height, width)."""
-        if self._canvas is None or self._matrix is None or index not in self._missing:
+    def preview(self, index: int, predict: Callable[[], Tensor | None]) -> None:
+        """Show the clean latents of cell ``index``, (1, channels, height, width), that ``predict`` returns."""
+        if self._canvas is None or self._preview is None or index not in self._missing:
             return
-        self._latents[index] = latents
+        self._predictions[index] = predict
         self._update()
 
     def close(self) -> None:
@@ -90,9 +105,10 @@ class LiveGrid:
         started = perf_counter()
         if started < self._next and not now:
             return
-        for index, latents in self._latents.items():
-            self._canvas.put(index, preview(latents, self._matrix))
-        self._latents.clear()
+        while self._predictions and perf_counter() < started + PREVIEWS:
+            index = next(iter(self._predictions))  # the one that waits longest
+            if (latents := self._predictions.pop(index)()) is not None:
+                self._canvas.put(index, self._preview(latents))
         self._handle.update(self._shown())
         ended = perf_counter()
         self._next = ended + max(PAUSE, (ended - started) / DISPLAY_FRACTION)
@@ -167,38 +183,3 @@ def _page(cells: Sequence[CellValues], image: Image.Image | None) -> Page:
 def _resolution(page: Page) -> float:
     """Return the pixels per inch at which a page is shown."""
     return min(RESOLUTION, SIDE / max(page.size))
-
-
-@torch.no_grad()
-def latent_to_rgb(adapter: Adapter, image: Image.Image) -> Tensor:
-    """Fit a linear map from latent pixels to colours that approximates the decoder of the pipeline's VAE.
-
-    The fit is by least squares on an image as the VAE encodes it, averaged down to the size of the latents. Six
-    colourings of the image are used, since its own colours alone would say nothing about others.
-
-    Returns:
-        A matrix (latent channels + 1, 3), whose last row is the constant; colours are from 0 to 1.
-    """
-    factor = adapter.pipe.vae_scale_factor
-    scale = min(1, FITTED / max(image.size))
-    width, height = (max(1, round(side * scale / factor)) * factor for side in image.size)
-    red, green, blue = image.convert("RGB").resize((width, height)).split()
-    rotated = [Image.merge("RGB", bands) for bands in ((red, green, blue), (green, blue, red), (blue, red, green))]
-
-    pixels = adapter.preprocess([*rotated, *map(ImageChops.invert, rotated)])
-    latents = adapter.scale(retrieve_latents(adapter.encode(pixels), sample_mode="argmax"))
-    colours = interpolate(pixels.float() / 2 + 0.5, latents.shape[-2:], mode="area")
-    # The default driver on a CPU needs full rank, which an image of one colour does not give.
-    return torch.linalg.lstsq(_with_one(latents), colours.movedim(1, -1).flatten(0, 2).cpu(), driver="gelsd").solution
-
-
-def preview(latents: Tensor, matrix: Tensor) -> Image.Image:
-    """Turn the latents of one cell into a small image, one pixel each, with the matrix of ``latent_to_rgb``."""
-    colours = (_with_one(latents[:1]) @ matrix).reshape(*latents.shape[-2:], 3)
-    return Image.fromarray((255 * colours.nan_to_num().clamp(0, 1)).round().to(torch.uint8).numpy())
-
-
-def _with_one(latents: Tensor) -> Tensor:
-    """Return one row for each latent pixel: its channels, and a 1."""
-    pixels = latents.detach().float().cpu().movedim(1, -1).flatten(0, 2)
-    return torch.cat([pixels, torch.ones(len(pixels), 1)], dim=1)

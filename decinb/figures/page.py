@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from decinb.errors import InputError, reason
 from decinb.figures.layout import CellValues, Head, Layout, Place
+from decinb.utils import validation
 from decinb.utils.environment import in_notebook
-from decinb.utils.labels import wrap
+from decinb.utils.files import write_atomically
+from decinb.utils.labels import printable, wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -284,7 +287,9 @@ def _width_of_a_point(line: str) -> float:
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    return 1.04 * text_to_path.get_text_width_height_descent(line, FontProperties(size=1), ismath=False)[0] / 72
+    return (
+        1.04 * text_to_path.get_text_width_height_descent(printable(line), FontProperties(size=1), ismath=False)[0] / 72
+    )
 
 
 def _write(ax: Axes, x: float, y: float, text: str, size: float, across: str, down: str, colour: str = INK) -> None:
@@ -293,7 +298,7 @@ def _write(ax: Axes, x: float, y: float, text: str, size: float, across: str, do
     if down == "bottom":  # aligned with its neighbours, whether or not a text has descenders
         down, y = "baseline", y - DESCENT * size / 72
     ax.text(
-        x, y, text, size=size, ha=across, va=down, color=colour, linespacing=1.1,
+        x, y, printable(text), size=size, ha=across, va=down, color=colour, linespacing=1.1,
         multialignment="center" if across == "center" else "left",
         parse_math=False,  # a prompt may hold dollar signs
     )  # fmt: skip
@@ -304,19 +309,44 @@ def finish(figure: Figure, file: str | Path | None = None, alt: str = "") -> Non
 
     Args:
         alt: what the figure shows, for readers who do not see it; by default the text that is written in it.
+
+    Raises:
+        InputError: the file's ending is not one of a format for figures, or the file cannot be written.
     """
     import matplotlib.pyplot as plt
 
-    if file is not None:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file)
-    if in_notebook():
-        from IPython.display import HTML, display
+    try:
+        if file is not None:
+            _save(figure, figure_file(file))
+        if in_notebook():
+            from IPython.display import HTML, display
 
-        display(HTML(as_html(figure, alt)))
-    elif plt.get_backend().lower() != "agg":
-        plt.show()
-    plt.close(figure)
+            display(HTML(as_html(figure, alt)))
+        elif plt.get_backend().lower() != "agg":
+            plt.show()
+    finally:
+        plt.close(figure)
+
+
+def figure_file(file: str | Path) -> Path:
+    """Validate the path of a figure; without an ending it is a PNG."""
+    path = validation.path(file, "file")
+    if not path.name or path.is_dir():
+        raise InputError(f"file must name a file, got {validation.short_repr(str(file))}")
+    return path if path.suffix else path.with_suffix(".png")
+
+
+def _save(figure: Figure, file: Path) -> None:
+    formats = figure.canvas.get_supported_filetypes()
+    if (ending := file.suffix[1:].lower()) not in formats:
+        raise InputError(f"file must end in one of {', '.join(formats)}, got {validation.short_repr(file.name)}")
+    data = io.BytesIO()
+    figure.savefig(data, format=ending)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, data.getvalue())
+    except OSError as error:
+        raise InputError(f"file {validation.short_repr(str(file))} cannot be written: {reason(error)}") from error
 
 
 def as_html(figure: Figure, alt: str = "") -> str:

@@ -25,11 +25,14 @@ FACTS = ("image", "prompt", "negative_prompt", *SHORT, "steps_run", "seconds")
 LOSSY_QUALITY = 90  # of WebP: half the size of a lossless image, and no difference that the eye can see
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fragment:
     """HTML that a notebook shows as the output of a cell."""
 
     html: str
+
+    def __repr__(self) -> str:  # short, because notebooks store it beside the HTML
+        return f"<{len(self.html):,} characters of HTML>"
 
     def _repr_html_(self) -> str:
         return self.html
@@ -135,8 +138,12 @@ def _code(record: Mapping[str, Any]) -> str:
 
 
 def _figure(text: str, image: Image.Image, lossless: bool) -> str:
-    data = io.BytesIO()
-    image.save(data, "WEBP", lossless=lossless, quality=LOSSY_QUALITY, method=4)
-    source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
-    caption = html.escape(text)
+    source, caption = data_url(image, lossless), html.escape(text)
     return f'<figure><img src="{source}" alt="{caption}" width="128"><figcaption>{caption}</figcaption></figure>'
+
+
+def data_url(image: Image.Image, lossless: bool = False) -> str:
+    """Return an image as a data URL, as a WebP."""
+    data = io.BytesIO()
+    image.convert("RGB").save(data, "WEBP", lossless=lossless, quality=LOSSY_QUALITY, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -94,7 +94,7 @@ class Lab:
         if not self._can_check(prompt):
             return UNKNOWN
         rng = random.Random(f"distance {prompt}")
-        named = {name: value for name, value in named_attributes(prompt).items() if value != "plain"}
+        named: dict[str, Any] = {name: value for name, value in named_attributes(prompt).items() if value != "plain"}
         renders = [render(replace(random_scene(rng), **named)) for _ in images]
         return estimates.frechet(Judge.load().features(list(images)), Judge.load().features(renders))
 

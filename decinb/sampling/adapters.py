@@ -75,6 +75,9 @@ class ImageToImage(BatchedAdapter):
         # The order matters: the VAE's sample is drawn before the noise.
         latents = self.scale(retrieve_latents(encoded, generator).to(self.dtype))
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        return self.add_noise(scheduler, latents, noise, timestep)
+
+    def add_noise(self, scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         return scheduler.add_noise(latents, noise, timestep)
 
     # --- each step ---
@@ -137,6 +140,9 @@ class TextToImage(ImageToImage):
     ) -> Tensor:
         shape = (1, self.pipe.unet.config.in_channels, *self.latent_size(job))
         noise = randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
+        return self.add_noise(scheduler, noise, noise, timestep)
+
+    def add_noise(self, scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         return noise * scheduler.init_noise_sigma
 
 
@@ -269,10 +275,13 @@ def adapter_of(pipe: DiffusionPipeline) -> Adapter:
     """Return the adapter of a pipeline: batched for Stable Diffusion and its subclasses, else sequential.
 
     Raises:
-        InputError: ``pipe`` is not a diffusers pipeline.
+        InputError: ``pipe`` is not a diffusers pipeline, or lacks a component.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise InputError(f"pipe must be a pipeline, as load_pipeline returns it, got {validation.short_repr(pipe)}")
+    for name in ("vae", "unet", "scheduler"):
+        if name in pipe.components and pipe.components[name] is None:
+            raise InputError(f"pipe.{name} is None: load the pipeline again")
     adapter = next((adapter for cls, adapter in BATCHED.items() if isinstance(pipe, cls)), SequentialAdapter)
     return adapter(pipe)
 

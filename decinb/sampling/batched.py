@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -21,19 +21,23 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from PIL import Image
 from torch import Tensor
 
-from decinb.errors import InputError
+from decinb.errors import InputError, reason
 from decinb.sampling.base import Adapter
-from decinb.sampling.jobs import Conditioning, Job, Result, Step
+from decinb.sampling.jobs import Conditioning, Job, Progress, Result, Step
+from decinb.sampling.prediction import predict_clean
 from decinb.unet_nas import UNetNAS
 from decinb.utils import validation
 
 DECODE_BATCH = 4  # latents per call of the VAE's decoder: more gain little speed and take much memory
+REHEARSALS, REHEARSED_STEPS = 8, 100  # schedules of a sweep that are tried without the U-Net, and their steps
 CACHED_PROMPTS = 64  # encoded prompts kept at least
 LARGE_LATENT = 1e4  # latents are a few units large; a U-Net cannot handle values beyond this
 
 # Latent pixels per U-Net call: one small image leaves even a CPU half idle, a large one does not.
 LATENT_PIXELS = {"cpu": 64 * 16 * 16, "mps": 16 * 64 * 64, "cuda": 64 * 64 * 64}
 MAX_ROWS = 64
+PARTS = 4  # of a sweep, one of which runs at a time
+SMALLEST_PART = 8  # of the most rows: such calls still run at more than 80% of the speed
 
 Item, Output = TypeVar("Item"), TypeVar("Output")
 
@@ -66,6 +70,10 @@ class BatchedAdapter(Adapter):
         self, job: Job, encoded: Any, scheduler: SchedulerMixin, timestep: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Return a job's first latents, (1, channels, height, width)."""
+
+    @abstractmethod
+    def add_noise(self, scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """Return the latents at the first timestep, from those of the input and noise."""
 
     def extra_input(self, encoded: Any) -> Tensor | None:
         """Return the channels that the U-Net sees beside the latents at every step, or None."""
@@ -103,26 +111,54 @@ class BatchedAdapter(Adapter):
 
     def count_calls(self, jobs: Sequence[Job]) -> list[int]:
         calls: dict[tuple[int, int], int] = {}
-        for i, job in enumerate(jobs):
-            steps = job.num_inference_steps, job.skipped
-            if steps not in calls:
-                try:
-                    calls[steps] = len(job.schedule(self.pipe.scheduler, self.device)[1])
-                except Exception as error:
-                    name = type(self.pipe.scheduler).__name__
-                    raise InputError(
-                        f"cell {i}: {name} cannot run {job.num_inference_steps} steps at strength {job.strength:g}: "
-                        f"{' '.join(str(error).split())}"
-                    ) from error
+        distinct = {(job.num_inference_steps, job.skipped): i for i, job in reversed(list(enumerate(jobs)))}
+        every = max(1, len(distinct) // REHEARSALS)
+        for number, (steps, i) in enumerate(sorted(distinct.items())):
+            job = jobs[i]
+            try:
+                scheduler, timesteps = job.schedule(self.pipe.scheduler, self.device)
+                calls[steps] = len(timesteps)
+                if number % every == 0 or number == len(distinct) - 1:
+                    self._rehearse(scheduler, timesteps[:REHEARSED_STEPS])
+            except Exception as error:
+                name = type(self.pipe.scheduler).__name__
+                raise InputError(
+                    f"cell {i}: {name} cannot run {job.num_inference_steps} steps at strength {job.strength:g}: "
+                    f"{reason(error)}"
+                ) from error
         return [calls[job.num_inference_steps, job.skipped] for job in jobs]
+
+    @torch.no_grad()
+    def _rehearse(self, scheduler: SchedulerMixin, timesteps: Tensor) -> None:
+        """Run a scheduler on noise alone, since some that are made for other pipelines fail only in the middle."""
+        generator = torch.Generator().manual_seed(0)
+
+        def noise(channels: int) -> Tensor:
+            values = torch.randn(1, channels, 2, 2, generator=generator)
+            return values.to(self.device, self.pipe.unet.dtype)
+
+        channels, predicted = self.pipe.vae.config.latent_channels, self.pipe.unet.config.out_channels
+        latents = self.add_noise(scheduler, noise(channels), noise(channels), timesteps[:1])
+        step_arguments = self.pipe.prepare_extra_step_kwargs(generator, 0.0)
+        for timestep in timesteps:
+            scheduler.scale_model_input(latents, timestep)
+            latents = scheduler.step(noise(predicted), timestep, latents, **step_arguments, return_dict=False)[0]
+        if not latents.isfinite().all():
+            raise ValueError("it turns noise into NaN or infinity")
 
     def rows(self, job: Job) -> int:
         return 2 if job.guided else 1
 
     def default_max_rows(self, jobs: Sequence[Job]) -> int:
-        """Return how many rows of the largest image make a U-Net call that uses the device well."""
+        """Return how many rows of the largest image make a U-Net call that uses the device well.
+
+        Jobs that run together end together, so a call takes no more than a part of them: a sweep that is stopped after
+        a third of its time has about a third of its images. Very small calls would cost more than that is worth.
+        """
         area = max((math.prod(self.latent_size(job)) for job in jobs), default=1)
-        return max(2, min(MAX_ROWS, LATENT_PIXELS.get(self.device.type, LATENT_PIXELS["cpu"]) // area))
+        most = min(MAX_ROWS, LATENT_PIXELS.get(self.device.type, LATENT_PIXELS["cpu"]) // area)
+        part = -(-sum(self.rows(job) for job in jobs) // PARTS)
+        return max(2, min(most, max(part, most // SMALLEST_PART)))
 
     @torch.no_grad()
     def seconds_per_row(self, jobs: Sequence[Job]) -> float:
@@ -150,8 +186,8 @@ class BatchedAdapter(Adapter):
     def run(self, jobs: Sequence[Job], max_rows: int | None = None, guidance_rescale: float = 0.0) -> Iterator[Step]:
         """Make an image for every job, many in each U-Net call; see ``Adapter.run``.
 
-        The longest jobs start first, so that calls stay full until the end, and no more jobs are in memory than fit
-        into one call. A call that runs out of memory is repeated with half the rows.
+        No more jobs are in memory than fit into one call. A call that runs out of memory is repeated with half the
+        rows.
 
         Yields:
             A ``Step`` when jobs start, after each step of all active jobs, and after each call of the VAE's decoder.
@@ -184,6 +220,7 @@ class _ActiveJob:
     position: int = 0
     seconds: float = 0.0
     error: str | None = None
+    predict: Callable[[], Tensor | None] | None = None
 
     @property
     def timestep(self) -> Tensor:
@@ -196,6 +233,10 @@ class _ActiveJob:
     @property
     def latent_size(self) -> tuple[int, int]:
         return tuple(self.latents.shape[-2:])
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.position, len(self.timesteps), self.predict)
 
     def model_input(self) -> Tensor:
         """Return what the U-Net sees: the latents as the scheduler scales them, and any extra channels."""
@@ -214,6 +255,9 @@ class _ActiveJob:
             guided = unconditional + self.job.guidance_scale * (conditional - unconditional)
             if guidance_rescale:
                 guided = rescale_noise_cfg(guided, conditional, guidance_rescale)
+        # The prediction is worked out only if someone wants to see it.
+        seen = self.scheduler.scale_model_input(self.latents, self.timestep)
+        self.predict = partial(predict_clean, self.scheduler, seen, guided, self.timestep)
         self.latents = self.scheduler.step(
             guided, self.timestep, self.latents, **self.step_arguments, return_dict=False
         )[0]
@@ -234,24 +278,37 @@ class _PackedRun:
 
     def __post_init__(self) -> None:
         self.pipe, self.device = self.adapter.pipe, self.adapter.device
-        starts: dict[tuple[int, ...], int] = {}  # jobs with the same start must start together to share rows
-        for job in self.jobs:
-            starts.setdefault(job.start_key, len(starts))
-
-        def longest_first(numbered: tuple[int, Job]) -> tuple[int, int]:
-            job = numbered[1]
-            return job.skipped - job.num_inference_steps, starts[job.start_key]
-
-        self.waiting = deque(sorted(enumerate(self.jobs), key=longest_first))
+        self.waiting = deque(self._ordered())
         self.encode_prompt = lru_cache(max(CACHED_PROMPTS, self.max_rows))(self.adapter.encode_prompt)
         self.encoded_images: dict[int, Any] = {}  # by id: Pillow would compare images pixel by pixel
         self.image_uses = Counter(id(job.image) for job in self.jobs)
+
+    def _ordered(self) -> list[tuple[int, Job]]:
+        """Return the jobs with their numbers, in the order in which they start.
+
+        They are dealt like cards, from the longest to the shortest, into as many hands as there are full calls, so
+        every hand has short and long jobs. The shortest of a hand start first, so images appear evenly, but the longest
+        of the last one, so calls stay full until the end. Jobs with the same start stay together: they share rows.
+        """
+        together: dict[tuple[int, ...], list[tuple[int, Job]]] = {}
+        for i, job in enumerate(self.jobs):
+            together.setdefault(job.start_key, []).append((i, job))
+
+        def length(jobs: list[tuple[int, Job]]) -> int:
+            return jobs[0][1].num_inference_steps - jobs[0][1].skipped
+
+        longest_first = sorted(together.values(), key=length, reverse=True)
+        hands = max(1, round(sum(map(self.adapter.rows, self.jobs)) / self.max_rows))
+        dealt = [longest_first[hand::hands] for hand in range(hands)]
+        for hand in dealt[:-1]:
+            hand.sort(key=length)
+        return [one for hand in dealt for jobs in hand for one in jobs]
 
     def run(self) -> Iterator[Step]:
         try:
             while self.waiting or self.active:
                 if self.start_waiting():
-                    yield Step(0, [], self._latents())
+                    yield Step(0, [], self._progress())
                 started = perf_counter()
                 with torch.no_grad():
                     self._step_all()
@@ -261,14 +318,14 @@ class _PackedRun:
                 for active in self.active:
                     active.seconds += seconds_per_row * len(active.conditionings)
                 failed = self._remove_ended()
-                yield Step(rows, failed, self._latents())
+                yield Step(rows, failed, self._progress())
                 while len(self.denoised) >= self.decode_batch or (
                     self.denoised and not self.active and not self.waiting
                 ):
-                    yield Step(0, self._decode(), self._latents())
+                    yield Step(0, self._decode(), self._progress())
         except (KeyboardInterrupt, Exception):
             while self.denoised:
-                yield Step(0, self._decode(), self._latents())
+                yield Step(0, self._decode(), self._progress())
             raise
         finally:
             self.pipe.maybe_free_model_hooks()
@@ -280,8 +337,8 @@ class _PackedRun:
         self.active = [active for active in self.active if not (active.is_denoised or active.error)]
         return [Result(active.index, None, active.error, active.seconds) for active in failed]
 
-    def _latents(self) -> dict[int, Tensor | None]:
-        return {active.index: active.latents for active in self.active}
+    def _progress(self) -> dict[int, Progress]:
+        return {active.index: active.progress for active in [*self.active, *self.denoised]}
 
     def synchronize(self) -> None:
         """Wait for the device, so that times are right."""
@@ -339,7 +396,7 @@ class _PackedRun:
             active.index: [predicted[row_of[active.row_key(conditioning)]] for conditioning in active.conditionings]
             for active in self.active
         }
-        before = self._latents()
+        before = {active.index: active.latents for active in self.active}
         for active in self.active:
             active.step(predictions[active.index], self.guidance_rescale)
         # In one tensor, so that there is only one wait for the device.
@@ -372,7 +429,7 @@ class _PackedRun:
     ) -> list[Tensor]:
         """Return the U-Net's prediction for every row, in calls of at most ``max_rows`` rows of one shape."""
         # U-Net-NAS starts without the text, so that part is computed once for both rows of a job.
-        shares_latents = isinstance(self.pipe.unet, UNetNAS)
+        shares_latents = isinstance(getattr(self.pipe.unet, "_orig_mod", self.pipe.unet), UNetNAS)  # or compiled
 
         def call_unet(rows: list[int]) -> Tensor:
             encoded = [self.encode_prompt(conditionings[row], tuple(latents[row].shape[-2:])) for row in rows]

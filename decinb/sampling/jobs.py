@@ -1,5 +1,6 @@
 """The vocabulary of sampling: a job asks for one image, and steps and results report the progress of many."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,15 +77,31 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a job is.
+
+    Args:
+        step: U-Net calls made, 0 if it has just started.
+        steps: U-Net calls that it takes in all.
+        predict: returns the clean latents that the last call predicts, (1, channels, height, width), or None; None
+            itself before the first call, and for a pipeline that does not expose its latents.
+    """
+
+    step: int
+    steps: int
+    predict: Callable[[], Tensor | None] | None = None
+
+
+@dataclass(frozen=True)
 class Step:
     """Progress on a list of jobs.
 
     Args:
         rows: U-Net rows computed in this step; 0 when jobs only started or were decoded.
         results: jobs that ended in this step.
-        active: latents of the jobs in progress by index; None for a pipeline that does not expose them.
+        active: the progress of the jobs that have not ended, by index.
     """
 
     rows: int
     results: list[Result]
-    active: dict[int, Tensor | None]
+    active: dict[int, Progress]

@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 from decinb.errors import InputError
 from decinb.sampling.base import Adapter, Output
-from decinb.sampling.jobs import Job, Result, Step
+from decinb.sampling.jobs import Job, Progress, Result, Step
 from decinb.utils import validation
 from decinb.utils.quiet import quiet
 
@@ -55,7 +55,7 @@ class SequentialAdapter(Adapter):
             A ``Step`` before each call, and one with its result, whose rows are the steps run.
         """
         for index, (job, steps) in enumerate(zip(jobs, self.count_calls(jobs), strict=True)):
-            yield Step(0, [], {index: None})
+            yield Step(0, [], {index: Progress(0, steps)})
             started = perf_counter()
             with _without_progress_bar(self.pipe):
                 image = self.call(self._arguments(job, guidance_rescale), torch.Generator().manual_seed(job.seed)).image

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import overload
 
 from PIL import Image
 
@@ -84,6 +85,14 @@ def _is_within(span: tuple[int, int], spans: dict[Value, list[tuple[int, int]]],
     """Whether a match lies in a longer one of another value, as "painting" does in "watercolour painting"."""
     others = (other for key, found in spans.items() if key != value for other in found)
     return any(start <= span[0] and span[1] <= end and (start, end) != span for start, end in others)
+
+
+@overload
+def adherence(images: Image.Image, prompt: str) -> float: ...
+
+
+@overload
+def adherence(images: Sequence[Image.Image], prompt: str) -> list[float]: ...
 
 
 def adherence(images: Image.Image | Sequence[Image.Image], prompt: str) -> float | list[float]:

@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
+
+OLDEST_DRIVERS = {13: 580, 12: 525, 11: 450}  # NVIDIA's minimum for each major version of CUDA
+TORCH_BUILDS = {  # by the oldest driver that runs them
+    580: "torch==2.9.1 --index-url https://download.pytorch.org/whl/cu130",
+    525: "torch==2.9.1 --index-url https://download.pytorch.org/whl/cu126",
+    450: "torch==2.7.1 --index-url https://download.pytorch.org/whl/cu118",
+}
 
 
 def versions(packages: Iterable[str] = ("decinb", "diffusers", "torch")) -> dict[str, str]:
@@ -57,6 +65,37 @@ def device_name(device: torch.device) -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def check_driver() -> None:
+    """Print what to do if there is an NVIDIA driver, but torch cannot use it; print nothing otherwise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own words name no build
+        usable = torch.cuda.is_available()
+    if not usable and (advice := driver_advice(_driver(), torch.version.cuda)):
+        print(advice)
+
+
+def driver_advice(driver: str | None, cuda: str | None) -> str | None:
+    """Return what to do if a driver is too old for a build of torch, or the build has no CUDA; None if all is well.
+
+    Args:
+        driver: the version of the NVIDIA driver; None if there is none.
+        cuda: the version of CUDA that torch was built for; None if it was built for the CPU only.
+    """
+    found = re.match(r"\d+", driver or "")
+    if not found:
+        return None
+    version = int(found[0])
+    if cuda and version >= OLDEST_DRIVERS.get(int(cuda.partition(".")[0]), 0):
+        return None
+    build = next((build for oldest, build in TORCH_BUILDS.items() if version >= oldest), None)
+    is_for = f"needs a newer NVIDIA driver than {driver}" if cuda else "was built without CUDA"
+    return f"torch {torch.__version__} {is_for}, so the notebook runs on the CPU. " + (
+        f"To use the GPU, run `%pip install {build}`, restart the kernel, and run all cells again."
+        if build
+        else "To use the GPU, update the driver."
+    )
 
 
 def in_notebook() -> bool:

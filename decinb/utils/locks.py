@@ -34,17 +34,17 @@ def file_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
         lock_file: an empty file beside what is to be locked. It is created if need be, and stays.
         waiting: a line to print before waiting.
     """
-    lock = FileLock(lock_file, fallback_to_soft=False)  # a soft lock would outlive a killed process
+    # A soft lock would outlive a killed process. The thread that releases the lock may be another (see `Steps`).
+    lock = FileLock(lock_file, fallback_to_soft=False, thread_local=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         if waiting:
             print(waiting, flush=True)
         lock.acquire()
-    except (OSError, NotImplementedError):  # a read-only folder, or a network drive without locks: go on without
-        yield
-        return
+    except (OSError, NotImplementedError):
+        pass  # a read-only folder, or a network drive without locks: go on without
     try:
         yield
     finally:
-        lock.release()
+        lock.release()  # does nothing if it is not held

@@ -28,6 +28,8 @@ MAX_SECONDS = 20.0  # in all, redirects included
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 10.0  # of silence
 MAX_REDIRECTS = 3
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all IPv6 addresses of hosts on the internet
+RELAYS = ipaddress.ip_network("192.88.99.0/24")  # of 6to4, until it was given up
 HEADERS = {"User-Agent": "decinb", "Accept": "image/*", "Accept-Encoding": "identity"}
 
 
@@ -67,8 +69,19 @@ def fetch(url: str, allow_private: bool = False) -> tuple[bytes, str]:
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is on the internet, rather than of this machine or its network."""
-    return ipaddress.ip_address(address.partition("%")[0]).is_global
+    """Return whether an IP address is that of one host on the internet, rather than of this machine or its network.
+
+    IPv6 addresses that stand for an IPv4 address (NAT64, 6to4, Teredo and older forms) can lead back to this network,
+    so they are not public, except ``::ffff:a.b.c.d``, which the system itself reads as ``a.b.c.d``.
+    """
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6 and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    if not ip.is_global or ip.is_multicast:
+        return False
+    if ip.version == 4:
+        return ip not in RELAYS
+    return ip in GLOBAL_UNICAST and ip.sixtofour is None and ip.teredo is None
 
 
 def _finish_by(deadline: float, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,17 +1,19 @@
 """Input validation: turn what a user gave into a plain value, or raise one clear line that says what is allowed."""
 
+import itertools
 import math
 import numbers
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from decinb.errors import InputError
+from decinb.errors import InputError, reason
 
 MAX_STEPS = 999  # of 1,000 timesteps; a scheduler with an offset reaches one less
 MAX_SEED = 2**63 - 1
@@ -19,8 +21,10 @@ MAX_GUIDANCE = 10_000  # more overflows in half precision
 HIGH_GUIDANCE = 30  # more gives over-saturated images
 MAX_CHARACTERS = 4_000  # of a prompt; a text encoder reads about 300
 MAX_SIDE = 2048  # pixels of an image that a pipeline takes or makes
-MIN_SIDE = 64
-MULTIPLE = 8  # a latent pixel stands for 8 x 8 image pixels
+MULTIPLE = 8  # a latent pixel stands for 8 x 8 image pixels, with most VAEs
+MIN_SIDE = MULTIPLE
+MAX_SCHEDULER_NUMBER = 100_000  # in its configuration; nearly all have 1,000 training timesteps
+MAX_NAME = 255  # bytes of the name of a file or folder
 MAX_REPR = 80  # characters of a value that an error message repeats
 
 
@@ -50,43 +54,66 @@ def fraction(value: Any, name: str) -> float:
 
 def num_inference_steps(value: Any, where: str = "") -> int:
     """Validate a number of denoising steps: 1 to 999."""
-    return _integer(value, f"{where}num_inference_steps", 1, MAX_STEPS)
+    return integer(value, f"{where}num_inference_steps", 1, MAX_STEPS)
 
 
 def seed(value: Any, where: str = "") -> int:
     """Validate a seed: 0 to 2**63 - 1."""
-    return _integer(value, f"{where}seed", 0, MAX_SEED)
+    return integer(value, f"{where}seed", 0, MAX_SEED)
 
 
 def count(value: Any, name: str) -> int:
     """Validate a count: 1 to 1,000."""
-    return _integer(value, name, 1, 1000)
+    return integer(value, name, 1, 1000)
 
 
-def side(value: Any, name: str) -> int:
-    """Validate the height or width of an image in pixels: a multiple of 8 from 64 to 2048."""
+def integer(value: Any, name: str, low: int, high: int) -> int:
+    """Validate an integer between two bounds, both of them allowed."""
     number = _real(value)
-    if number is None or number % MULTIPLE or not MIN_SIDE <= number <= MAX_SIDE:
+    if number is None or not low <= number <= high or number != int(number):
+        raise InputError(f"{name} must be an integer from {low} to {high}, got {short_repr(value)}")
+    return int(number)
+
+
+def side(value: Any, name: str, multiple: int = MULTIPLE) -> int:
+    """Validate the height or width of an image in pixels: a multiple of 8, or of what a VAE needs, up to 2048."""
+    number = _real(value)
+    if number is None or not multiple <= number <= MAX_SIDE or number % multiple:
         raise InputError(
-            f"{name} must be a multiple of {MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}, got {short_repr(value)}"
+            f"{name} must be a multiple of {multiple} from {multiple} to {MAX_SIDE}, got {short_repr(value)}"
         )
     return int(number)
 
 
-def latents(value: Any, channels: int) -> torch.Tensor | None:
+def plain_tensor(value: torch.Tensor, name: str) -> torch.Tensor:
+    """Refuse a tensor that does not hold its numbers one by one: on the meta device, sparse, quantised or complex."""
+    problems = {
+        "on the meta device": value.is_meta,
+        "sparse": value.layout != torch.strided,
+        "quantised": value.is_quantized,
+        "complex": value.is_complex(),
+    }
+    for problem, is_so in problems.items():
+        if is_so:
+            raise InputError(f"{name} must be an ordinary tensor, got one that is {problem}")
+    return value
+
+
+def latents(value: Any, channels: int, name: str = "image") -> torch.Tensor | None:
     """Validate latents as a pipeline returns them with ``output_type="latent"``; return None for any other input.
 
     Args:
         value: latents are a float tensor (images, channels, height / 8, width / 8).
         channels: those of the VAE's latents.
+        name: the argument that an error names.
 
     Raises:
         InputError: the latents hold NaN or infinity.
     """
     if not (torch.is_tensor(value) and value.ndim == 4 and value.shape[1] == channels and value.is_floating_point()):
         return None
-    if not value.isfinite().all():
-        raise InputError("image holds latents with NaN or infinity")
+    if not plain_tensor(value, name).isfinite().all():
+        raise InputError(f"{name} holds latents with NaN or infinity")
     return value
 
 
@@ -95,7 +122,7 @@ def embeds(value: Any, name: str, width: int) -> torch.Tensor:
     if not (torch.is_tensor(value) and value.ndim == 3 and value.shape[2] == width and value.is_floating_point()):
         got = tuple(value.shape) if torch.is_tensor(value) else short_repr(value)
         raise InputError(f"{name} must be a float tensor (prompts, tokens, {width}), got {got}")
-    if not value.isfinite().all():
+    if not plain_tensor(value, name).isfinite().all():
         raise InputError(f"{name} holds NaN or infinity")
     return value
 
@@ -105,7 +132,7 @@ def depth_map(value: Any) -> torch.Tensor:
     if not (torch.is_tensor(value) and value.ndim == 3 and value.is_floating_point() and value.numel()):
         got = tuple(value.shape) if torch.is_tensor(value) else short_repr(value)
         raise InputError(f"depth_map must be a float tensor (images, height, width), got {got}")
-    if not value.isfinite().all():
+    if not plain_tensor(value, "depth_map").isfinite().all():
         raise InputError("depth_map holds NaN or infinity")
     if (value.amin((1, 2)) == value.amax((1, 2))).any():  # diffusers divides by the range
         raise InputError("depth_map is constant: it must distinguish near from far")
@@ -157,11 +184,48 @@ def generators(value: Any, number: int) -> None:
         raise InputError(f"generator must be one generator or a list of {number}, one per image, got {len(value)}")
 
 
-def folder(value: Any) -> str | os.PathLike[str]:
+def path(value: Any, name: str) -> Path:
+    """Validate a path to a file or folder, which need not exist; ``~`` at its start is the user's home."""
+    try:
+        text = os.fsdecode(value)
+        longest = max(len(os.fsencode(part)) for part in text.split(os.sep))
+        if not text or "\0" in text:
+            raise ValueError
+        found = Path(text).expanduser()
+    except (TypeError, ValueError, RuntimeError):  # not a path, not to be encoded, or there is no such user
+        raise InputError(f"{name} must be a path, got {short_repr(value)}") from None
+    if longest > MAX_NAME:
+        raise InputError(f"{name} must have names of at most {MAX_NAME} bytes, got {longest} in {short_repr(text)}")
+    return found
+
+
+def folder(value: Any) -> Path:
     """Validate the name of a folder, which need not exist."""
-    if not isinstance(value, (str, os.PathLike)) or not str(value) or "\0" in str(value):
-        raise InputError(f"folder must be a path, got {short_repr(value)}")
-    return value
+    return path(value, "folder")
+
+
+def bounded_list(values: Any, name: str, most: int) -> Sequence[Any]:
+    """Return the values of an argument as a sequence; a generator is read, but not beyond ``most`` values.
+
+    Raises:
+        InputError: it is not a list or the like, or a generator of more values.
+    """
+    try:
+        if isinstance(values, (str, bytes, dict)):
+            raise TypeError
+        read = values if isinstance(values, Sequence) else list(itertools.islice(values, most + 1))
+    except TypeError:  # not iterable, or an array without dimensions
+        raise InputError(f"{name} must be a list of values, got {short_repr(values)}") from None
+    if read is not values and len(read) > most:
+        raise InputError(f"{name} has more than {most:,} values, or never ends: give a list")
+    return read
+
+
+def scheduler_config(config: dict[str, Any]) -> None:
+    """Refuse a scheduler's configuration with a number so large that its tables would fill the memory."""
+    name, number = largest_number(config)
+    if number > MAX_SCHEDULER_NUMBER:
+        raise InputError(f"{name} must be at most {MAX_SCHEDULER_NUMBER:,}, got {short_repr(number)}")
 
 
 def choice(value: Any, name: str, allowed: Iterable[str]) -> str:
@@ -220,11 +284,10 @@ def late_start(steps: int, scheduler: Any) -> str | None:
     try:
         fresh.set_timesteps(steps)
     except Exception as error:
-        raise InputError(
-            f"num_inference_steps: {name} does not support {steps}: {' '.join(str(error).split())}"
-        ) from error
+        raise InputError(f"num_inference_steps: {name} does not support {steps}: {reason(error)}") from error
     total, first = scheduler.config.get("num_train_timesteps", 1000), float(fresh.timesteps[0])
-    if first >= 0.85 * total * (1 - 1 / steps):  # the first timestep may be one step below the top
+    # The first timestep may be one step below the top; EDM's are logarithms of the noise, and always start at the top.
+    if hasattr(scheduler, "precondition_noise") or first >= 0.85 * total * (1 - 1 / steps):
         return None
     return f"num_inference_steps {steps} starts at timestep {first:.0f} of {total} with {name}: use fewer steps"
 
@@ -282,13 +345,6 @@ def _number(value: Any, name: str, allowed: str) -> float:
     return round(float(number), 6)  # a list built by adding 0.05 ends in 1.0000000000000002
 
 
-def _integer(value: Any, name: str, low: int, high: int) -> int:
-    number = _real(value)
-    if number is None or not low <= number <= high or number != int(number):
-        raise InputError(f"{name} must be an integer from {low} to {high}, got {short_repr(value)}")
-    return int(number)
-
-
 def _real(value: Any) -> Any:
     """Return a real number of Python, NumPy or torch; None for anything else, booleans included."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
@@ -300,3 +356,17 @@ def _real(value: Any) -> Any:
     except OverflowError:
         return math.inf if value > 0 else -math.inf
     return value
+
+
+def largest_number(config: Any) -> tuple[str, float]:
+    """Return the finite number of the greatest magnitude in a value from JSON, and the name of its entry."""
+    found, pending = ("", 0.0), [("", config)]
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [(str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, (list, tuple)):
+            pending += [(name, inner) for inner in value]
+        elif isinstance(value, (int, float)) and (isinstance(value, int) or math.isfinite(value)):
+            found = max(found, (name, abs(value)), key=lambda entry: entry[1])
+    return found

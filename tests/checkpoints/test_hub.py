@@ -76,6 +76,30 @@ def test_only_used_files_are_downloaded_and_only_once(hub, child, repo, weights,
     happened("F7", "a cached model loaded with 0 requests")
 
 
+def test_a_dry_run_says_what_a_download_would_fetch_and_how_large_it_is(hub, child, repo, folders):
+    hub.requests.clear()
+    answer = child.ask(f"decinb.download({repo!r}, dry_run=True)")["value"]
+    sizes = {f"{repo}/{name}": (folders["published"] / name).stat().st_size for name in USED}
+    assert answer == sizes, answer
+    assert all(name.endswith(".json") for name in hub.fetched(repo)), "only configurations are read for the answer"
+
+    assert child.load(repo)["value"]
+    assert child.ask(f"decinb.download({repo!r}, dry_run=True)")["value"] == {}
+    assert child.ask("decinb.download('tiny', dry_run=True)")["value"] == {}
+    missing = child.ask("decinb.download('acme/missing', dry_run=True)")
+    assert missing["error"] == "NotFoundError" and "not found" in missing["message"]
+
+
+def test_a_known_model_is_downloaded_from_its_pinned_commit(hub, child, folders):
+    published = decinb.MODELS["decidiffusion-v1-0"]
+    hub.repos[published.source] = folders["published"]
+    hub.requests.clear()
+    assert len(child.ask("decinb.download('decidiffusion-v1-0', dry_run=True)")["value"]) == len(USED)
+    assert ("GET", f"/api/models/{published.source}/revision/{published.revision}") in hub.requests
+    assert hub.fetched(published.source) and commit(published.source) == published.revision
+    del hub.repos[published.source]
+
+
 def test_a_cached_model_loads_without_a_server(hub, child, repo, weights, happened):
     child.load(repo)
     hub.stop()

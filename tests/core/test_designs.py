@@ -1,5 +1,6 @@
 """The four ways to make a list of cells."""
 
+import itertools
 import random
 
 import pytest
@@ -77,3 +78,25 @@ def test_a_random_design_of_an_impossible_size_is_refused(n):
 def test_an_axis_must_be_a_non_empty_list(make, axes, message):
     with pytest.raises(InputError, match=message):
         make(**axes)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        grid,
+        zipped,
+        lambda **axes: one_at_a_time({"seed": 0}, **axes),
+        lambda **axes: random_design(1, seeds=axes["seed"]),
+    ],
+)
+def test_an_endless_generator_is_refused(make):
+    with pytest.raises(InputError, match="seed has more than 100,000 values, or never ends: give a list"):
+        make(seed=itertools.count())
+
+
+@pytest.mark.parametrize("make", [grid, zipped, lambda **axes: one_at_a_time({"seed": 0}, **axes)])
+def test_a_design_of_too_many_cells_is_refused(make):
+    with pytest.raises(InputError, match="at most 100,000 cells, got 1,000,000,000"):
+        make(seed=range(10**9))
+    with pytest.raises(InputError, match="at most 100,000 cells, got 1,000,000"):
+        random_design(10**6, seeds=range(10**9))

@@ -1,8 +1,11 @@
 """Samples, files, sizes, and PNGs with a record inside. Bad images are in test_bad_inputs.py."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import decinb
 from decinb import images
@@ -57,7 +60,7 @@ def test_a_large_photo_is_scaled_down():
 
 @pytest.mark.parametrize("size", [100, 0, 63, 4096, 128.5, True, "128"])
 def test_other_sizes_are_refused(size):
-    with pytest.raises(InputError, match="size must be a multiple of 8 from 64 to 2048"):
+    with pytest.raises(InputError, match="size must be a multiple of 8 from 8 to 2048"):
         load_image("day", size=size)
 
 
@@ -87,3 +90,52 @@ def test_a_truncated_png_is_refused(tmp_path):
         (tmp_path / "cut.png").write_bytes(whole[:length])
         with pytest.raises(InputError, match="not a PNG that decinb saved, or is damaged"):
             read_record(tmp_path / "cut.png")
+
+
+def text_chunk(record: str) -> PngInfo:
+    info = PngInfo()
+    info.add_itxt(images.RECORD, record)
+    return info
+
+
+def test_files_that_are_not_our_pngs_are_refused(tmp_path):
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "giant.png", pnginfo=text_chunk("{}"))
+    Image.new("RGB", (64, 64)).save(tmp_path / "deep.png", pnginfo=text_chunk("[" * 100_000))
+    Image.new("RGB", (64, 64)).save(tmp_path / "list.png", pnginfo=text_chunk("[]"))
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zeros.png").symlink_to("/dev/zero")
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(2**40)
+    for name, message in [
+        ("giant", "too many pixels"),
+        ("deep", "nested too deeply"),
+        ("list", "the record is not a dict"),
+        ("pipe", "not an ordinary file"),
+        ("zeros", "not an ordinary file"),
+        ("sparse", "at most 100,000,000 are allowed"),
+        ("missing", "No such file"),
+    ]:
+        with pytest.raises(InputError, match=f"{name}.png' is not a PNG that decinb saved, .*{message}") as caught:
+            read_record(tmp_path / f"{name}.png")
+        assert "\n" not in str(caught.value)
+    for name in ("pipe", "zeros", "sparse"):
+        with pytest.raises(InputError, match=f"{name}.png'"):
+            load_image(tmp_path / f"{name}.png")
+
+
+@pytest.mark.parametrize("path", [None, 3, "", "a\0b", "\ud800"])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(InputError, match="path must be a path, got"):
+        read_record(path)
+    with pytest.raises(InputError, match="at most 255 bytes, got 300"):
+        read_record("x" * 300)
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(name, "wb") as file:
+        photo().save(file, "PNG")
+    assert load_image(os.fsdecode(name)).size == (200, 120)
+    with pytest.raises(InputError) as caught:
+        read_record(os.fsdecode(name))
+    str(caught.value).encode()

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import pickle
 import shutil
 import warnings
@@ -21,7 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 import decinb
 from decinb import InputError, ModelError
+from decinb.checkpoints.components import as_model_error
 from decinb.checkpoints.dummies import DUMMIES, SIZE, dummy
+from decinb.checkpoints.integrity import check_file
 from decinb.loading import _find, fits, load_pipeline
 from decinb.models import IMAGE_TO_IMAGE, MODELS, TASKS, TEXT_TO_IMAGE, Model
 from decinb.utils.device import choose_dtype
@@ -578,6 +581,146 @@ def test_a_model_of_diffusers_in_pickles(sd, dummies):
     rejected(ModelError, "text_encoder: .*has no safetensors but text_encoder/.*bin, a pickle.*look for a copy", sd)
     with pytest.warns(UserWarning, match="plain tensors only"):
         assert digest(load(sd, allow_pickle=True)) == digest(dummies["sd-v1-5"])
+
+
+# --- folders made to do harm; tests/guarantees/test_hostile.py has more ----------------------------------------------
+
+
+def edit(folder: Path, name: str, **changes: object) -> str:
+    """Change a JSON file of a component; return the component."""
+    change(folder / name, **changes)
+    return name.partition("/")[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        (
+            "text_encoder/config.json",
+            {"vocab_size": 10**7},
+            "describes a network with far more values than its weights",
+        ),
+        ("text_encoder/config.json", {"num_hidden_layers": 20_000}, "describes a network with far more (mod|tens)"),
+        ("unet/config.json", {"layers_per_block": 20_000}, "describes a network with far more (mod|tens)"),
+        ("vae/config.json", {"latent_channels": 10**6}, "describes a network with far more values"),
+        ("vae/config.json", {"block_out_channels": [32] * 20}, r"20 levels \(block_out_channels\), and at most 8"),
+        ("unet/config.json", {"sample_size": 10**6}, "sample_size is 1000000, and at most 8192"),
+        ("unet/config.json", {"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
+        ("text_encoder/config.json", {"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
+        ("text_encoder/config.json", {"_attn_implementation": {"": "acme/kernel"}}, "code from the hub, .*acme/kernel"),
+        (
+            "scheduler/scheduler_config.json",
+            {"num_train_timesteps": 10**8},
+            "num_train_timesteps must be at most 100,000",
+        ),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}, "scheduler_config.json: .*str"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "x"}, "model_max_length|cannot be loaded"),
+    ],
+)
+def test_configurations_that_cost_too_much_or_ask_for_more(sd, file, changes, message):
+    component = edit(sd, file, **changes)
+    rejected(ModelError, f"{component}: .*{message}", sd)
+
+
+def test_a_depth_estimator_does_not_look_up_another_model(copy):
+    folder = copy("sd-2-depth")
+    edit(folder, "depth_estimator/config.json", backbone="x/y", backbone_config=None)
+    rejected(ModelError, "depth_estimator: .*asks for another model, backbone 'x/y'", folder)
+
+
+def test_an_image_processor_does_not_make_images_giants(copy):
+    folder = copy("sd-2-depth")
+    edit(folder, "feature_extractor/preprocessor_config.json", size={"height": 10**5, "width": 10**5})
+    rejected(ModelError, "feature_extractor: (height|width) in .* is 100000, and at most 8192 is allowed", folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_integers_are_not_weights(sd, dtype):
+    file = weights(sd, "vae")
+    tensors = load_file(file)
+    name = last_layer(tensors)
+    save_file({**tensors, name: tensors[name].to(dtype)}, file, FORMAT)
+    rejected(ModelError, f"vae: .*has {name} as .*, not as floating-point numbers", sd)
+
+
+def test_integers_in_a_pickle_are_not_weights(sd):
+    file = as_pickle(sd, "vae")
+    tensors = torch.load(file)
+    tensors[last_layer(tensors)] = tensors[last_layer(tensors)].to(torch.int8)
+    torch.save(tensors, file)
+    with pytest.warns(UserWarning, match="plain tensors only"):
+        rejected(ModelError, "has .* as int8, not as floating-point numbers", sd, allow_pickle=True)
+
+
+@pytest.mark.parametrize("length", [0x3C20, 0x3C0A, 0x13C20])
+def test_a_header_is_not_taken_for_a_web_page(tmp_path, length):
+    file = tmp_path / "model.safetensors"
+    header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    file.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + bytes(4))
+    check_file("unet", file, "")
+
+
+def test_a_header_that_is_too_long_or_has_no_offsets(sd):
+    file = weights(sd, "vae")
+    with file.open("wb") as opened:
+        opened.write((2 * 10**9).to_bytes(8, "little") + b"{")
+        opened.truncate(2 * 10**9 + 8)
+    rejected(ModelError, "vae: .*announces a header of 2,000,000,000 bytes", sd)
+    for entry in (
+        '{"dtype": "F32", "shape": [1], "data_offsets": [0, null]}',
+        "null",
+        '{"data_offsets": null}',
+        "[" * 10**4,
+    ):
+        header = ('{"a": ' + entry + "}").encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        rejected(ModelError, "vae: .* is damaged or truncated", sd)
+
+
+def test_files_that_are_not_ordinary(sd):
+    os.mkfifo(sd / "tokenizer" / "chat_template.jinja")
+    rejected(ModelError, "tokenizer: .*chat_template.jinja is not an ordinary file; remove it", sd)
+    (sd / "tokenizer" / "chat_template.jinja").unlink()
+    with (sd / "tokenizer" / "tokenizer.json").open("ab") as opened:
+        opened.truncate(10**10)
+    rejected(ModelError, "tokenizer: .*tokenizer.json has 10,000,000,000 bytes", sd)
+    with (sd / "model_index.json").open("ab") as opened:
+        opened.truncate(10**10)
+    rejected(ModelError, "model_index.json is not valid JSON: it has 10,000,000,000 bytes", sd)
+    (sd / "model_index.json").write_text("[" * 10**5)
+    rejected(ModelError, "model_index.json is not valid JSON: .*nested too deeply", sd)
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error_of_ours():
+    panic = type("PanicException", (BaseException,), {})  # a class of its own, which cannot be imported
+    for raised, said in ((panic("called `Option::unwrap()` on a `None` value"), "Option::unwrap"), (panic(), "Panic")):
+        with (
+            pytest.raises(ModelError, match=f"tokenizer: {said}|tokenizer: called .*{said}"),
+            as_model_error("tokenizer"),
+        ):
+            raise raised
+    with pytest.raises(KeyboardInterrupt), as_model_error("tokenizer"):
+        raise KeyboardInterrupt
+
+
+def test_a_path_is_a_folder_even_if_it_is_called_like_a_known_model(sd, dummies, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "sdxl-base"):
+        shutil.copytree(sd, name)
+        for path in (Path(name), Path(f"./{name}"), f"./{name}"):
+            pipe = load_pipeline(path, device="cpu")
+            assert digest(pipe) == digest(dummies["sd-v1-5"]) and decinb.image_size(pipe) == SIZE
+            assert pipe.config._name_or_path == f"./{name}"
+    rejected(InputError, "folder not found: 'tiny-depth'", Path("tiny-depth"))
+    assert type(load_pipeline("tiny", device="cpu").unet) is decinb.UNetNAS
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\ud800", "a\0b"])
+def test_names_that_no_folder_can_have(name):
+    for model in (name, Path(name)):
+        with pytest.raises(InputError, match="model must") as caught:
+            load_pipeline(model)
+        assert "\n" not in str(caught.value)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import nbformat
 import pytest
 
 from decinb.lessons.answers import ANSWERS
+from tools.stamp import address, setup_cell, stamped
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -30,27 +31,28 @@ def has_figure(output) -> bool:
     return "image/png" in output.get("data", {}) or "<img " in str(output.get("data", {}).get("text/html", ""))
 
 
-def problems(path: Path, setup: str) -> list[str]:
+def problems(path: Path) -> list[str]:
     """Return everything that is wrong with one notebook."""
     notebook, code = read(path), code_cells(path)
     outputs = [output for cell in code for output in cell.outputs]
     texts = [str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", "")) for output in outputs]
     first = notebook.cells[0].source
+    slug = address().removeprefix("https://github.com/")
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     checks = {
-        "the setup cell differs from that of the other notebooks": code[0].source != setup,
+        "the set-up cell differs from tools/stamp.py": code[0].source != setup_cell(),
         "not exactly one cell is tagged parameters": len(tagged) != 1,
         "it was not run from top to bottom": [c.execution_count for c in code] != list(range(1, len(code) + 1)),
         "an output is an error": any(output.output_type == "error" for output in outputs),
         "stderr is shown": any(output.get("name") == "stderr" for output in outputs),
         "an output shows a machine path": any(MACHINE_PATH.search(text) for text in texts),
-        "a code cell is too long": any(len(cell.source.splitlines()) > MAX_LINES for cell in code),
+        "a code cell is too long": any(len(cell.source.splitlines()) > MAX_LINES for cell in code[1:]),
         "it is too large": path.stat().st_size > MAX_BYTES,
         "it does not say what you will do, learn and need": not all(
             word in first for word in ("**You will**", "**You will learn**", "**You need**")
         ),
         "the title is not a heading": not first.startswith("# "),
-        "there is no Colab badge for this file": f"colab-badge.svg)](https://colab.research.google.com/github/decinb/decinb/blob/main/notebooks/{path.name})"
+        "there is no Colab badge for this file": f"colab-badge.svg)](https://colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name})"
         not in first,
         "there are no exercises": not any("## Exercises" in cell.source for cell in notebook.cells),
         "it has no assert": not any(re.search(r"^\s*assert ", cell.source, re.M) for cell in code),
@@ -60,9 +62,9 @@ def problems(path: Path, setup: str) -> list[str]:
     return [problem for problem, found in checks.items() if found]
 
 
-def test_the_notebooks_are_numbered_from_zero():
+def test_the_notebooks_have_numbers_of_their_own():
     numbers = [path.name[:2] for path in NOTEBOOKS]
-    assert numbers == [f"{i:02d}" for i in range(len(numbers))] and len(numbers) >= 6
+    assert len(set(numbers)) == len(numbers) >= 6 and all(number.isdecimal() for number in numbers)
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
@@ -110,7 +112,17 @@ def test_every_figure_has_a_text_for_readers_who_do_not_see_it(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_has_no_problems(path):
-    assert not problems(path, code_cells(NOTEBOOKS[0])[0].source)
+    assert not problems(path)
+
+
+def test_everything_stamped_is_up_to_date():
+    """``make stamp`` writes the set-up cell, the project's address and its version."""
+    assert not [path.name for path, text in stamped() if path.read_text(encoding="utf-8") != text]
+
+
+def test_the_setup_cell_imports_decinb_before_torch():
+    lines = setup_cell().splitlines()
+    assert next(i for i, line in enumerate(lines) if line.startswith("import decinb")) < lines.index("import torch")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS[7:], ids=lambda path: path.stem)
@@ -124,7 +136,6 @@ def test_a_notebook_uses_only_attributes_that_every_pipeline_has(path):
 def test_the_check_finds_problems(tmp_path):
     notebook = read(NOTEBOOKS[0])
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    setup = code[0].source
     code[0].source += "\n# another"
     code[2].execution_count = 99
     code[1].outputs = [
@@ -133,8 +144,8 @@ def test_the_check_finds_problems(tmp_path):
     ]
     broken = tmp_path / "broken.ipynb"
     nbformat.write(notebook, broken)
-    found = " ".join(problems(broken, setup))
-    for problem in ("setup cell", "top to bottom", "is an error", "stderr", "machine path", "Colab badge"):
+    found = " ".join(problems(broken))
+    for problem in ("set-up cell", "top to bottom", "is an error", "stderr", "machine path", "Colab badge"):
         assert problem in found
 
 

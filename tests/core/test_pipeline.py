@@ -185,8 +185,8 @@ def test_defaults_of_text_to_image(text_to_image):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"height": 65}, "height must be a multiple of 8 from 64 to 2048, got 65"),
-        ({"width": 8}, "width must be a multiple of 8 from 64 to 2048, got 8"),
+        ({"height": 65}, "height must be a multiple of 8 from 8 to 2048, got 65"),
+        ({"width": 4}, "width must be a multiple of 8 from 8 to 2048, got 4"),
         ({"width": "64"}, "width must be a multiple of 8"),
         ({"guidance_rescale": 2}, "guidance_rescale must be from 0 to 1, got 2"),
         ({"hieght": 64}, "unknown argument 'hieght'; did you mean 'height'?"),

@@ -1,7 +1,10 @@
 """Tests of the plotting functions: files have the right names, images the right places, and labels fit."""
 
+import itertools
+import re
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -13,6 +16,7 @@ from PIL import Image
 
 import decinb
 from decinb import InputError, Sweep, grid, plot_grid, plot_images, plotting
+from decinb.execution.chains import Chain
 from decinb.execution.store import Images
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
@@ -36,8 +40,10 @@ def flat(colour, size=(64, 64)):
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    folder = tmp_path / "own"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
     assert not plt.get_fignums(), "a figure was left open"
 
 
@@ -482,6 +488,72 @@ def test_a_repeated_cell_is_shown_once(drawn):
     assert sorted(number(colour) for colour, _ in drawn[0].images[:-1]) == [0, 1]
 
 
+# --- hostile titles and files ---
+
+HOSTILE = ["a $\\frac{$ b", "$$", "\ud800", "a\0b", "<b>", "\\", "{0} %s"]
+
+
+def test_any_title_can_be_drawn(own_folder):
+    images = [flat(COLOURS[0])] * len(HOSTILE)
+    plot_grid(images, HOSTILE, file="grid.png")
+    plot_images(images, HOSTILE, "a $\\frac{$ b")
+    links = [{"prompt": prompt, "strength": 0.5, "takes": "latent"} for prompt in HOSTILE]
+    records = [{"chain": links[: i + 1]} for i in range(len(links))]
+    Chain(None, images, records).plot(file="chain.png")
+    sweep_of(grid(prompt=HOSTILE)).plot(file="sweep.png")
+    assert all(Path(name).stat().st_size > 1000 for name in ("grid.png", "chain.png", "sweep.png"))
+
+
+@pytest.mark.parametrize(
+    "title", ["../../x", "/x", "~", "..", "C:\\x", "a/b", "x" * 300, "\ud800", "a\0b", "con:", "."]
+)
+def test_the_guides_row_is_saved_in_the_current_folder_whatever_its_title(own_folder, title):
+    plot_images([flat(COLOURS[0])], [1], title)
+    (file,) = own_folder.rglob("*")
+    assert file.parent == own_folder and file.name.endswith("_experiments.png") and file.name[0] not in ".~"
+    assert [path.name for path in own_folder.parent.iterdir()] == [own_folder.name]
+
+
+def test_a_link_in_place_of_a_figure_is_replaced(own_folder, tmp_path):
+    target = tmp_path / "target"
+    target.write_text("precious")
+    (own_folder / "grid.png").symlink_to(target)
+    plot_grid([flat(COLOURS[0])], ["one"], file="grid.png")
+    assert target.read_text() == "precious" and not (own_folder / "grid.png").is_symlink()
+
+
+def test_figures_are_saved_in_the_home_folder_and_in_other_formats(own_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(own_folder))
+    plot_grid((flat(colour) for colour in COLOURS), range(len(COLOURS)), file="~/new/grid.svg")
+    plot_grid([flat(COLOURS[0])], ["one"], file="plain")
+    assert sorted(file.name for file in own_folder.rglob("*.*")) == ["grid.svg", "plain.png"]
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("grid.exe", "file must end in one of .*png.*, got 'grid.exe'"),
+        ("", "file must be a path, got ''"),
+        (".", "file must name a file, got '.'"),
+        (3, "file must be a path, got 3"),
+        ("x" * 300 + ".png", "at most 255 bytes"),
+        ("/dev/null/grid.png", "'/dev/null/grid.png' cannot be written: .*dev/null"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused(file, message):
+    with pytest.raises(InputError, match=message):
+        plot_grid([flat(COLOURS[0])], ["one"], file=file)
+    with pytest.raises(InputError, match=message):
+        two_axes().plot(file=file)
+
+
+def test_endless_images_are_refused():
+    with pytest.raises(InputError, match="images has more than 10,000 values, or never ends"):
+        plot_grid(itertools.repeat(flat(COLOURS[0])), ["one"])
+    with pytest.raises(InputError, match="values must be a list of values, got 3"):
+        plot_images([flat(COLOURS[0])], 3, "Steps")
+
+
 # --- plans and galleries ---
 
 
@@ -509,20 +581,26 @@ GALLERY = """
 from PIL import Image
 import decinb
 images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
-decinb.show_gallery(images, ["warm", "cold", "cold"], ["one", "two", "<script>three</script>"])
+groups, titles = ["warm", "cold & <script>", "cold & <script>"], ["one", "two", "<script>three</script>"]
+decinb.show_gallery(images, groups, titles)
 """
+TABS = "decinb.show_gallery(images, groups, titles, tabs=True)"
 
 
 @pytest.mark.slow
-def test_in_a_notebook_a_gallery_has_a_tab_for_each_group():
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(GALLERY)])
+def test_in_a_notebook_a_gallery_has_a_section_or_a_tab_for_each_group():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in (GALLERY, TABS)])
     NotebookClient(notebook, kernel_name="python3").execute()
-    (output,) = notebook.cells[0].outputs
-    page = output["data"]["text/html"]
-    assert page.count("data:image/jpeg;base64,") >= 3 and "<script" not in page
-    assert page.index("warm") < page.index("cold")
-    assert all(title in page for title in ("one", "two", "three"))
-    assert "://" not in page, "nothing is loaded from a network"
+    pages = [cell.outputs[0]["data"]["text/html"] for cell in notebook.cells]
+    for page in pages:
+        assert page.count(";base64,") >= 3 and "<script" not in page
+        assert page.index("warm") < page.index("cold")
+        assert all(title in page for title in ("one", "two", "three"))
+        assert "://" not in page, "nothing is loaded from a network"
+    assert pages[0].count("<details") == 2 and "<style" not in pages[0]
+    assert len(re.findall(r'<img src="data:image/webp;base64,[^"]+" alt="(?:one|two|&lt;script)', pages[0])) == 3
+    assert "cold &amp; &lt;script&gt;</b> (2 images)" in pages[0]
+    assert all("color:" in style and "background:" in style for style in re.findall(r'<td style="([^"]+)', pages[0]))
 
 
 def test_outside_a_notebook_a_gallery_is_a_grid(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import threading
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from diffusers import HeunDiscreteScheduler, PNDMScheduler
 from PIL import Image
 
 import decinb
-from decinb import InputError, grid, run_sweep
+from decinb import InputError, Stopped, grid, run_sweep
 from decinb.benchmark.counting import count_unet_calls
+from decinb.execution.provenance import record_key
 from decinb.execution.store import Store
+from decinb.figures import preview
 from decinb.images import read_input, read_record, save_image
 from decinb.sweep import SweepError
 from decinb.utils.labels import label, plain
@@ -189,12 +192,17 @@ def test_replay_needs_only_the_png(tiny, image, tmp_path):
         ({"weights": "0"}, "other weights"),
         ({"scheduler": "os.system"}, "names the scheduler 'os.system', which DeciDiffusionImg2ImgPipeline cannot use"),
         ({"strength": 7}, "strength must be above 0"),
+        ({"strength": 0.5}, "its arguments do not match its key"),
         ({"seed": "x"}, "seed must be an integer"),
     ],
 )
 def test_replay_refuses_a_png_that_was_tampered_with(tiny, image, tmp_path, changed, message):
     sweep = run_sweep(tiny, image, PROMPT, [QUICK], progress=False)
-    save_image(sweep.images[0], tmp_path / "made.png", {**sweep.records[0], **changed}, image)
+    forged = {**sweep.records[0], **changed}
+    save_image(sweep.images[0], tmp_path / "made.png", forged, image)
+    with pytest.raises(InputError, match="does not match" if "strength" not in changed else message):
+        decinb.replay(tmp_path / "made.png", tiny)
+    save_image(sweep.images[0], tmp_path / "made.png", {**forged, "key": record_key(forged)}, image)
     with pytest.raises(InputError, match=message):
         decinb.replay(tmp_path / "made.png", tiny)
 
@@ -287,13 +295,13 @@ def test_cells_may_name_their_own_images(tiny, image):
     assert len({record["key"] for record in sweep.records}) == 3
 
 
-def test_stopping_keeps_and_returns_what_is_done(tiny, image, capsys, happened):
+def test_stopping_keeps_what_is_done_and_ends_the_cell(tiny, image, happened):
     cells = [{**QUICK, "seed": seed} for seed in range(3)]
-    with Stop(tiny, 5, KeyboardInterrupt()):
-        sweep = run_sweep(tiny, image, PROMPT, cells, progress=False, max_rows=2)
+    with Stop(tiny, 5, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt) as caught:
+        run_sweep(tiny, image, PROMPT, cells, progress=False, max_rows=2)
+    sweep, said = caught.value.done, str(caught.value)
     assert len(sweep) == 2 and sweep.cells == cells[:2]
-    said = capsys.readouterr().out
-    assert "2 of 3" in said
+    assert "2 of 3 cells are done, and sys.last_value.done holds them" in said
     again = run_sweep(tiny, image, PROMPT, cells, progress=False, max_rows=2)
     assert same(again.images[1], sweep.images[1])
     happened("F2", f"{said.strip()}; the next run made the same images")
@@ -310,17 +318,20 @@ def test_stopping_while_an_image_is_saved_loses_nothing(tiny, image, tmp_path, m
 
     Store_save = Store.save
     monkeypatch.setattr(Store, "save", save)
-    cells = [{**QUICK, "seed": seed} for seed in range(6)]
-    sweep = run_sweep(tiny, image, PROMPT, cells, folder=tmp_path, progress=False)
+    cells = [{**QUICK, "guidance_scale": 1, "seed": seed} for seed in range(6)]
+    with pytest.raises(Stopped, match=r"6 of 6 cells are done and saved; to go on.*load_sweep\(") as caught:
+        run_sweep(tiny, image, PROMPT, cells, folder=tmp_path, progress=False)
+    sweep = caught.value.done
     assert len(sweep) == 6, "all of them were denoised when the first was saved"
     assert all(made.size == image.size for made in sweep.images)
+    assert decinb.load_sweep(tmp_path).records == sweep.records
 
 
 def test_an_error_names_the_running_cells_and_loses_nothing(tiny, image, tmp_path):
     cells = [{**QUICK, "seed": seed} for seed in range(3)]
     with (
         Stop(tiny, 3, ValueError("broken")),
-        pytest.raises(SweepError, match=r"cell 1 .*seed 1.*failed: broken; 1 of 3") as caught,
+        pytest.raises(SweepError, match=r"cell 1 .*seed 1.*failed: (ValueError: )?broken; 1 of 3") as caught,
     ):
         run_sweep(tiny, image, PROMPT, cells, folder=tmp_path, progress=False, max_rows=2)
     assert len(caught.value.sweep) == 1 == len(list(tmp_path.glob("*.png")))
@@ -368,3 +379,71 @@ def test_max_rows_still_goes_by_its_old_name(tiny, image):
 def test_an_empty_sweep_is_a_table_with_a_header(tmp_path):
     file = decinb.Sweep(None, PROMPT).to_csv(tmp_path / "empty.csv")
     assert file.read_text().strip() == "image,prompt,negative_prompt,strength,guidance_scale,num_inference_steps,seed"
+
+
+def test_steps_make_the_images_of_a_sweep_and_show_how_far_each_cell_is(tiny, image):
+    cells = [{**QUICK, "num_inference_steps": 3}, {**QUICK, "guidance_scale": 1.0}]
+    running = decinb.steps(tiny, image, PROMPT, cells)
+    states = list(running)
+    for cell, last in ((0, 3), (1, 2)):
+        made = [state.step for state in states if state.cell == cell]
+        assert sorted(set(made)) == list(range(last + 1)) and made == sorted(made)
+        assert made.count(last) >= 2, "denoised, then decoded"
+    for state in states:
+        started = state.step > 0
+        assert state.steps == (3, 2)[state.cell]
+        assert (state.seconds_left is not None) == (state.predicted is not None) == started
+    predicted = [state for state in states if state.image is None and state.step]
+    assert all(state.predicted.size in ((16, 16), image.size) for state in predicted)
+    finished = {state.cell: state.image for state in states if state.image is not None}
+    sweep = run_sweep(tiny, image, PROMPT, cells, progress=False)
+    for i in range(2):
+        assert same(finished[i], sweep.images[i]) and same(running.sweep.images[i], sweep.images[i])
+    assert [record["key"] for record in running.sweep.records] == [record["key"] for record in sweep.records]
+
+
+def test_the_last_prediction_is_the_image(tiny, image, monkeypatch):
+    monkeypatch.setattr(preview, "SLOW", 60)  # decode on a busy machine too
+    *_, last, finished = decinb.steps(tiny, image, PROMPT, [{**QUICK, "guidance_scale": 1.0}])
+    assert last.image is None and last.step == last.steps
+    difference = decinb.mean_abs_difference(last.predicted, finished.image)
+    assert difference < 0.02, "with the last step, DDIM goes to its prediction"
+
+
+def test_steps_check_first_keep_what_is_done_and_resume(tiny, image, tmp_path):
+    with pytest.raises(InputError, match="cell 1: strength"):
+        decinb.steps(tiny, image, PROMPT, [QUICK, {"strength": 2}])
+    cells = [{**QUICK, "seed": seed} for seed in range(3)]
+    running = decinb.steps(tiny, image, PROMPT, cells, folder=tmp_path, max_rows=2)
+    for state in running:
+        if state.cell == 1 and state.step == 1:
+            running.close()  # the first image is denoised, but not decoded
+    assert len(running.sweep) == 1 == len(list(tmp_path.glob("*.png")))
+    again = decinb.steps(tiny, image, PROMPT, cells, folder=tmp_path, max_rows=2)
+    first = next(again)
+    assert (first.cell, first.step, first.steps) == (0, 2, 2) and same(first.image, running.sweep.images[0])
+    assert {state.cell for state in again} == {1, 2} and len(again.sweep) == 3
+
+
+def test_between_steps_the_pipeline_may_be_used_and_given_another_scheduler(tiny, image):
+    running = decinb.steps(tiny, image, PROMPT, [QUICK])
+    alone = run_sweep(tiny, image, PROMPT, [QUICK], progress=False)
+    own, other = tiny.scheduler, PNDMScheduler.from_config(tiny.scheduler.config, skip_prk_steps=True)
+    try:
+        tiny.scheduler = other
+        for _ in running:
+            assert tiny.scheduler is other
+            run_sweep(tiny, image, "something else", [{**QUICK, "num_inference_steps": 1}], progress=False)
+    finally:
+        tiny.scheduler = own
+    assert same(running.sweep.images[0], alone.images[0])
+
+
+def test_steps_may_be_taken_by_different_threads(tiny, image, tmp_path):
+    running = decinb.steps(tiny, image, PROMPT, [QUICK], folder=tmp_path)
+    states = [next(running)]
+    thread = threading.Thread(target=lambda: states.extend(running))
+    thread.start()
+    thread.join()
+    assert states[-1].image is not None
+    run_sweep(tiny, image, PROMPT, [QUICK], folder=tmp_path, progress=False)  # the folder is free again

@@ -1,6 +1,7 @@
 """Chains: equal to the stock calls by hand, latents passed on only between equal VAEs, replayed from their files."""
 
 import json
+from contextlib import suppress
 from copy import deepcopy
 
 import diffusers
@@ -10,10 +11,11 @@ import torch
 from PIL import Image
 
 import decinb
-from decinb import InputError, Link, ModelError, run_chain
+from decinb import InputError, Link, ModelError, Stopped, run_chain
 from decinb.benchmark.counting import count_unet_calls
 from decinb.checkpoints.dummies import SIZE, dummy
 from decinb.execution.chains import latent_obstacle
+from decinb.execution.provenance import record_key
 from decinb.images import read_input, read_record, save_image
 from decinb.sampling.adapters import adapter_of
 from tests.helpers.sweeps import Stop, same
@@ -294,7 +296,7 @@ def test_a_folder_that_cannot_be_written_to_loses_nothing(tiny, image, tmp_path)
 @pytest.mark.parametrize(
     ("top", "changed", "message"),
     [
-        ({}, {"weights": "0"}, "pipe has other weights than those that made 'link 1 of "),
+        ({}, {"weights": "0"}, "pipe has other weights or settings than what made 'link 1 of "),
         (
             {},
             {"scheduler": "os.system"},
@@ -307,15 +309,21 @@ def test_a_folder_that_cannot_be_written_to_loses_nothing(tiny, image, tmp_path)
         ({}, {"task": "training"}, "task must be one of"),
         ({"seed": "x"}, {}, "seed must be an integer"),
         ({"chain": []}, {}, "chain must be a list of at least one dict"),
-        ({"chain": [1]}, {}, "chain must be a list of at least one dict"),
-        ({"chain": [{}]}, {}, "the record has no 'task'"),
+        ({"chain": [1]}, {}, "the record is damaged"),
+        ({"chain": [{}]}, {}, "the record is damaged .*'task'"),
     ],
 )
 def test_replay_refuses_a_png_that_was_tampered_with(tiny, image, tmp_path, top, changed, message):
     chain = run_chain([Link(tiny, NIGHT, **QUICK), Link(tiny, DAY, **QUICK)], image)
     record = deepcopy(chain.records[1])
     record["chain"][1] |= changed
-    save_image(chain.images[1], tmp_path / "made.png", record | top, image)
+    record |= top
+    save_image(chain.images[1], tmp_path / "made.png", record, image)
+    with pytest.raises(InputError, match="was changed after decinb saved it: the record"):
+        decinb.replay(tmp_path / "made.png", tiny)
+    with suppress(KeyError, TypeError):
+        record["key"] = record_key(record)
+    save_image(chain.images[1], tmp_path / "made.png", record, image)
     with pytest.raises(InputError, match=message):
         decinb.replay(tmp_path / "made.png", tiny)
 
@@ -334,12 +342,14 @@ def test_replay_downloads_no_model(tiny, image, tmp_path):
 # --- interruptions and errors ---
 
 
-def test_stopping_keeps_and_returns_what_is_done(tiny, image, tmp_path, capsys):
+def test_stopping_keeps_what_is_done_and_ends_the_cell(tiny, image, tmp_path):
     links = [Link(tiny, NIGHT, **QUICK), Link(tiny, DAY, **QUICK)]
-    with Stop(tiny, 3, KeyboardInterrupt()):
-        chain = run_chain(links, image, folder=tmp_path)
-    assert len(chain) == 1 == len(list(tmp_path.iterdir()))
-    assert "1 of 2 links are done" in capsys.readouterr().out
+    with (
+        Stop(tiny, 3, KeyboardInterrupt()),
+        pytest.raises(Stopped, match="1 of 2 links are done and saved in .*sys.last_value.done holds them") as caught,
+    ):
+        run_chain(links, image, folder=tmp_path)
+    assert len(caught.value.done) == 1 == len(list(tmp_path.iterdir()))
 
 
 def test_an_error_names_its_link(tiny, image):

@@ -15,8 +15,9 @@ from PIL import Image
 from decinb import SAMPLES, grid, load_image
 from decinb.checkpoints.dummies import dummy
 from decinb.figures.layout import lay_out
-from decinb.figures.live import SIDE, Canvas, LiveGrid, latent_to_rgb, preview, progress_bar
+from decinb.figures.live import SIDE, Canvas, LiveGrid, progress_bar
 from decinb.figures.page import Tile, compose
+from decinb.figures.preview import latent_to_rgb, preview
 from decinb.sampling.adapters import adapter_of
 
 DEFAULTS = {
@@ -39,18 +40,18 @@ def with_defaults(cells, size=(128, 128)):
 # --- the bar ---
 
 
-def test_the_bar_counts_rows_and_estimates_the_time_left(capsys):
-    with progress_bar(40) as bar:
-        bar.update(30)
+def test_the_bar_counts_images_and_estimates_the_time_left(capsys):
+    with progress_bar(5, 40) as bar:
+        bar.advance(30, 2)
         bar.refresh()
         written = capsys.readouterr().err
-    assert re.search(r"30/40 \[.*<\d+:\d+, .*(row/s|s/row)", written)
+    assert re.search(r"sweep: 2 of 5 images \|.*\|  75% \[\d+:\d+<\d+:\d+\]", written)
     assert capsys.readouterr().err.endswith("\r"), "the bar is removed at the end"
 
 
 def test_a_hidden_bar_writes_nothing(capsys):
-    with progress_bar(40, show=False) as bar:
-        bar.update(40)
+    with progress_bar(1, 40, show=False) as bar:
+        bar.advance(40, 1)
     assert capsys.readouterr() == ("", "")
 
 
@@ -175,7 +176,7 @@ def test_cells_have_labels_where_these_can_be_read():
 
 def test_outside_a_notebook_nothing_is_shown_and_the_pipeline_is_not_used(capsys):
     live = LiveGrid(None, load_image("day"), with_defaults(grid(strength=[0.5, 0.75])))
-    live.preview(0, torch.zeros(1, 4, 16, 16))
+    live.preview(0, lambda: torch.zeros(1, 4, 16, 16))
     live.show(0, load_image("night"))
     live.close()
     assert capsys.readouterr() == ("", "")
@@ -186,6 +187,7 @@ import time, torch
 from PIL import Image
 from decinb import load_pipeline, load_image, grid
 from decinb.figures.live import LiveGrid
+from decinb.figures.preview import Preview
 from decinb.sampling.adapters import adapter_of
 
 publisher, sent = get_ipython().display_pub, []
@@ -198,11 +200,11 @@ publisher.publish = counting
 defaults = dict(image="day", prompt="", negative_prompt=None, guidance_scale=7.5, num_inference_steps=30, seed=0)
 cells = [{**defaults, "image_size": [128, 128], **cell} for cell in grid(strength=[0.5, 0.75, 1.0])]
 pipe = load_pipeline("tiny", "cpu")
-live = LiveGrid(adapter_of(pipe), load_image("day"), cells)
+live = LiveGrid(Preview(adapter_of(pipe), load_image("day")), load_image("day"), cells)
 started, asked, spent = time.perf_counter(), 0, 0.0
 while sum(update for _, update in sent) < 3:
     before = time.perf_counter()
-    live.preview(asked % 3, torch.randn(1, 4, 16, 16))
+    live.preview(asked % 3, lambda: torch.randn(1, 4, 16, 16))
     spent += time.perf_counter() - before
     asked += 1
     time.sleep(0.005)

@@ -4,17 +4,16 @@ import base64
 import html
 import io
 import re
-import shutil
 
 import pytest
 from PIL import Image
 
 from decinb import InputError, Sweep
 from decinb.figures.viewer import page, viewer
+from tests.helpers.browser import open_browser
 
 STRENGTHS, SCALES = (0.3, 0.5, 0.75, 1.0), (1, 7.5, 12)
 HOSTILE = "a </script><script>document.title='owned'</script><b>house</b> \"at\" night"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def colour(strength: float, scale: float) -> tuple[int, int, int]:
@@ -100,13 +99,8 @@ def test_scores_that_do_not_fit_and_empty_sweeps_are_refused(sweep):
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: install it (Debian: apt-get install chromium) to run the tests of pages")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with open_browser() as chromium:
         yield chromium
-        chromium.close()
 
 
 @pytest.fixture
@@ -185,3 +179,20 @@ def test_a_narrow_dark_screen_shows_everything(opened):
         "(root) => [getComputedStyle(root).color, getComputedStyle(root).backgroundColor]"
     )
     assert colours == ["rgb(230, 233, 237)", "rgb(22, 25, 29)"]
+
+
+@pytest.mark.browser
+def test_the_file_of_a_sweep_of_48_cells_answers_sliders_and_keys_without_a_network(browser, tmp_path):
+    cells = [(0.25 * (1 + i), 1.0 + k) for i in range(4) for k in range(12)]
+    images = [Image.new("RGB", (128, 128), colour(*cell)) for cell in cells]
+    sweep = Sweep(None, "a house", [{}] * 48, images, [record(*cell) for cell in cells])
+    context = browser.new_context(offline=True)
+    tab = context.new_page()
+    tab.goto(sweep.to_html(tmp_path / "sweep.html").as_uri())
+    move(tab, "strength", 2)
+    move(tab, "guidance_scale", 7)
+    assert centre(tab) == colour(0.75, 8.0)
+    tab.locator(".decinb-viewer").focus()
+    tab.keyboard.press("ArrowRight")
+    assert centre(tab) == colour(0.75, 9.0)
+    context.close()

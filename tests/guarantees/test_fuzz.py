@@ -19,8 +19,9 @@ from hypothesis.extra.numpy import arrays, scalar_dtypes
 from PIL import Image
 
 from decinb import InputError, load_image, plan
-from decinb.images import MAX_SIDE, MIN_SIDE, MULTIPLE, read_record, save_image
+from decinb.images import read_record, save_image
 from decinb.utils import validation
+from decinb.utils.validation import MAX_SIDE, MIN_SIDE, MULTIPLE
 
 EXAMPLES = int(os.environ.get("DECINB_FUZZ_EXAMPLES", "100"))
 MAX_SECONDS = 5  # for one input; most take a millisecond

@@ -21,6 +21,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.unet_nas import V1_CONFIGURATIONS, UNetNAS
 
@@ -73,8 +74,9 @@ class FakeHub:
 
 
 def commit(repo: str) -> str:
-    """Return the only commit of a repository."""
-    return hashlib.sha1(repo.encode()).hexdigest()
+    """Return the only commit of a repository: the one that a known model is pinned to, if it is."""
+    pinned = (model.revision for model in MODELS.values() if model.source == repo)
+    return next(pinned, None) or hashlib.sha1(repo.encode()).hexdigest()
 
 
 def small_model(tiny: DeciDiffusionImg2ImgPipeline, folder: Path) -> Path:
@@ -297,7 +299,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif revision not in ("main", commit(repo)):
             self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         elif listing:
-            files = [{"rfilename": name} for name in self.files(repo)]
+            folder, sized = self.hub.repos[repo], "blobs=" in urlsplit(self.path).query
+            files = [
+                {"rfilename": name, **({"size": (folder / name).stat().st_size} if sized else {})}
+                for name in self.files(repo)
+            ]
             body = {"id": repo, "modelId": repo, "sha": commit(repo), "private": False, "tags": [], "siblings": files}
             self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
         elif fault == "gated":  # as on the real hub, the list of files is public

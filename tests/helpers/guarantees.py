@@ -1,4 +1,4 @@
-"""The 40 bad inputs and 10 faults whose outcome decinb guarantees, and the table of what the tests observed.
+"""The bad inputs, faults and hostile files whose outcome decinb guarantees, and the table of what the tests observed.
 
 A test of one of these cases records its outcome with the fixture ``happened``. A run that observed all cases and passed
 writes ``guarantees.md``. Where several tests record one case, the table lists all their outcomes.
@@ -76,6 +76,25 @@ GUARANTEES: dict[str, tuple[str, str]] = {
     "F8": ("a download cut at 90%; one of the right size with wrong bytes", "resumed; downloaded again"),
     "F9": ("a callback or a plot that raises; no ipywidgets", "the sweep completes and saves its images"),
     "F10": ("two threads, or two processes, on one pipeline or folder", "one waits or is refused; no image is wrong"),
+    "H1": (
+        "a model's folder with huge layer counts, vocabularies, headers, timesteps",
+        "ModelError within 5 s and 200 MB more than its weights",
+    ),
+    "H2": ("a model's folder that names code, kernels or other models", "nothing is run and nothing is fetched"),
+    "H3": ("integers, booleans or quantised numbers in place of weights", "ModelError naming the tensor"),
+    "H4": (
+        "a record of another model, of huge timesteps, of 500 links",
+        "InputError within 5 s and 200 MB; the model is asked for by name, not downloaded",
+    ),
+    "H5": ("a pipe, a device, a sparse giant, a bomb in place of a PNG", "InputError without reading or waiting"),
+    "K1": ("a pipeline with any attribute or tensor changed", "another key, or the same image"),
+    "K2": ("a hook, a forward or a class of the user's own", "made anew every time, with one line that names it"),
+    "K3": ("an edited PNG with valid checksums", "made again or refused, never finished"),
+    "K4": ("every scheduler of diffusers", "saved, resumed, loaded, replayed; or refused by name before any work"),
+    "K5": ("a compiled, offloaded, sliced or channels-last network", "the same model: nothing is computed again"),
+    "K6": ("a bfloat16 sweep, an adapter's scale", "replayed in bfloat16, and with that scale"),
+    "K7": ("an interrupt", "what is done is saved, one line says how to go on, and the cell ends"),
+    "K8": ("two inputs of one name, leftovers of a launcher, a renamed folder", "told apart, told"),
 }
 
 

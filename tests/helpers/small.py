@@ -1,8 +1,10 @@
 """Networks of the real classes, small enough to run in milliseconds on one thread."""
 
+import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.unet_nas import V1_CONFIGURATIONS, UNetNAS
 
 SMALL = {
@@ -42,3 +44,17 @@ def small_text_encoder() -> CLIPTextModel:
     """Return a small text encoder with the vocabulary and the length of Stable Diffusion's."""
     config = CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     return CLIPTextModel(config)
+
+
+def small_pipe(tiny: DeciDiffusionImg2ImgPipeline) -> DeciDiffusionImg2ImgPipeline:
+    """Return an untrained pipeline for images of 64 x 64 pixels, with the tokenizer and the scheduler of ``tiny``."""
+    torch.manual_seed(0)
+    pipe = DeciDiffusionImg2ImgPipeline(
+        vae=small_vae().eval(),
+        text_encoder=small_text_encoder().eval(),
+        tokenizer=tiny.tokenizer,
+        unet=small_nas().eval(),
+        scheduler=tiny.scheduler,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

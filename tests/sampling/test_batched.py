@@ -16,6 +16,7 @@ from decinb.benchmark.counting import count_unet_calls
 from decinb.sampling import batched
 from decinb.sampling.adapters import adapter_of
 from decinb.sampling.jobs import Job, Step
+from tests.helpers.small import small_pipe
 
 TOLERANCE = 1e-4  # of a range of 0 to 1: sums over other batches round differently, by up to 1e-5
 ROUNDED = 0.5 / 255  # the rounding error of 8 bits
@@ -146,7 +147,7 @@ def test_every_image_equals_the_stock_call(tiny, stock, name, monkeypatch):
         expected = alone(stock, job)
         assert difference(made, expected) < TOLERANCE, job
         assert difference(np.asarray(result.image) / 255, expected) < ROUNDED + TOLERANCE, job
-    together = [set(step.active) for step in steps]
+    together = [{i for i, one in step.active.items() if one.step < one.steps} for step in steps]
     assert any(one & other and one - other and other - one for one in together for other in together)
 
 
@@ -216,7 +217,8 @@ def test_max_rows_is_never_exceeded(tiny, max_rows):
         steps = list(adapter_of(tiny).run(jobs, max_rows))
     assert max(room.seen) == max_rows
     assert sum(step.rows for step in steps) == 2 * (3 * 2 + 3)
-    assert max(len(step.active) for step in steps) <= max_rows
+    in_progress = [[one for one in step.active.values() if one.step < one.steps] for step in steps]
+    assert max(map(len, in_progress)) <= max_rows
 
 
 @pytest.mark.slow
@@ -253,6 +255,28 @@ def test_the_seconds_of_all_jobs_add_up_to_at_most_the_total(tiny):
     took = perf_counter() - started
     assert 0.25 * took < sum(result.seconds for result in results) <= took
     assert results[0].seconds > results[1].seconds
+
+
+def test_a_stopped_sweep_has_about_as_many_images_as_of_its_time(tiny):
+    pipe, image = small_pipe(tiny), DAY.resize((64, 64))
+    equal = [Job(image, PROMPT, None, 1.0, 2.0, 6, seed) for seed in range(24)]
+    by_strength = [Job(image, PROMPT, None, tenth / 10, 2.0, 10, seed) for tenth in range(1, 11) for seed in range(4)]
+    by_guidance = [Job(image, PROMPT, None, 0.5, scale, 12, 0) for scale in range(1, 25)]
+    for jobs in (equal, by_strength, by_guidance):
+        total = sum((job.num_inference_steps - job.skipped) * (2 if job.guided else 1) for job in jobs)
+        rows = images = 0
+        steps = adapter_of(pipe).run(jobs)
+        for step in steps:
+            rows += step.rows
+            images += len(step.results)
+            if rows >= 0.3 * total:
+                break
+        with pytest.raises(KeyboardInterrupt):
+            step = steps.throw(KeyboardInterrupt)
+            while True:  # what is denoised is still decoded
+                images += len(step.results)
+                step = next(steps)
+        assert 0.2 < images / len(jobs) < 0.4
 
 
 # --- out of memory ----------------------------------------------------------------------------------------------------

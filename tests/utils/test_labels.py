@@ -2,7 +2,7 @@
 
 import pytest
 
-from decinb.utils.labels import describe, label, plain, wrap
+from decinb.utils.labels import describe, label, plain, printable, spreadsheet_cell, wrap
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,18 @@ def test_a_text_of_too_many_lines_is_cut_and_says_so():
     assert wrap("one two three four", at_most(5), most=2) == ["one", "two…"]
     assert wrap("one two three four", at_most(5), most=2, end=True) == ["…hree", "four"]
     assert wrap("one two", at_most(5), most=2) == ["one", "two"]
+
+
+@pytest.mark.parametrize("text", ["=1+2", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
+def test_a_text_that_a_spreadsheet_would_run_gets_an_apostrophe(text):
+    assert spreadsheet_cell(text) == "'" + text
+
+
+@pytest.mark.parametrize("value", ["a house", "", "a=b", -1, 0.5, None, True])
+def test_other_values_of_a_spreadsheet_stay(value):
+    assert spreadsheet_cell(value) is value
+
+
+def test_what_cannot_be_encoded_is_written_as_an_escape():
+    assert printable("caf\udce9 \0") == "caf\\udce9 \\0"
+    assert describe("image", "caf\udce9.png") == "caf\\udce9.png"

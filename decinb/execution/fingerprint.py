@@ -1,0 +1,360 @@
+"""A hash of everything in a pipeline that decides its images: two pipelines with equal hashes make equal images.
+
+It covers every byte of every tensor, all configurations and plain attributes, adapters with their scales, attention
+processors and tokenizers. What only decides where or how fast a network runs does not count: devices, offloading,
+``torch.compile``, memory layout, sliced attention. What cannot be hashed, such as a user's hook, is listed, so that
+images made with it are never taken for finished.
+
+Nothing is cached, because a change through ``tensor.data`` leaves no trace that a cache could look at. Hashing reads
+each weight once, at about the speed of memory: some 20 ms for the bundled model, two seconds for a billion float32
+parameters.
+"""
+
+import functools
+import hashlib
+import json
+import numbers
+import sys
+from collections.abc import Callable, Mapping
+from enum import Enum
+from functools import cache
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from decinb.utils import validation
+
+CHUNK = 2**17  # words of 8 bytes that are hashed at once: they stay in the cache of a processor
+
+OURS = "decinb"  # the hooks of this package only observe
+
+# Attributes that do not decide what a network computes.
+BOOKKEEPING = {
+    "_class_name",
+    "_commit_hash",
+    "_diffusers_version",
+    "_gradient_checkpointing_func",
+    "_is_hf_initialized",
+    "_name_or_path",
+    "_use_default_values",
+    "gradient_checkpointing",
+    "hf_device_map",
+    "name_or_path",
+    "requires_safety_checker",  # the checker itself counts
+    "use_slicing",  # one image after the other, or one head: the same sums
+}
+OF_MODULES = {
+    *vars(nn.Module()),
+    "_compiled_call_impl",
+    "_is_torch_compile",  # torch.compile
+    "_diffusers_hook",
+    "_hf_hook",
+    "_old_forward",  # accelerate's hooks
+    "forward",
+    "peft_config",  # what peft made its layers from, which are covered themselves
+} - {"training"}
+OF_CONFIGS = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # the dtype of the tensors counts
+OF_TOKENIZERS = {
+    "_in_target_context_manager",
+    "deprecation_warnings",
+    "files_loaded",
+    "init_inputs",
+    "init_kwargs",
+    "merges_file",
+    "verbose",
+    "vocab_file",
+}
+NEUTRAL_HOOKS = {  # of accelerate and diffusers: they move tensors between devices
+    "AlignDevicesHook",
+    "CpuOffload",
+    "GroupOffloadingHook",
+    "LayerExecutionTrackerHook",
+    "LazyPrefetchGroupOffloadingHook",
+}
+PLAIN_HOOKS = {"LayerwiseCastingHook", "PeftInputAutocastDisableHook"}  # their attributes say all that they do
+SAME_ATTENTION = {  # different orders of the same sums
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+}
+
+
+class Fingerprint(NamedTuple):
+    """The hashes of a pipeline.
+
+    Args:
+        components: a hash for each component, and for what lies outside of them, by name.
+        unknown: what could not be hashed, in words.
+    """
+
+    components: dict[str, str]
+    unknown: list[str]
+
+
+@torch.no_grad()
+def fingerprint(pipe: DiffusionPipeline) -> Fingerprint:
+    """Return the hashes of a pipeline, without its scheduler, which records describe by class and configuration."""
+    own = {name: value for name, value in vars(pipe).items() if not name.startswith("_")}
+    components = {name: own.pop(name, None) for name in sorted(pipe.components)}
+    config = {name: value for name, value in pipe.config.items() if name not in components}
+    # A subclass of one's own may do anything; those of diffusers and decinb share the stages that decide an image.
+    custom = type(pipe).__module__.partition(".")[0] not in ("diffusers", OURS)
+    parts = {
+        **{name: part for name, part in components.items() if not isinstance(part, (SchedulerMixin, type(None)))},
+        "pipeline": {**own, "class": type(pipe) if custom else None, "config": config},
+    }
+    everywhere = [
+        *nn.modules.module._global_forward_pre_hooks.values(),
+        *nn.modules.module._global_forward_hooks.values(),
+    ]
+    hashes, unknown = {}, ["a hook on all modules"] if everywhere else []
+    for name, part in parts.items():
+        hasher = _Hasher()
+        hasher.add(part, name)
+        hashes[name] = hasher.digest.hexdigest()[:16]
+        unknown += hasher.unknown
+    return Fingerprint(hashes, list(dict.fromkeys(unknown)))
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Return a hash of a tensor's bytes, whatever its device and memory layout.
+
+    Words of 8 bytes are multiplied by fixed random odd numbers and added, modulo 2**64 (Carter and Wegman (1979),
+    https://doi.org/10.1016/0022-0000(79)90044-8), where the tensor is, so nothing is copied from a GPU. A change of one
+    word always shows, any other with a probability of at least 1 - 2**-31.
+    """
+    data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+    whole = len(data) // 8 * 8
+    rest = bytes(data[whole:].tolist()).hex()
+    if not whole:
+        return rest
+    if data.storage_offset() % 8:  # words must be aligned
+        data = data.clone()
+    factors = _factors(data.device)
+    # High bits reach the lower ones first, because the highest survives a multiplication only as a parity.
+    pieces = data[:whole].view(torch.int64).split(CHUNK)
+    sums = torch.stack([((piece ^ (piece >> 32)) * factors[: len(piece)]).sum() for piece in pieces])
+    sums ^= sums >> 32
+    return f"{int((sums * factors[: len(sums)]).sum()) % 2**64:016x}{rest}"
+
+
+@cache
+def _factors(device: torch.device) -> Tensor:
+    words = np.random.Generator(np.random.PCG64(0)).integers(-(2**63), 2**63, CHUNK, dtype=np.int64) | 1
+    return torch.from_numpy(words).to(device)
+
+
+@torch.no_grad()
+def sampled_hash(pipe: DiffusionPipeline) -> str:
+    """Return the hash of some 61 values of every tensor, by which the first version of decinb knew a pipeline."""
+    digest = hashlib.sha256()
+    for part, module in sorted(pipe.components.items()):
+        if isinstance(module, nn.Module):
+            tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+            few = [tensor.flatten()[:: max(1, tensor.numel() // 61)].float() for tensor in tensors.values()]
+            digest.update(f"{part} {[(name, *tensor.shape) for name, tensor in tensors.items()]}".encode())
+            digest.update(torch.cat(few).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class _Hasher:
+    """Adds values of any kind to a hash, and notes those that it cannot add."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self.unknown: list[str] = []
+        self._inside: set[int] = set()  # ids of the objects that are being added, since objects may form circles
+
+    def token(self, *words: Any) -> None:
+        self.digest.update(json.dumps(words, default=str).encode())
+
+    def add(self, value: Any, where: str) -> None:
+        """Add a value; ``where`` is what to call it if that fails."""
+        value = getattr(value, "_orig_mod", value) if isinstance(value, nn.Module) else value  # of torch.compile
+        if isinstance(value, Enum):
+            self.token(type(value).__name__, value.name)
+        elif isinstance(value, (bool, str, bytes, type(None))):
+            self.token(type(value).__name__, str(value))
+        elif isinstance(value, (numbers.Number, np.generic)):
+            self.token("number", repr(_plain_number(value)))
+        elif isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
+            self.token(str(value))
+        elif isinstance(value, torch.device):
+            self.token("device")
+        elif id(value) in self._inside:
+            self.token("again")
+        else:
+            self._inside.add(id(value))
+            self._add_object(value, where)
+            self._inside.remove(id(value))
+
+    def _add_object(self, value: Any, where: str) -> None:
+        if isinstance(value, nn.Module):
+            self._add_module(value, where)
+        elif isinstance(value, SchedulerMixin):  # its other attributes are the state of the last call
+            self._add_name(type(value), where)
+            self.add(dict(value.config), f"{where}.config")
+        elif isinstance(value, DiffusionPipeline):  # inside a combined pipeline
+            self._add_name(type(value), where)
+            self.add({name: one for name, one in vars(value).items() if not name.startswith("_")}, where)
+        elif isinstance(value, Tensor):
+            self._add_tensor(value, where)
+        elif isinstance(value, np.ndarray) and value.dtype != object:
+            self.token("array", value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).hexdigest())
+        elif isinstance(value, Mapping):
+            counted = sorted((key for key in value if key not in BOOKKEEPING), key=str)
+            self._add_names(counted, where)
+            for key in counted:
+                self.add(value[key], f"{where}.{key}")
+        elif isinstance(value, (list, tuple)):
+            self.token("list", len(value))
+            for i, item in enumerate(value):
+                self.add(item, f"{where}[{i}]")
+        elif isinstance(value, (set, frozenset)):
+            self._add_names(sorted(value, key=str), where)
+        elif isinstance(value, type):
+            self._add_name(value, where)
+        elif isinstance(value, (FunctionType, BuiltinFunctionType, MethodType, functools.partial)):
+            self._add_function(value, where)
+        elif isinstance(value, PretrainedConfig):
+            self._add_name(type(value), where)
+            self._add_attributes(value, where, OF_CONFIGS)
+        elif isinstance(value, PreTrainedTokenizerBase):
+            self._add_name(type(value), where)
+            self._add_attributes(value, where, OF_TOKENIZERS)
+        elif type(value).__module__ == "tokenizers":
+            self._add_rust(value, where)
+        elif hasattr(value, "serialized_model_proto"):  # sentencepiece
+            self.add(value.serialized_model_proto(), where)
+        elif type(value).__name__ in SAME_ATTENTION and type(value).__module__.startswith("diffusers."):
+            self.token("attention")
+        elif hasattr(value, "__dict__"):
+            self._add_name(type(value), where)
+            self._add_attributes(value, where, set())
+        else:
+            self._cannot(where, type(value).__name__)
+
+    def _cannot(self, where: str, what: str) -> None:
+        self.token("unknown")
+        self.unknown.append(f"{where} ({what})")
+
+    def _add_names(self, names: list[Any], where: str) -> None:
+        """Add the keys of a mapping or the items of a set; an object's words may hold its address."""
+        if not all(isinstance(name, (str, int, float, tuple, type(None), torch.dtype)) for name in names):
+            self._cannot(where, "its keys are objects")
+        self.token("names", list(map(str, names)))
+
+    def _add_attributes(self, value: Any, where: str, ignored: set[str]) -> None:
+        self.add({name: one for name, one in vars(value).items() if name not in ignored}, where)
+
+    def _add_name(self, value: Any, where: str) -> None:
+        """Add a class or function that can be imported, by its name; what was typed in a notebook can change."""
+        module, name = getattr(value, "__module__", None) or "builtins", getattr(value, "__qualname__", "")
+        found: Any = sys.modules.get(module)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        same = found is value or getattr(found, "__wrapped__", found) is value
+        if module == "__main__" or not same:
+            self._cannot(where, validation.short_repr(name or value))
+        else:
+            self.token(module, name)
+
+    def _add_function(self, value: Any, where: str) -> None:
+        value = getattr(value, "_torchdynamo_orig_callable", value)
+        if isinstance(value, functools.partial):
+            self.add([value.func, list(value.args), value.keywords], where)
+        elif isinstance(value, MethodType):
+            self.token(value.__func__.__qualname__)
+            self.add(value.__self__, where)
+        elif isinstance(value, BuiltinFunctionType) and value.__module__ is None:
+            self.token(value.__qualname__)
+        else:
+            self._add_name(value, where)
+
+    def _add_rust(self, value: Any, where: str) -> None:
+        """Add an object of tokenizers, which can be written as JSON or pickled; without the state of the last call."""
+        try:
+            if hasattr(value, "to_str"):
+                text = json.loads(value.to_str())
+                self.token({name: part for name, part in text.items() if name not in ("truncation", "padding")})
+            else:
+                self.token(type(value).__name__, str(value.__getstate__()))
+        except Exception:
+            self._cannot(where, type(value).__name__)
+
+    def _add_tensor(self, tensor: Tensor, where: str) -> None:
+        self.token(str(tensor.dtype), list(tensor.shape))
+        try:
+            if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):  # quantised: some say more in their attributes
+                self._add_name(type(tensor), where)
+                names, _ = tensor.__tensor_flatten__() if hasattr(tensor, "__tensor_flatten__") else ([], None)
+                self.add({name: getattr(tensor, name) for name in names} or vars(tensor), where)
+                if names:
+                    return
+            self.token(tensor_hash(tensor.as_subclass(Tensor)))
+        except Exception as error:  # meta, sparse, and what others may invent
+            self._cannot(where, validation.short_repr(str(error)))
+
+    def _add_module(self, module: nn.Module, where: str) -> None:
+        own = vars(module)
+        self._add_name(type(module), where)
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            for hook in own[kind].values():
+                self._add_torch_hook(hook, where)
+        self._add_forward(module, where)
+        stored = getattr(own.get("_hf_hook"), "weights_map", None)  # where accelerate keeps what it has offloaded
+        for name, tensor in (own["_parameters"] | own["_buffers"]).items():
+            self.token(name)
+            offloaded = tensor is not None and tensor.is_meta and stored is not None
+            self.add(stored[name] if offloaded else tensor, f"{where}.{name}")
+        of_peft = {"kwargs"} if type(module).__module__.startswith("peft.") else set()  # where its layers were created
+        self._add_attributes(module, where, OF_MODULES | of_peft)
+        for name, child in own["_modules"].items():
+            self.token(name)
+            self.add(child, f"{where}.{name}")
+
+    def _add_torch_hook(self, hook: Any, where: str) -> None:
+        if (getattr(hook, "__module__", None) or "").partition(".")[0] != OURS:
+            self._cannot(where, f"a hook, {getattr(hook, '__qualname__', type(hook).__name__)}")
+
+    def _add_forward(self, module: nn.Module, where: str) -> None:
+        """Add what replaces a module's ``forward``: hooks of accelerate and diffusers, a compiler, anything else."""
+        own = vars(module)
+        forward = own.get("forward")
+        accelerate_hook, registry = own.get("_hf_hook"), own.get("_diffusers_hook")
+        hooks = list(getattr(accelerate_hook, "hooks", [accelerate_hook] if accelerate_hook else []))
+        hooks += list(registry.hooks.values()) if registry else []
+        for hook in hooks:
+            name = type(hook).__name__
+            if type(hook).__module__.partition(".")[0] not in ("accelerate", "diffusers"):
+                self._cannot(where, f"a hook, {name}")
+            elif name in PLAIN_HOOKS:
+                self.token(name)
+                self._add_attributes(hook, where, {"fn_ref"})
+            elif name not in NEUTRAL_HOOKS:
+                self._cannot(where, f"a hook, {name}")
+        ours = type(forward).__module__.partition(".")[0] == OURS  # a runtime: records name one that changes pixels
+        if forward is not None and not ours and not _leads_to(forward, type(module).forward, wrapped=bool(hooks)):
+            self._cannot(where, "a forward of its own")
+
+
+def _leads_to(forward: Any, original: Callable, wrapped: bool) -> bool:
+    """Return whether a module's ``forward`` is its class's, beneath a compiler and, if ``wrapped``, beneath hooks."""
+    while forward is not None:
+        if getattr(forward, "__func__", None) is original:
+            return True
+        beneath = getattr(forward, "__wrapped__", None) if wrapped else None
+        forward = getattr(forward, "_torchdynamo_orig_callable", beneath)
+    return False
+
+
+def _plain_number(value: Any) -> Any:
+    """Return a number of Python, since files keep no others: 1, 1.0 and ``np.float32(1)`` are the same."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return float(value) if isinstance(value, int) and abs(value) < 2**53 else value

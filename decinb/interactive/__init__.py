@@ -1,0 +1,1 @@
+"""Widgets for a notebook: the playground, where a pipeline is tried by hand."""

@@ -1,0 +1,1 @@
+"""Runtimes other than PyTorch for a pipeline's U-Net."""

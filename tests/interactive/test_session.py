@@ -1,0 +1,198 @@
+"""The playground without a page: what it makes is what the package makes, whatever happens between two steps."""
+
+import threading
+
+import pytest
+from PIL import Image
+
+import decinb
+from decinb import InputError
+from decinb.images import read_record
+from decinb.interactive.session import Busy, Session, Settings
+from decinb.utils.locks import pipeline_lock
+from tests.helpers.sweeps import same
+
+CELL = {
+    "prompt": "a red house on snow at night",
+    "negative_prompt": None,
+    "strength": 1.0,
+    "guidance_scale": 4.0,
+    "num_inference_steps": 2,
+    "seed": 3,
+}
+
+
+def settings(image="day", scheduler="DDIMScheduler", **changed) -> Settings:
+    return Settings(image, {**CELL, **changed}, scheduler)
+
+
+def finish(session: Session) -> list[int]:
+    counts = []
+    while session.is_running:
+        counts.append(len(session.advance()))
+    return counts
+
+
+@pytest.fixture
+def session(tiny) -> Session:
+    return Session(tiny)
+
+
+def test_an_image_takes_one_message_per_step_and_is_that_of_a_sweep(tiny, session):
+    session.start(settings(num_inference_steps=3))
+    assert len(finish(session)) == 3, "the last step also decodes"
+    expected = decinb.run_sweep(tiny, "day", "", [{**CELL, "num_inference_steps": 3}], progress=False)
+    assert same(session.result.images[0], expected.images[0])
+    assert session.result.records[0]["image"] == "day"
+
+
+def test_every_scheduler_that_is_offered_works_and_the_pipeline_keeps_its_own(tiny, session):
+    own, images = tiny.scheduler, {}
+    for name in session.schedulers:
+        session.start(settings(scheduler=name))
+        finish(session)
+        assert session.result.records[0]["scheduler"] == name
+        images[name] = session.result.images[0].tobytes()
+    assert tiny.scheduler is own and len(images) >= 4 and len(set(images.values())) >= 3
+
+
+def test_a_run_that_is_stopped_or_replaced_leaves_no_trace_in_the_next(session):
+    session.start(settings())
+    finish(session)
+    first = session.result.images[0]
+    session.start(settings(prompt="something else", num_inference_steps=5))
+    session.advance()
+    session.stop()
+    assert not session.is_running and len(session.result) == 0
+    session.start(settings(num_inference_steps=4))
+    session.advance()
+    session.start(settings())
+    finish(session)
+    assert same(session.result.images[0], first)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ({"strenght": 0.5}, "did you mean 'strength'"),
+        ({"guidance_scale": 30}, "guidance_scale must be from 1.0 to 20.0 in the playground, got 30"),
+        ({"image": "nowhere"}, "image must be one of day, "),
+        ({"prompt": None}, "prompt must be a string"),
+    ],
+)
+def test_controls_that_cannot_stand_there_are_refused(tiny, cell, message):
+    with pytest.raises(InputError, match=message):
+        decinb.playground(tiny, **cell)
+
+
+def test_a_pipeline_without_an_image_has_no_canvas(tiny):
+    text = decinb.load_pipeline(tiny, task="text-to-image")
+    session = Session(text)
+    assert "strength" not in session.check({}) and "strength" not in session.sweepable()
+    session.start(Settings(None, {"prompt": "a house", "num_inference_steps": 2, "seed": 1}, "DDIMScheduler"))
+    finish(session)
+    assert len(session.result) == 1 and "image = None" in session.code()
+
+
+def test_on_a_page_without_a_kernel_the_input_and_the_settings_remain(tiny):
+    bundle = decinb.playground(tiny, prompt="<b>")._repr_mimebundle_()
+    assert "data:image/webp" in bundle["text/html"] and "&lt;b&gt;" in bundle["text/html"]
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"]
+
+
+def test_bad_settings_are_refused_before_anything_runs(session):
+    with pytest.raises(InputError, match="strength"):
+        session.start(settings(strength=0.05, num_inference_steps=1))
+    assert not session.is_running
+    session.start(settings(prompt="a\nhouse"))
+    finish(session)
+    assert session.result.records[0]["prompt"] == "a house"
+
+
+def test_while_another_call_has_the_pipeline_a_step_can_be_tried_again(tiny, session):
+    session.start(settings())
+    held, done = threading.Event(), threading.Event()
+
+    def call() -> None:
+        with pipeline_lock(tiny):
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    held.wait(60)
+    with pytest.raises(Busy):
+        session.advance()
+    assert session.is_running
+    done.set()
+    thread.join()
+    finish(session)
+    assert len(session.result) == 1
+
+
+def test_a_sweep_runs_together_and_answers_for_the_nearest_value(session):
+    session.start(settings(num_inference_steps=4), "guidance_scale")
+    assert max(finish(session)) > 1
+    swept = session.result
+    assert [cell["guidance_scale"] for cell in swept.cells] == list(session.values("guidance_scale", CELL))
+    assert session.find(settings(num_inference_steps=4, guidance_scale=8.1)) == 4
+    assert session.find(settings(num_inference_steps=4, guidance_scale=8.1, seed=4)) is None
+    assert session.find(settings("night", num_inference_steps=4)) is None
+    alone = Session(session.pipe)
+    alone.start(settings(num_inference_steps=4, guidance_scale=7.5))
+    finish(alone)
+    difference = decinb.mean_abs_difference(alone.result.images[0], swept.images[4])
+    assert difference < 1e-3
+
+
+def test_texts_are_swept_line_by_line(session):
+    assert session.values("negative_prompt", {"negative_prompt": "snow\n\ntrees "}) == [None, "snow", "trees"]
+    assert session.values("seed", {"seed": 5})[:2] == [5, 6]
+    with pytest.raises(InputError, match="one on each line"):
+        session.start(settings(), "prompt")
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_the_code_makes_the_image_again(session, scheduler):
+    session.start(settings(scheduler=scheduler, negative_prompt="trees \"'"), None)
+    finish(session)
+    code = session.code()
+    names: dict = {}
+    exec(code, names)
+    assert same(names["sweep"].images[0], session.result.images[0]), code
+    assert code.splitlines()[-1] == "sweep.images[0]" and "strength" in code
+
+
+def test_kept_images_are_saved_with_their_inputs(tiny, tmp_path):
+    session = Session(tiny, tmp_path)
+    with pytest.raises(InputError, match="no finished image"):
+        session.keep()
+    drawing = Image.new("RGB", (128, 128), "orange")
+    for seed in (0, 1):
+        session.start(settings(drawing, seed=seed))
+        finish(session)
+        session.keep()
+    assert [record["seed"] for record in session.kept.records] == [0, 1]
+    assert same(session.kept.image, drawing) and session.kept.explore()
+    assert sorted(read_record(file)["seed"] for file in tmp_path.glob("*.png")) == [0, 1]
+    assert "play.image" in session.code()
+
+
+def test_only_a_page_that_was_given_an_image_can_ask_for_a_step(tiny):
+    play = decinb.playground(tiny, strength=1.0, num_inference_steps=3)
+    widgets = play._view
+    widgets["ask"].click()
+    assert play.result is None and "no image yet" in widgets["output"].value
+    widgets["generate"].click()
+    assert "step 1 of 3" in widgets["output"].value and not widgets["stop"].disabled
+    play._asked = False
+    widgets["ask"].click()
+    assert "step 1 of 3" in widgets["output"].value, "a second page asks for the same step"
+    play._asked = True
+    widgets["ask"].click()
+    assert "step 2 of 3" in widgets["output"].value
+    widgets["stop"].click()
+    widgets["ask"].click()
+    assert "stopped; 0 images" in widgets["status"].value and not widgets["generate"].disabled
+    widgets["sent"].value = '{"kind": "drawing", "data": "data:image/png;base64,bm8=", "at": 1}'
+    assert 'role="alert"' in widgets["status"].value and "stopped" not in widgets["status"].value

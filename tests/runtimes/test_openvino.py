@@ -1,0 +1,270 @@
+"""U-Nets in OpenVINO: the same predictions and images as in PyTorch, and PyTorch where OpenVINO cannot be used."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from peft import LoraConfig
+
+import decinb
+from decinb import InputError
+from decinb.execution.provenance import pipeline_record
+from decinb.runtimes import graph, openvino
+from tests.helpers.small import small_nas, small_sd
+from tests.helpers.sweeps import same
+
+needs_openvino = pytest.mark.skipif(not graph.is_installed(), reason="needs decinb[openvino]")
+
+ROUNDING = 1e-3  # of predictions of about 1: norms over the few values of a small network enlarge rounding
+STEPS = 3
+
+
+def small_xl() -> UNet2DConditionModel:
+    """Return a small U-Net with the conditioning of Stable Diffusion XL."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+        cross_attention_dim=16,
+    )
+
+
+def call(unet, rows=2, size=(8, 8), tokens=7, timestep=500, **arguments):
+    """Call a U-Net on the same random numbers every time."""
+    draw = torch.Generator().manual_seed(0)
+    texts = len(arguments["latent_of"]) if "latent_of" in arguments else rows
+    sample = torch.randn(rows, 4, *size, generator=draw)
+    text = torch.randn(texts, tokens, 16, generator=draw)
+    with torch.no_grad():
+        return unet(sample, timestep, text, **arguments, return_dict=False)[0]
+
+
+def both(unet, **arguments):
+    """Return the predictions in OpenVINO and in PyTorch."""
+    openvino.attach(unet, "openvino")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast = call(unet, **arguments)
+    openvino.detach(unet)
+    return fast, call(unet, **arguments)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Keep graphs in a folder of the test session."""
+    folder = tmp_path_factory.getbasetemp() / "graphs"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setattr(graph, "cached_assets_path", lambda *args, **kwargs: folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fast():
+    pipe = decinb.load_pipeline("tiny", "cpu", runtime="openvino")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("build", "arguments"),
+    [
+        (small_nas, {}),
+        (small_nas, {"rows": 1, "size": (16, 8), "tokens": 77, "timestep": torch.tensor(3)}),
+        (small_nas, {"rows": 2, "size": (11, 9), "timestep": torch.tensor([0, 999])}),
+        (small_nas, {"rows": 2, "latent_of": torch.tensor([0, 1, 1])}),
+        (small_sd, {"rows": 3, "size": (11, 16), "timestep": torch.tensor(3.5)}),
+        (
+            small_xl,
+            {"rows": 1, "added_cond_kwargs": {"text_embeds": torch.ones(1, 32), "time_ids": torch.full((1, 6), 64.0)}},
+        ),
+    ],
+)
+def test_predictions_are_those_of_pytorch_for_any_shape(build, arguments):
+    torch.manual_seed(0)
+    predicted, expected = both(build().eval(), **arguments)
+    torch.testing.assert_close(predicted, expected, atol=ROUNDING, rtol=0)
+
+
+@needs_openvino
+def test_the_graph_is_exported_once_and_holds_no_weights(cache, monkeypatch):
+    torch.manual_seed(1)
+    unet = small_nas().eval()
+    both(unet)
+    stored = [file for file in cache.iterdir() if file.name.startswith("UNetNAS")]
+    assert stored and all(file.stat().st_size < 200_000 for file in stored)
+    monkeypatch.setattr(graph, "export", lambda *args: pytest.fail("exported again"))
+    predicted, expected = both(small_nas().eval())  # other weights
+    torch.testing.assert_close(predicted, expected, atol=ROUNDING, rtol=0)
+    assert not torch.allclose(expected, call(unet), atol=10 * ROUNDING)
+
+
+@needs_openvino
+def test_a_damaged_cache_is_written_again(cache):
+    unet = small_sd().eval()
+    both(unet)
+    for file in cache.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    predicted, expected = both(unet)
+    torch.testing.assert_close(predicted, expected, atol=ROUNDING, rtol=0)
+    assert sum(file.stat().st_size > 100 for file in cache.iterdir()) == 1
+
+
+@needs_openvino
+def test_calls_of_a_pipeline_and_packed_sweeps_give_the_same_images(fast, tiny, tmp_path):
+    image = decinb.load_image("day")
+    arguments = {"strength": 1.0, "num_inference_steps": STEPS}
+    seen = []
+    hook = fast.unet.register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
+    made = [
+        pipe("a red house", image, **arguments, generator=torch.Generator().manual_seed(0)).images[0]
+        for pipe in (fast, tiny)
+    ]
+    hook.remove()
+    assert sum(seen) > 0, "hooks on the network itself still run"
+    assert same(*made)
+    cells = decinb.grid(guidance_scale=[1, 7.5], num_inference_steps=[STEPS])
+    sweeps = [
+        decinb.run_sweep(pipe, image, "a red house", cells, folder=tmp_path / name)
+        for name, pipe in {"fast": fast, "tiny": tiny}.items()
+    ]
+    assert all(same(*pair) for pair in zip(*(sweep.images for sweep in sweeps), strict=True))
+    names = [sorted(file.name for file in (tmp_path / name).glob("*.png")) for name in ("fast", "tiny")]
+    assert names[0] == names[1], "their keys differ: float32 images are the same images"
+    again = decinb.replay(tmp_path / "fast" / names[0][0], tiny)
+    assert any(same(again, made) for made in sweeps[0].images)
+
+
+@needs_openvino
+def test_bfloat16_is_near_and_its_images_are_kept_apart(tiny):
+    pipe = decinb.load_pipeline("tiny", "cpu", runtime="openvino-bfloat16")
+    assert pipeline_record(pipe)["dtype"] == "openvino-bfloat16" and pipeline_record(tiny)["dtype"] == "float32"
+    pipe.set_progress_bar_config(disable=True)
+    image = decinb.load_image("day")
+    pixels = [
+        np.asarray(one("a red house", image, 1.0, STEPS, generator=torch.Generator().manual_seed(0)).images[0], float)
+        for one in (pipe, tiny)
+    ]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 5
+
+
+def add_lora(unet):
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+
+
+CHANGES = {
+    "modules that were added": add_lora,
+    "have hooks": lambda unet: unet.conv_in.register_forward_hook(lambda module, args, output: output + 1),
+    "another forward": lambda unet: setattr(unet.conv_act, "forward", lambda hidden: hidden),
+    "other attention processors": lambda unet: unet.set_attn_processor(AttnProcessor()),
+    "training mode": lambda unet: unet.train(),
+    "weights are bfloat16": lambda unet: unet.to(torch.bfloat16),
+}
+
+
+@needs_openvino
+@pytest.mark.parametrize(("reason", "change"), CHANGES.items(), ids=CHANGES)
+def test_what_changes_the_inside_runs_in_pytorch_with_one_line(reason, change):
+    torch.manual_seed(0)
+    unet = small_nas().eval()
+    openvino.attach(unet, "openvino")
+    change(unet)
+    sample = torch.randn(1, 4, 8, 8).to(unet.dtype)
+    text = torch.randn(1, 7, 16).to(unet.dtype)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match=reason):
+            first = unet(sample, 3, text)[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            second = unet(sample, 3, text)[0]
+        expected = type(unet).forward(unet, sample, 3, text)[0]
+    if reason not in ("have hooks", "training mode"):
+        assert torch.equal(first, expected) and torch.equal(second, expected)
+    assert not vars(unet)["forward"].requests, "OpenVINO was used"
+
+
+@needs_openvino
+def test_loaded_and_changed_weights_are_used():
+    torch.manual_seed(0)
+    unet = small_nas().eval()
+    openvino.attach(unet, "openvino")
+    before = call(unet)
+    unet.load_state_dict(small_nas().state_dict())
+    after = call(unet)
+    openvino.detach(unet)
+    assert not torch.allclose(before, after, atol=10 * ROUNDING)
+    torch.testing.assert_close(after, call(unet), atol=ROUNDING, rtol=0)
+
+
+@needs_openvino
+def test_gradients_flow_through_pytorch():
+    unet = small_nas().eval()
+    openvino.attach(unet, "openvino")
+    unet(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 7, 16)).sample.sum().backward()
+    assert unet.conv_in.weight.grad is not None
+
+
+@needs_openvino
+def test_a_network_can_be_copied_and_pickled():
+    torch.manual_seed(0)
+    unet = small_nas().eval()
+    openvino.attach(unet, "openvino")
+    expected = call(unet)
+    copied = copy.deepcopy(unet)
+    assert vars(copied)["forward"].network is copied
+    for other in (copied, pickle.loads(pickle.dumps(unet))):
+        assert openvino.runtime_of(other) == "openvino"
+        torch.testing.assert_close(call(other), expected, atol=ROUNDING, rtol=0)
+
+
+@needs_openvino
+def test_importing_openvino_sends_no_request():
+    code = (
+        "import json, sys; from decinb.runtimes import graph; graph.import_openvino();"
+        "print(json.dumps([name for name in sys.modules if name.startswith('openvino_telemetry.')]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout.splitlines()[-1]) == []
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"runtime": "onnx"}, "runtime must be one of torch, openvino, openvino-bfloat16"),
+        ({"runtime": "openvino", "dtype": "bfloat16"}, "dtype must be float32 with runtime='openvino'"),
+        ({"runtime": "openvino", "compile": True}, "compile must be False with runtime='openvino'"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_before_loading(arguments, message):
+    with pytest.raises(InputError, match=message):
+        decinb.load_pipeline("tiny", "cpu", **arguments)
+
+
+def test_without_openvino_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(openvino, "is_installed", lambda: False)
+    with pytest.raises(InputError, match=r"needs OpenVINO: pip install 'decinb\[openvino\]'"):
+        decinb.load_pipeline("tiny", "cpu", runtime="openvino")
+
+
+def test_a_runtime_is_chosen_when_a_model_is_loaded(tiny):
+    with pytest.raises(InputError, match="runtime apply when a model is loaded"):
+        decinb.load_pipeline(tiny, runtime="openvino")
+    with pytest.raises(InputError, match="must be 'torch' on cuda"):
+        openvino.check("openvino", torch.device("cuda"), torch.float32)
+    with pytest.raises(InputError, match="runtime must be 'torch' for a pipeline without a U-Net"):
+        openvino.attach(None, "openvino")
