@@ -118,7 +118,7 @@ jupyter_kernel_gateway @ git+https://example.org/kernel_gateway@b134e99
 def test_the_notebooks_can_be_copied(tmp_path):
     copied = copy_notebooks(tmp_path / "new")
     assert sorted(path.name for path in copied) == sorted(path.name for path in ROOT.glob("notebooks/*.ipynb"))
-    with pytest.raises(InputError, match="already has 01_setup"):
+    with pytest.raises(InputError, match="already has 00_image_to_image"):
         copy_notebooks(tmp_path / "new")
 
 
