@@ -46,12 +46,12 @@ PLACES = {
     "figures": (1.2, 1.9),
     "loading": (4.7, 1.2),
     "plotting": (1.2, 1.2),
-    "execution": (2.95, 2.2),
+    "execution": (2.95, 2.9),
     "sweep": (2.95, 1.2),
     "interactive": (2.95, 2.2),
     "__main__": (0.75, 1.2),
-    "tiny": (3.15, 3.1),
-    "benchmark": (6.3, 2.5),
+    "tiny": (2.9, 2.7),
+    "benchmark": (6.05, 3.4),
 }
 COLOURS = {
     "light": {"page": "#ffffff", "band": "#f6f8fa", "text": "#1f2328", "core": "#cfe3fb", "package": "#fbe3c0"},
@@ -79,7 +79,7 @@ def data() -> dict[str, dict[str, list[str]]]:
 
 def draw(shown: dict[str, dict[str, list[str]]], file: Path, colours: dict[str, str]) -> None:
     """Draw each part as a box on its layer, and an arrow for each import that no chain of other imports implies."""
-    figure = plt.figure(figsize=(8.3, 7.4), facecolor=colours["page"])
+    figure = plt.figure(figsize=(8.3, 0.78 * len(LAYERS)), facecolor=colours["page"])
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, 7.8), ylim=(-0.5, len(LAYERS) - 0.5))
     ax.axis("off")
