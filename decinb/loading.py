@@ -55,8 +55,8 @@ def load_pipeline(
         allow_pickle: read weights that exist only as ``.bin``. They are read as plain tensors only, and rejected if
             they hold anything else. The published checkpoint does not need this argument.
         task: ``"image-to-image"`` or ``"text-to-image"``.
-        runtime: ``"torch"``, or ``"openvino"`` to run the U-Net with OpenVINO on the CPU, which is about twice as fast
-            for single images and changes them only by rounding. ``"openvino-bfloat16"`` is faster still where the
+        runtime: ``"torch"``, or ``"openvino"`` to run the U-Net with OpenVINO on the CPU, which is faster for single
+            images and changes them only by rounding. ``"openvino-bfloat16"`` is faster still where the
             processor multiplies bfloat16, and its rounding shows. See ``decinb.runtimes.openvino``.
 
     Returns:

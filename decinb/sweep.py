@@ -27,6 +27,7 @@ from decinb.figures import viewer
 from decinb.figures.quiz import quiz
 from decinb.images import Source
 from decinb.sampling.adapters import adapter_of
+from decinb.sampling.base import Adapter
 from decinb.utils import validation
 from decinb.utils.files import write_atomically
 from decinb.utils.labels import ARGUMENTS, spreadsheet_cell
@@ -207,11 +208,10 @@ def run_sweep(
         max_rows = validation.count(pack, "pack")
     elif max_rows is not None:
         max_rows = validation.count(max_rows, "max_rows")
-    adapter_of(pipe)  # refuses anything but a pipeline
+    adapter = adapter_of(pipe)
+    given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
     with pipeline_lock(pipe):  # until the end, so that another thread's call waits
-        running = _start(
-            pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, max_rows, progress, show
-        )
+        running = _start(adapter, cells, given, folder, guidance_rescale, max_rows, progress, show)
         try:
             for _ in running:
                 pass
@@ -255,7 +255,8 @@ def steps(
         SweepError: from the iterator: the sweep failed while it ran.
     """
     max_rows = None if max_rows is None else validation.count(max_rows, "max_rows")
-    return _start(pipe, image, prompt, cells, seed, negative_prompt, folder, guidance_rescale, max_rows)
+    given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
+    return _start(adapter_of(pipe), cells, given, folder, guidance_rescale, max_rows)
 
 
 class Steps(Iterator[State]):
@@ -342,26 +343,21 @@ def load_sweep(folder: str | Path) -> Sweep:
 
 
 def _start(
-    pipe: DiffusionPipeline,
-    image: Source | None,
-    prompt: str,
+    adapter: Adapter,
     cells: Sequence[Cell],
-    seed: int,
-    negative_prompt: str | None,
+    given: Cell,
     folder: str | Path | None,
     guidance_rescale: float | None,
     max_rows: int | None,
     progress: bool = False,
     show: bool = False,
 ) -> Steps:
-    """Validate and plan a sweep."""
+    """Validate and plan a sweep; ``given`` holds the arguments of cells that do not name their own."""
     check_processes()
     if folder is None and is_shared():
         raise InputError("folder must be given when several processes share a sweep: they exchange images through it")
     store = None if folder is None else Store(validation.folder(folder))
-    adapter = adapter_of(pipe)
-    given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
-    with pipeline_lock(pipe):  # for planning too, which reads the scheduler
+    with pipeline_lock(adapter.pipe):  # for planning too, which reads the scheduler
         results = Results(make_plan(adapter, cells, given, guidance_rescale, store), store)
         return Steps(Runner(adapter, results, max_rows, progress, show), results)
 

@@ -80,7 +80,7 @@ def data() -> dict[str, dict[str, list[str]]]:
 
 def draw(shown: dict[str, dict[str, list[str]]], file: Path, colours: dict[str, str]) -> None:
     """Draw each part as a box on its layer, and an arrow for each import that no chain of other imports implies."""
-    figure = plt.figure(figsize=(8.3, 0.74 * len(LAYERS)), facecolor=colours["page"])
+    figure = plt.figure(figsize=(8.3, 0.78 * len(LAYERS)), facecolor=colours["page"])
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, 7.8), ylim=(-0.5, len(LAYERS) - 0.5))
     ax.axis("off")

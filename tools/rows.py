@@ -28,7 +28,6 @@ RESULTS = ROOT / "results" / "versions.json"
 PAGE = ROOT / "docs" / "versions.md"
 BEGIN, END = "<!-- begin: written by tools/rows.py -->\n", "<!-- end -->\n"
 ROWS = ("floors", "lock", "newest")
-FOR_NOTEBOOKS = "ipyplot"  # what the set-up cell installs beside decinb
 
 
 def project() -> dict[str, Any]:
@@ -128,7 +127,7 @@ def replaced_beside(freeze: str, python: str, folder: Path) -> dict[str, str]:
     there = frozen(freeze)
     for name, version in there.items():
         _pretend(site, name, version)
-    wanted = [*project()["dependencies"], FOR_NOTEBOOKS]
+    wanted = project()["dependencies"]
     to_visit, visited = {canonicalize_name(Requirement(line).name) for line in wanted}, set[str]()
     while names := (to_visit & there.keys()) - visited:
         visited |= names

@@ -26,16 +26,11 @@ from pathlib import Path
 if "decinb" not in packages_distributions():
     release = "{release}"
     nearby = [os.environ.get("DECINB_SOURCE"), *Path().glob("decinb-*.whl"), Path("../decinb/tiny").is_dir() and ".."]
-    source = next(filter(None, nearby), release)
-    %pip install -q --find-links . "{{source}}"
-    %pip install -qqq --retries 0 --find-links . ipyplot
-    if "decinb" not in packages_distributions():
-        raise SystemExit("decinb is not installed: put its wheel beside this notebook, or its path into DECINB_SOURCE")
-
+    %pip install -q --find-links . "{{next(filter(None, nearby), release)}}"
+    assert "decinb" in packages_distributions(), "decinb is missing: put its wheel here, or its path into DECINB_SOURCE"
 import decinb  # first: it may set what torch reads when it is imported
 
 decinb.check_driver()
-
 import matplotlib.pyplot as plt
 import torch"""
 

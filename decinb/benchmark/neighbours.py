@@ -97,7 +97,7 @@ def rate(runtime: str, seconds: float) -> str:
 
     sweep()
     rows, began = 0, perf_counter()
-    while perf_counter() < began + seconds:
+    while not rows or perf_counter() < began + seconds:
         rows += sweep()
     return json.dumps(rows / (perf_counter() - began))
 

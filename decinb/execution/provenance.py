@@ -29,7 +29,7 @@ from decinb.execution.fingerprint import fingerprint, sampled_hash
 from decinb.images import OUTPUT_HASH, Saved
 from decinb.loading import is_here
 from decinb.models import MODELS
-from decinb.runtimes.openvino import precision
+from decinb.runtimes.openvino import RUNTIMES, precision
 from decinb.sampling.base import Adapter
 from decinb.sampling.jobs import Job
 from decinb.utils import validation
@@ -47,8 +47,6 @@ IMAGE_FIELDS = [*ARGUMENTS, "guidance_rescale", *MADE_BY]
 """The fields that a sweep's image is made again from."""
 NOT_PLAIN = "not recorded"
 """The key of a value in a scheduler's configuration that JSON cannot hold, such as a function."""
-MAX_NUMBER, MAX_LENGTH = 1e6, 10_000
-"""The largest number and the longest list in a scheduler's configuration that is read from a file."""
 
 KEY_FIELDS = (
     "weights",
@@ -322,11 +320,12 @@ def check_pipeline(pipe: DiffusionPipeline, record: ImageRecord, where: str) -> 
     Raises:
         InputError: its dtype, weights, adapters or settings are not those of the record.
     """
-    made_in, own = record.get("dtype"), str(pipe.dtype).removeprefix("torch.")
+    made_in, own = record.get("dtype"), precision(pipe)
     if made_in not in (own, None):
+        argument = "runtime" if made_in in RUNTIMES else "dtype"
         raise InputError(
             f"{where!r} was made in {validation.short_repr(made_in)}, but pipe is in {own}: give "
-            "load_pipeline(..., dtype=...) with that dtype as pipe"
+            f"load_pipeline(..., {argument}=...) with that {argument} as pipe"
         )
     if "components" not in record:
         if sampled_hash(pipe) != record["weights"]:
@@ -364,19 +363,10 @@ def restore_scheduler(adapter: Adapter, record: ImageRecord, where: str) -> Sche
         if name != type(own).__name__ or any(expected.get(field, value) != value for field, value in config.items()):
             raise InputError(f"{where!r} was made with another configuration of {name}: load the pipeline again")
         return own
-    for field, value in config.items():
-        if _plain_type(value) or not _is_modest(value):
-            raise InputError(f"{where!r}: {name} cannot be made from {field} {validation.short_repr(value)}")
     try:
+        validation.scheduler_config(config)
+        if lost := [field for field, value in config.items() if _plain_type(value)]:
+            raise ValueError(f"{lost[0]} was not recorded")
         return allowed[name].from_config({field: _from_plain(value) for field, value in config.items()})
     except Exception as error:
         raise InputError(f"{where!r}: {name} cannot be made: {validation.short_repr(str(error))}") from error
-
-
-def _is_modest(value: Any) -> bool:
-    """Return whether a value of a configuration costs little memory and time, whatever a scheduler makes of it."""
-    if isinstance(value, (int, float)):
-        return abs(value) <= MAX_NUMBER
-    if isinstance(value, list):
-        return len(value) <= MAX_LENGTH and all(map(_is_modest, value))
-    return True

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.errors import InputError, ModelError, reason
@@ -27,8 +27,8 @@ from decinb.execution.provenance import (
 from decinb.images import Saved, read_saved
 from decinb.loading import load_pipeline
 from decinb.models import IMAGE_TO_IMAGE, TASKS, TEXT_TO_IMAGE
+from decinb.runtimes.openvino import RUNTIMES
 from decinb.sampling.adapters import adapter_of
-from decinb.sampling.base import Adapter
 from decinb.utils import validation
 from decinb.utils.locks import pipeline_lock
 
@@ -76,7 +76,7 @@ def _replay_cell(path: str | Path, saved: Saved, pipe: DiffusionPipeline | None)
     image = None if record["image"] is None else _input_image(saved, path)
     if pipe is None:
         task = TEXT_TO_IMAGE if image is None else IMAGE_TO_IMAGE
-        pipe = load_pipeline(known_model(record, name), dtype=record.get("dtype"), task=task)
+        pipe = _load(known_model(record, name), record.get("dtype"), task)
     adapter = adapter_of(pipe)
     job = make_job(record, image, where)
     adapter.check_image(image)
@@ -85,9 +85,9 @@ def _replay_cell(path: str | Path, saved: Saved, pipe: DiffusionPipeline | None)
     rescale = validation.fraction(record["guidance_rescale"], "guidance_rescale")
     with pipeline_lock(pipe), _with_adapters(pipe, record):
         check_pipeline(pipe, record, name)
-        before, pipe.scheduler = pipe.scheduler, _scheduler(adapter, record, name)
+        before, pipe.scheduler = pipe.scheduler, restore_scheduler(adapter, record, name)
         try:
-            adapter.count_calls([job])  # which refuses a scheduler that cannot run it
+            adapter.count_calls([job])  # refuses a scheduler that cannot run it
             (result,) = [result for step in adapter.run([job], None, rescale) for result in step.results]
         finally:
             pipe.scheduler = before
@@ -141,7 +141,7 @@ def _replay_chain(
     for i, (adapter, link) in enumerate(zip(adapters, links, strict=True)):
         check_pipeline(adapter.pipe, link, f"link {i} of {name}")
     image = _input_image(saved, path) if adapters[0].task == IMAGE_TO_IMAGE else None
-    schedulers = [_scheduler(adapter, link, name) for adapter, link in zip(adapters, links, strict=True)]
+    schedulers = [restore_scheduler(adapter, link, name) for adapter, link in zip(adapters, links, strict=True)]
     again = [
         Link(adapter.pipe, **{argument: link[argument] for argument in LINK_ARGUMENTS})
         for adapter, link in zip(adapters, links, strict=True)
@@ -155,17 +155,11 @@ def _replay_chain(
     return output.image
 
 
-def _scheduler(adapter: Adapter, record: ImageRecord, name: str) -> SchedulerMixin:
-    """Return the scheduler that a record names, within bounds of time and memory.
-
-    Raises:
-        InputError: the pipeline cannot use it.
-    """
-    try:
-        validation.scheduler_config(record["scheduler_config"])
-    except InputError as error:
-        raise InputError(f"{name!r}: {error}") from error
-    return restore_scheduler(adapter, record, name)
+def _load(model: str, made_in: str | None, task: str) -> DiffusionPipeline:
+    """Load a model as an image was made: in the dtype, or in the runtime, that its record names."""
+    if made_in in RUNTIMES:
+        return load_pipeline(model, device="cpu", runtime=made_in, task=task)
+    return load_pipeline(model, dtype=made_in, task=task)
 
 
 def _pipelines(
@@ -177,7 +171,7 @@ def _pipelines(
         models = [known_model(link, name) for link in links]
         wanted = [(model, link.get("dtype")) for model, link in zip(models, links, strict=True)]
         task_of = dict(zip(wanted, tasks, strict=True))
-        loaded = {one: load_pipeline(one[0], dtype=one[1], task=task) for one, task in task_of.items()}
+        loaded = {one: _load(*one, task) for one, task in task_of.items()}
         pipes = [loaded[one] for one in wanted]
     elif isinstance(pipe, Sequence):
         pipes = list(pipe)

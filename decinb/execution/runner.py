@@ -116,7 +116,7 @@ class Runner:
                 if is_first():
                     self.results.list_cells()
                     if store is not None and (unknown := unknown_parts(self.plan.records[0])):
-                        print(f"decinb: {unknown[0]} may change unseen: with it, images are made anew every time")
+                        print(f"decinb: {unknown[0]} cannot be compared, so every image is computed again")
                 yield self._load_saved()  # now, because waiting for the folder may have changed it
                 missing = self.results.missing
                 if missing and self.adapter.note and is_first():

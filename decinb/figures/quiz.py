@@ -42,8 +42,7 @@ def quiz(
             differ in it alone (with ``pairs``).
     """
     validation.known([name], [*ARGUMENTS, "steps_run"])
-    if isinstance(questions, bool) or not isinstance(questions, int) or not 1 <= questions <= 20:
-        raise InputError(f"questions must be an integer from 1 to 20, got {validation.short_repr(questions)}")
+    questions = validation.integer(questions, "questions", 1, 20)
     values = list(dict.fromkeys(record[name] for record in records))
     if len(values) < 2:
         raise InputError(f"{name} must differ between the images, or there is nothing to guess")

@@ -63,15 +63,16 @@ def read_graph(network: nn.Module, inputs: Mapping[str, Tensor]) -> "Model":
     Returns:
         A graph whose inputs are named after ``inputs`` and after the network's parameters.
     """
-    core = import_openvino().Core()
-    with suppress(OSError):  # no cache can be written here
+    core, file = import_openvino().Core(), None
+    with suppress(OSError):  # there may be no folder for it
         file = _cache_file(network, inputs)
         if file.exists():
             with suppress(zipfile.BadZipFile, zlib.error, KeyError, RuntimeError), zipfile.ZipFile(file) as stored:
                 return core.read_model(*map(stored.read, FILES))
     graph = export(network, inputs)
-    with suppress(OSError):
-        write_atomically(file, _zipped(graph))
+    if file is not None:
+        with suppress(OSError):
+            write_atomically(file, _zipped(graph))
     return graph
 
 

@@ -29,7 +29,7 @@ from decinb.unet_nas import UNetNAS
 from decinb.utils import validation
 
 DECODE_BATCH = 4  # latents per call of the VAE's decoder: more gain little speed and take much memory
-REHEARSALS, REHEARSED_STEPS = 8, 100  # schedules of a sweep that are tried without the U-Net, and their steps
+TRIED_SCHEDULES, TRIED_STEPS = 8, 100  # of a sweep, tried without the U-Net before it starts
 CACHED_PROMPTS = 64  # encoded prompts kept at least
 LARGE_LATENT = 1e4  # latents are a few units large; a U-Net cannot handle values beyond this
 
@@ -112,14 +112,14 @@ class BatchedAdapter(Adapter):
     def count_calls(self, jobs: Sequence[Job]) -> list[int]:
         calls: dict[tuple[int, int], int] = {}
         distinct = {(job.num_inference_steps, job.skipped): i for i, job in reversed(list(enumerate(jobs)))}
-        every = max(1, len(distinct) // REHEARSALS)
+        every = max(1, len(distinct) // TRIED_SCHEDULES)
         for number, (steps, i) in enumerate(sorted(distinct.items())):
             job = jobs[i]
             try:
                 scheduler, timesteps = job.schedule(self.pipe.scheduler, self.device)
                 calls[steps] = len(timesteps)
                 if number % every == 0 or number == len(distinct) - 1:
-                    self._rehearse(scheduler, timesteps[:REHEARSED_STEPS])
+                    self._try(scheduler, timesteps[:TRIED_STEPS])
             except Exception as error:
                 name = type(self.pipe.scheduler).__name__
                 raise InputError(
@@ -129,7 +129,7 @@ class BatchedAdapter(Adapter):
         return [calls[job.num_inference_steps, job.skipped] for job in jobs]
 
     @torch.no_grad()
-    def _rehearse(self, scheduler: SchedulerMixin, timesteps: Tensor) -> None:
+    def _try(self, scheduler: SchedulerMixin, timesteps: Tensor) -> None:
         """Run a scheduler on noise alone, since some that are made for other pipelines fail only in the middle."""
         generator = torch.Generator().manual_seed(0)
 
@@ -286,9 +286,9 @@ class _PackedRun:
     def _ordered(self) -> list[tuple[int, Job]]:
         """Return the jobs with their numbers, in the order in which they start.
 
-        They are dealt like cards, from the longest to the shortest, into as many hands as there are full calls, so
-        every hand has short and long jobs. The shortest of a hand start first, so images appear evenly, but the longest
-        of the last one, so calls stay full until the end. Jobs with the same start stay together: they share rows.
+        The jobs are split into as many groups as there are full calls, each with long and short jobs. In all groups but
+        the last, the shortest jobs start first, so that images finish at an even rate; in the last, the longest do, so
+        that calls stay full until the end. Jobs with the same start stay together, because they share rows.
         """
         together: dict[tuple[int, ...], list[tuple[int, Job]]] = {}
         for i, job in enumerate(self.jobs):
@@ -298,11 +298,11 @@ class _PackedRun:
             return jobs[0][1].num_inference_steps - jobs[0][1].skipped
 
         longest_first = sorted(together.values(), key=length, reverse=True)
-        hands = max(1, round(sum(map(self.adapter.rows, self.jobs)) / self.max_rows))
-        dealt = [longest_first[hand::hands] for hand in range(hands)]
-        for hand in dealt[:-1]:
-            hand.sort(key=length)
-        return [one for hand in dealt for jobs in hand for one in jobs]
+        number = max(1, round(sum(map(self.adapter.rows, self.jobs)) / self.max_rows))
+        groups = [longest_first[i::number] for i in range(number)]
+        for group in groups[:-1]:
+            group.sort(key=length)
+        return [one for group in groups for jobs in group for one in jobs]
 
     def run(self) -> Iterator[Step]:
         try:

@@ -1,8 +1,8 @@
 """Use as many threads as pay off while others use the processor too.
 
 PyTorch splits each operation of a network among all cores, and the threads wait for each other many hundred times a
-call, spinning. Beside one busy process, one of them has to wait for its turn, and the others spin in vain: with two
-cores, a sweep takes twenty times longer than on a quiet machine, where one thread would take one and a half times.
+call, spinning. Beside one busy process, one of them has to wait for its turn, and the others spin for nothing: on two
+cores, a sweep was measured at a twentieth of its quiet rate, where one thread kept two thirds of it.
 
 Two things are done about it. ``limit_spinning`` bounds the spinning before torch is loaded. ``adapt_threads`` times the
 calls of a network, and changes the number of threads while it runs. The environment variable ``DECINB_FIXED_THREADS=1``
@@ -18,9 +18,7 @@ from time import perf_counter, process_time
 from typing import Any
 
 SWITCH = "DECINB_FIXED_THREADS"
-SPINS = (
-    30_000  # some 1 ms: less makes quiet machines slower, and more makes busy ones slower, until threads are changed
-)
+SPINS = 30_000  # about 1 ms: less makes a quiet machine slower; more, a busy one until its threads are changed
 SECONDS = 3.0  # at least, between two looks at another number of threads
 MAX_COST_BELOW, MAX_COST_ABOVE = 0.01, 0.05  # of the time, for looks at fewer and at more threads
 LOST = 0.25  # of a core: less is missing on a quiet machine

@@ -169,7 +169,7 @@ def test_a_wheel_in_an_empty_folder_runs_notebook_02(wheel, environment, tmp_pat
         "import papermill, sys; papermill.execute_notebook(*sys.argv[1:3], cwd=sys.argv[3], kernel_name='python3')"
     )
     failed = run("-c", execute, str(tmp_path / "without.ipynb"), str(tmp_path / "out.ipynb"), str(elsewhere))
-    assert failed.returncode and "decinb is not installed: put its wheel beside this notebook" in failed.stderr
+    assert failed.returncode and "decinb is missing: put its wheel here" in failed.stderr
 
     installed = run("-c", execute, str(tmp_path / "without.ipynb"), str(tmp_path / "out.ipynb"), str(folder))
     assert not installed.returncode, installed.stderr

@@ -1,7 +1,6 @@
 """Every scheduler and every way to run a network: sweep, save, resume, load, plot and replay, or a refusal by name."""
 
 import itertools
-import os
 import random
 import warnings
 
@@ -17,6 +16,7 @@ from decinb import InputError, run_sweep
 from decinb.benchmark.counting import count_unet_calls
 from decinb.execution.provenance import active_adapters
 from decinb.figures.layout import lay_out
+from tests.helpers.fuzz import EXAMPLES, FEW
 from tests.helpers.modes import MODES
 from tests.helpers.small import small_pipe
 from tests.helpers.sweeps import same
@@ -55,9 +55,8 @@ CANNOT = {  # made for other pipelines: tokens, flows, several inputs at a step
     "VQDiffusionScheduler",
 }
 
-EXAMPLES = int(os.environ.get("DECINB_FUZZ_EXAMPLES", "100"))
 PAIRS = list(itertools.product([name for name in SCHEDULERS if name not in CANNOT], MODES))
-SOME_PAIRS = PAIRS if EXAMPLES > 100 else random.Random(0).sample(PAIRS, 6)
+SOME_PAIRS = PAIRS if EXAMPLES > FEW else random.Random(0).sample(PAIRS, 6)
 """Of schedulers and modes: a few in ``make test``, all of them in ``make fuzz``."""
 
 
@@ -128,7 +127,7 @@ def test_what_a_configuration_cannot_say_is_told(pipe, tmp_path, capsys):
     run_sweep(pipe, IMAGE, PROMPT, CELLS[:1], folder=tmp_path, progress=False)
     with count_unet_calls(pipe) as count:
         run_sweep(pipe, IMAGE, PROMPT, CELLS[:1], folder=tmp_path, progress=False)
-    assert count.calls > 0 and "scheduler.tau_func (function) may change unseen" in capsys.readouterr().out
+    assert count.calls > 0 and "scheduler.tau_func (function) cannot be compared" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", MODES, ids=lambda change: change.__name__)
@@ -203,7 +202,7 @@ def test_a_hook_is_told_and_never_brings_back_an_image(pipe, tmp_path, capsys, h
             alone = run_sweep(pipe, IMAGE, PROMPT, CELLS[:1], progress=False)
             hook.remove()
             assert same(sweep.images[0], alone.images[0]) and not same(sweep.images[0], plain.images[0])
-            assert capsys.readouterr().out.count("may change unseen: with it, images are made anew every time") == 1
+            assert capsys.readouterr().out.count("cannot be compared, so every image is computed again") == 1
     with count_unet_calls(pipe) as count:
         again = run_sweep(pipe, IMAGE, PROMPT, CELLS[:1], folder=tmp_path, progress=False)
     assert count.calls == 0 and same(again.images[0], plain.images[0])

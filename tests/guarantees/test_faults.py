@@ -289,7 +289,7 @@ def test_the_black_of_a_safety_checker_is_told_from_nan(tiny, tmp_path, happened
 # --- F5: a disk that takes nothing ------------------------------------------------------------------------------------
 
 SWEEP = """
-import os, resource, sys, warnings, torch, decinb
+import os, resource, sys, tempfile, warnings, torch, decinb
 torch.set_num_threads(1)
 folder, fault = sys.argv[1:]
 pipe = decinb.load_pipeline("tiny", device="cpu")
@@ -297,6 +297,8 @@ image = decinb.load_image("day")
 if fault == "full":  # no file may grow beyond this: the manifest fits, a picture does not
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 elif os.geteuid() == 0:
+    with tempfile.TemporaryDirectory() as other:  # imports what other users may not read
+        decinb.run_sweep(pipe, image, "a red house", [{"strength": 0.1}], folder=other, progress=False)
     os.seteuid(65534)  # what is read-only for others is not for root
 cells = decinb.grid(seed=[0, 1], strength=[1.0], num_inference_steps=[2], guidance_scale=[1.0])
 with warnings.catch_warnings(record=True) as caught:

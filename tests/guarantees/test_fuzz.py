@@ -4,7 +4,6 @@ Each run tries the same hundred of each; ``make fuzz`` tries others, and many mo
 """
 
 import io
-import os
 import resource
 import struct
 import time
@@ -13,7 +12,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays, scalar_dtypes
 from PIL import Image
@@ -22,19 +21,10 @@ from decinb import InputError, load_image, plan
 from decinb.images import read_record, save_image
 from decinb.utils import validation
 from decinb.utils.validation import MAX_SIDE, MIN_SIDE, MULTIPLE
+from tests.helpers.fuzz import fuzz
 
-EXAMPLES = int(os.environ.get("DECINB_FUZZ_EXAMPLES", "100"))
 MAX_SECONDS = 5  # for one input; most take a millisecond
 MAX_GROWTH = 1_000_000  # kB, whatever a header says
-BEFORE = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-fuzz = settings(
-    max_examples=EXAMPLES,
-    derandomize=EXAMPLES == 100,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (72, 80, 3), dtype=np.uint8))
 
@@ -178,8 +168,9 @@ def damaged(draw):
 
 
 def a_picture_or_refused(data):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     made = outcome(load_image, data)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < BEFORE + MAX_GROWTH
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + MAX_GROWTH
     if isinstance(made, InputError):
         return
     assert made.mode == "RGB" and len(made.tobytes()) == 3 * made.width * made.height

@@ -27,9 +27,9 @@ from decinb.execution.provenance import image_hash, record_key
 from decinb.images import INPUT, OUTPUT_HASH, RECORD, save_image
 from decinb.utils.quiet import quiet
 from tests.helpers.fake_hub import FORMAT, as_pickle, weights, write_json
+from tests.helpers.fuzz import EXAMPLES
 from tests.helpers.jail import Jail, check
 
-EXAMPLES = int(os.environ.get("DECINB_FUZZ_EXAMPLES", "100"))
 MODELS, RECORDS = max(12, EXAMPLES // 10), max(24, EXAMPLES // 5)
 MODEL_MB = 60  # the weights of the models below, and what loading them takes
 

@@ -5,7 +5,6 @@ Each run tries the same hundred changes; ``make fuzz`` tries others, and many mo
 
 import io
 import json
-import os
 import struct
 import warnings
 import zlib
@@ -13,7 +12,7 @@ from copy import deepcopy
 from types import FunctionType, MethodType
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
@@ -23,18 +22,9 @@ from decinb import InputError, run_sweep
 from decinb.execution.provenance import KEY_FIELDS, image_hash, pipeline_record, record_key
 from decinb.execution.store import Store
 from decinb.images import OUTPUT_HASH, RECORD, SEAL, _sealed, read_saved
+from tests.helpers.fuzz import EXAMPLES, fuzz
 from tests.helpers.small import small_pipe
 from tests.helpers.sweeps import same
-
-EXAMPLES = int(os.environ.get("DECINB_FUZZ_EXAMPLES", "100"))
-
-fuzz = settings(
-    max_examples=EXAMPLES,
-    derandomize=EXAMPLES == 100,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
 
 IMAGE = decinb.load_image("day", 64)
 CELL = {"num_inference_steps": 2, "strength": 0.5, "guidance_scale": 2.0}

@@ -162,6 +162,19 @@ def test_bfloat16_is_near_and_its_images_are_kept_apart(tiny):
     assert np.abs(pixels[0] - pixels[1]).mean() < 5
 
 
+@needs_openvino
+def test_bfloat16_is_replayed_in_its_runtime(tiny, tmp_path, capsys):
+    pipe = decinb.load_pipeline("tiny", "cpu", runtime="openvino-bfloat16")
+    cells = [{"num_inference_steps": STEPS, "guidance_scale": 1.0}]
+    sweep = decinb.run_sweep(pipe, decinb.load_image("day"), "a red house", cells, folder=tmp_path, progress=False)
+    (path,) = tmp_path.glob("*.png")
+    assert same(decinb.replay(path, pipe), sweep.images[0])
+    assert same(decinb.replay(path), sweep.images[0])
+    assert "U-Net in OpenVINO, bfloat16" in capsys.readouterr().out
+    with pytest.raises(decinb.InputError, match=r"give load_pipeline\(..., runtime=...\)"):
+        decinb.replay(path, tiny)
+
+
 def add_lora(unet):
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
 
