@@ -20,7 +20,7 @@ from decinb.scenes.judge import Judge
 
 GUIDANCE = 7.5
 STEPS = 30
-BATCH = 32
+BATCH, BATCH_GPU = 32, 200
 
 TASKS = ("strokes to painting", "day to night", "grass to snow", "sketch to painting")
 
@@ -72,9 +72,9 @@ def run_in_batches(
     seed: int = 0,
 ) -> list[Image.Image]:
     """Call an image-to-image pipeline on many images, each with its own prompt and its own seed, in ``STEPS`` steps."""
-    made = []
-    for start in range(0, len(prompts), BATCH):
-        rows = slice(start, start + BATCH)
+    made, batch = [], BATCH if pipe.device.type == "cpu" else BATCH_GPU
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, start + batch)
         made += pipe(
             prompt=list(prompts[rows]),
             image=list(images[rows]),

@@ -14,6 +14,9 @@ from transformers import CLIPTokenizer
 from decinb.scenes import IMAGE_SIZE, Scene, random_scene, render, web_caption
 from decinb.utils.files import replacing
 
+CAPTIONED = 1024
+"""Scenes whose captions one process writes at a time. It decides the chance of each caption, the processes do not."""
+
 
 def draw_scenes(count: int, seed: int) -> list[Scene]:
     """Draw random scenes."""
@@ -68,15 +71,27 @@ def draw_captions(
     each: int,
     seed: int,
     say: Callable[[Scene, random.Random], str] = web_caption,
+    workers: int | None = None,
 ) -> Tensor:
     """Write several captions for each scene and return their tokens, (scenes, each, tokens), int16.
 
     Args:
         each: captions a scene.
         say: writes one caption; by default incomplete and now and then wrong, as ``web_caption`` documents.
+        workers: number of processes for many scenes; by default one for each core.
     """
-    rng = random.Random(f"captions {seed}")
+    starts = range(0, len(scenes), CAPTIONED)
+    chunks = [(scenes[start : start + CAPTIONED], tokenizer, each, f"captions {seed} {start}", say) for start in starts]
+    if len(chunks) == 1:
+        drawn = [_draw_captions(chunks[0])]
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            drawn = list(pool.map(_draw_captions, chunks))
+    return torch.from_numpy(np.concatenate(drawn)).unflatten(0, (len(scenes), each))
+
+
+def _draw_captions(chunk: tuple[Sequence[Scene], CLIPTokenizer, int, str, Callable[..., str]]) -> np.ndarray:
+    scenes, tokenizer, each, seed, say = chunk
+    rng = random.Random(seed)
     texts = [say(scene, rng) for scene in scenes for _ in range(each)]
-    chunks = (texts[start : start + 4096] for start in range(0, len(texts), 4096))
-    tokens = torch.cat([to_tokens(tokenizer, chunk).to(torch.int16) for chunk in chunks])
-    return tokens.unflatten(0, (len(scenes), each))
+    return to_tokens(tokenizer, texts).numpy().astype(np.int16)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from PIL import Image
 
@@ -373,7 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--results", type=Path, default=Path("results/tiny"), help="where the JSON goes (default %(default)s)"
     )
     given = parser.parse_args(arguments)
-    report = evaluate(load_pipeline(given.model, device=given.device), QUICK if given.quick else FULL)
+    pipe = load_pipeline(given.model, device=given.device, dtype=torch.float32)
+    report = evaluate(pipe, QUICK if given.quick else FULL)
     print(table(report))
     given.results.mkdir(parents=True, exist_ok=True)
     file = given.results / ("evaluate-quick.json" if given.quick else "evaluate.json")

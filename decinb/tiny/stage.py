@@ -74,7 +74,7 @@ class Stage:
             watch: called four times a minute, and at the end, with the progress from 0 to 1, while the modules hold
                 the averaged weights; its time does not count.
         """
-        losses: list[float] = []
+        losses: list[Tensor] = []
         clock = time.thread_time if self.device.type == "cpu" else time.monotonic
         saved = logged = time.monotonic()
         first, since = self.step, self.seconds
@@ -83,11 +83,11 @@ class Stage:
             loss = loss_of(self.step)
             loss.backward()
             self._descend()
-            losses.append(loss.item())
+            losses.append(loss.detach())  # not `item()`, which would wait for a GPU at each step
             self.step += 1
             self.seconds += clock() - started
             if time.monotonic() - logged > 15 or self.progress >= 1:
-                self._log(sum(losses) / len(losses), (self.step - first) / max(self.seconds - since, 1e-9))
+                self._log(torch.stack(losses).mean().item(), (self.step - first) / max(self.seconds - since, 1e-9))
                 if watch:
                     with self._averaged():
                         watch(self.progress)

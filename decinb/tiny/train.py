@@ -26,7 +26,7 @@ from decinb.errors import InputError
 from decinb.loading import load_pipeline
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.scenes.captions import LEFT_OUT, WRONG
-from decinb.tiny.data import cached, draw_all, draw_captions, draw_scenes, to_input
+from decinb.tiny.data import cached, draw_all, draw_captions, draw_scenes, to_input, to_tokens
 from decinb.tiny.losses import diffusion_loss, image_loss, vae_loss
 from decinb.tiny.networks import make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
 from decinb.tiny.stage import Stage
@@ -79,14 +79,15 @@ def train_vae(
     torch.manual_seed(seed)
     vae = begin or make_vae()
     stage = Stage("vae", {"vae": vae}, minutes, learning_rate, folder, device, dtype)
+    shown = images if device.type == "cpu" else torch.from_numpy(np.array(images)).to(device)
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
-        chosen = images[np.sort(rng.integers(len(images), size=batch))]
-        mirrored = chosen[..., ::-1] if step % 2 else chosen
+        chosen = to_input(shown[np.sort(rng.integers(len(images), size=batch))], device, dtype)
+        mirrored = chosen.flip(-1) if step % 2 else chosen
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         turned = Random(f"{seed} {step}") if rng.random() < equivariant else None
-        return vae_loss(vae, to_input(mirrored, device, dtype), generator, turned)
+        return vae_loss(vae, mirrored, generator, turned)
 
     stage.run(loss_of)
     normalise_latent(vae, encode(vae, images[:1024], device)[:, :4])
@@ -139,9 +140,9 @@ def finetune_decoder(
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, batch: int = 32) -> Tensor:
+def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, batch: int | None = None) -> Tensor:
     """Return the latents of images as mean and log variance, (images, 8, height / 8, width / 8), float32."""
-    moments = []
+    moments, batch = [], batch or (32 if device.type == "cpu" else 512)
     for start in range(0, len(images), batch):
         posterior = vae.encode(to_input(images[start : start + batch], device, vae.dtype)).latent_dist
         moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
@@ -213,7 +214,8 @@ def train_unet(
         first, noise = (torch.randn(mean.shape, generator=generator, device=device) for _ in range(2))
         latents = mean + (0.5 * log_variance).exp() * first
         tokens = captions[rows, draw(captions.shape[1])]
-        tokens[torch.rand(batch, generator=generator, device=device) < NO_CAPTION] = empty
+        unsaid = torch.rand(batch, generator=generator, device=device) < NO_CAPTION
+        tokens = torch.where(unsaid[:, None], empty, tokens)
         timesteps = draw(len(scheduler.alphas_cumprod))
         depth = None if depths is None else depths[draw(len(depths)), rows]
         return diffusion_loss(unet, text_encoder, scheduler, latents, noise, tokens.long(), timesteps, depth)
@@ -248,8 +250,8 @@ def train(
         unet_minutes: for U-Net and text encoder.
         begin: a model to go on from, whose latent and tokenizer are kept; by default everything is trained anew.
         captions: captions a scene.
-        vae_batch, batch: images a step of the VAE and rows a step of the U-Net; by default 4 and 64 on a CPU, 64 and
-            512 on a GPU.
+        vae_batch, batch: images a step of the VAE and rows a step of the U-Net; by default 4 and 64 on a CPU, 128 and
+            1024 on a GPU.
         dtype: of the computation; by default bfloat16 where the device is fast at it, else float32.
         workers: processes that draw scenes; by default one for each core.
 
@@ -262,7 +264,7 @@ def train(
             "vae_minutes may be 0 with a model to begin with"
         )
     on_cpu = device.type == "cpu"
-    vae_batch, batch = vae_batch or (4 if on_cpu else 64), batch or (64 if on_cpu else 512)
+    vae_batch, batch = vae_batch or (4 if on_cpu else 128), batch or (64 if on_cpu else 1024)
     dtype = dtype or fast_dtype(device)
     folder.mkdir(parents=True, exist_ok=True)
     check_same_run(folder / "settings.json", {"scenes": scenes, "seed": seed, "begin": begin and str(begin)})
@@ -272,17 +274,17 @@ def train(
     if begin:
         loaded = load_pipeline(begin, device="cpu").components
         vae, tokenizer, parts = loaded["vae"], loaded["tokenizer"], (loaded["unet"], loaded["text_encoder"])
-        if vae_minutes:
-            finetune_decoder(vae, images, vae_minutes, folder, device, seed, vae_batch, dtype)
     else:
         tokenizer = make_tokenizer(folder / "tokenizer")
-        vae = train_vae(images, vae_minutes, folder, device, seed, vae_batch, dtype=dtype)
         torch.manual_seed(seed)
         parts = make_unet(), make_text_encoder(tokenizer)
-    moments = encode_all(vae, images, folder / "moments.npy", device, dtype)
     print("writing captions", flush=True)
-    tokens = draw_captions(drawn, tokenizer, captions, seed)
-    empty = draw_captions(drawn[:1], tokenizer, 1, seed, lambda scene, rng: "")[0, 0]
+    tokens, empty = draw_captions(drawn, tokenizer, captions, seed, workers=workers), to_tokens(tokenizer, [""])[0]
+    if not begin:
+        vae = train_vae(images, vae_minutes, folder, device, seed, vae_batch, dtype=dtype)
+    elif vae_minutes:
+        finetune_decoder(vae, images, vae_minutes, folder, device, seed, vae_batch, dtype)
+    moments = encode_all(vae, images, folder / "moments.npy", device, dtype)
     parts = train_unet(
         moments,
         tokens,
@@ -426,8 +428,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--captions", type=int, default=8, help="captions a scene (default %(default)s)")
     parser.add_argument("--vae-minutes", type=float, default=60, help="with --begin: of its decoder (default 60)")
     parser.add_argument("--unet-minutes", type=float, default=120, help="of U-Net and text encoder (default 120)")
-    parser.add_argument("--vae-batch", type=int, help="images a step of the VAE (default 4 on a CPU, 64 on a GPU)")
-    parser.add_argument("--batch", type=int, help="rows a step of the U-Net (default 64 on a CPU, 512 on a GPU)")
+    parser.add_argument("--vae-batch", type=int, help="images a step of the VAE (default 4 on a CPU, 128 on a GPU)")
+    parser.add_argument("--batch", type=int, help="rows a step of the U-Net (default 64 on a CPU, 1024 on a GPU)")
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="of the U-Net (default %(default)s)")
     parser.add_argument("--begin", help='a model to go on from ("tiny" or a folder); its latent and tokenizer are kept')
     parser.add_argument("--seed", type=int, default=0)

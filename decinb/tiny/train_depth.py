@@ -23,7 +23,7 @@ from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 from decinb.errors import InputError
 from decinb.loading import load_pipeline
 from decinb.scenes import IMAGE_SIZE, Scene, depth_map
-from decinb.tiny.data import cached, draw_all, draw_captions, draw_scenes, to_input
+from decinb.tiny.data import cached, draw_all, draw_captions, draw_scenes, to_input, to_tokens
 from decinb.tiny.evaluate_depth import measure, table
 from decinb.tiny.losses import image_loss
 from decinb.tiny.stage import Stage
@@ -178,7 +178,7 @@ def train(
         scenes: number of scenes to draw.
         begin: the model whose parts are shared, and whose U-Net is finetuned.
         captions: captions a scene.
-        batch: rows a step of the U-Net; by default 32 on a CPU, 256 on a GPU.
+        batch: rows a step of the U-Net; by default 32 on a CPU, 512 on a GPU.
         workers: processes that draw scenes; by default one for each core.
 
     Raises:
@@ -195,17 +195,17 @@ def train(
     print(f"drawing {scenes} scenes", flush=True)
     images = draw_all(drawn, folder / f"scenes-{seed}-{scenes}.npy", workers=workers)
     depths = _depths(drawn, folder / f"depths-{seed}-{scenes}.npy")
-    estimator = train_estimator(images, depths, estimator_minutes, folder, device, seed, dtype=dtype)
-
     parts = load_pipeline(begin, device="cpu").components
+    tokens = draw_captions(drawn, parts["tokenizer"], captions, seed, workers=workers)
+    empty = to_tokens(parts["tokenizer"], [""])[0]
+
+    estimator = train_estimator(images, depths, estimator_minutes, folder, device, seed, dtype=dtype)
     moments = encode_all(parts["vae"], images, folder / "moments.npy", device, dtype)
     print("estimating the depth of the scenes", flush=True)
     side = moments.shape[-1]
     true = prepare(torch.tensor(depths), side)
     seen = prepare(estimate(estimator, images, device).cpu(), side)
     text_encoder = copy.deepcopy(parts["text_encoder"]).requires_grad_(False)
-    tokens = draw_captions(drawn, parts["tokenizer"], captions, seed)
-    empty = draw_captions(drawn[:1], parts["tokenizer"], 1, seed, lambda scene, rng: "")[0, 0]
     unet, _ = train_unet(
         moments,
         tokens,
@@ -215,7 +215,7 @@ def train(
         folder,
         device,
         seed,
-        batch or (32 if device.type == "cpu" else 256),
+        batch or (32 if device.type == "cpu" else 512),
         depths=torch.stack([true, seen]),
         learning_rate=5e-4,
         dtype=dtype,
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--estimator-minutes", type=float, default=10, help="of the depth estimator (default 10)")
     parser.add_argument("--unet-minutes", type=float, default=40, help="of the U-Net (default 40)")
     parser.add_argument("--begin", default="tiny", help="the model whose parts are shared (default %(default)s)")
-    parser.add_argument("--batch", type=int, help="rows a step of the U-Net (default 32 on a CPU, 256 on a GPU)")
+    parser.add_argument("--batch", type=int, help="rows a step of the U-Net (default 32 on a CPU, 512 on a GPU)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, help="processes that draw scenes (default: one for each core)")

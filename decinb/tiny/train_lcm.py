@@ -27,7 +27,7 @@ from transformers import CLIPTextModel
 from decinb.errors import InputError
 from decinb.loading import load_pipeline
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
-from decinb.tiny.data import draw_all, draw_captions, draw_scenes
+from decinb.tiny.data import draw_all, draw_captions, draw_scenes, to_tokens
 from decinb.tiny.networks import make_scheduler
 from decinb.tiny.stage import Stage
 from decinb.tiny.train import check_same_run, encode_all, fast_dtype, tidy_configs
@@ -81,7 +81,9 @@ def consistency_loss(
     # On a CPU the backward pass of fused attention takes a fifth of a training step; that of plain attention is fast.
     with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
         with torch.no_grad():
-            distinct, which = torch.cat([tokens, empty[None]]).unique(dim=0, return_inverse=True)
+            told = torch.cat([tokens, empty[None]])
+            # Counting what is distinct would wait for a GPU, which encodes captions faster than that.
+            distinct, which = told.unique(dim=0, return_inverse=True) if on_cpu else (told, slice(None))
             encoded = text_encoder(distinct)[0][which]
             text, nothing = encoded[:-1], encoded[-1:].expand_as(encoded[:-1])
             both = teacher(noisy.to(text.dtype).repeat(2, 1, 1, 1), now.repeat(2), torch.cat([text, nothing])).sample
@@ -196,9 +198,9 @@ def train(
     drawn = draw_scenes(scenes, seed)
     images = draw_all(drawn, folder / f"scenes-{seed}-{scenes}.npy", workers=workers)
     parts = load_pipeline(teacher, device="cpu").components
+    tokens = draw_captions(drawn, parts["tokenizer"], captions, seed, workers=workers)
+    empty = to_tokens(parts["tokenizer"], [""])[0]
     moments = encode_all(parts["vae"], images, folder / "moments.npy", device, dtype)
-    tokens = draw_captions(drawn, parts["tokenizer"], captions, seed)
-    empty = draw_captions(drawn[:1], parts["tokenizer"], 1, seed, lambda scene, rng: "")[0, 0]
     student = distil(
         moments,
         tokens,
