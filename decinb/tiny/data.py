@@ -55,7 +55,8 @@ def cached(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
 
 def to_input(images: np.ndarray | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Turn bytes into the [-1, 1] that a VAE takes."""
-    return torch.tensor(np.ascontiguousarray(images)).to(device, dtype) / 127.5 - 1
+    pixels = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
+    return pixels.to(device, dtype) / 127.5 - 1
 
 
 def to_tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:

@@ -370,11 +370,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="tiny", help="a diffusers folder (default: the bundled model)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} images a point instead of {FULL}")
     parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--runtime", default=openvino.TORCH, choices=openvino.RUNTIMES, help="of the U-Net")
     parser.add_argument(
         "--results", type=Path, default=Path("results/tiny"), help="where the JSON goes (default %(default)s)"
     )
     given = parser.parse_args(arguments)
-    pipe = load_pipeline(given.model, device=given.device, dtype=torch.float32)
+    pipe = load_pipeline(given.model, device=given.device, dtype=torch.float32, runtime=given.runtime)
     report = evaluate(pipe, QUICK if given.quick else FULL)
     print(table(report))
     given.results.mkdir(parents=True, exist_ok=True)
