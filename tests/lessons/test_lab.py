@@ -81,7 +81,7 @@ def test_what_is_kept_is_counted_in_pairs(tiny, judge):
     lab = decinb.Lab(tiny)
     originals = [render(random_scene(random.Random(seed))) for seed in range(6)]
     assert lab.kept(originals, originals)["value"] == 1
-    first, second = (lab.kept([image], [other])["value"] for image, other in zip(originals[:2], originals[1:3]))
+    first, second = (lab.kept([originals[i]], [originals[i + 1]])["value"] for i in (0, 1))
     assert lab.kept(originals[:2], originals[1:3])["value"] == pytest.approx((first + second) / 2)
     with pytest.raises(ValueError):
         lab.kept(originals, originals[1:])
