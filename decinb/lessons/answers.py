@@ -34,6 +34,8 @@ class Choice:
 ANSWERS: dict[str, Number | Choice] = {
     "00.1": Number(22, "int(30 * 0.75) is 22, because int() cuts off what follows the point."),
     "00.2": Number(7.5, "guidance moves 7.5 times the difference away from the prediction without the prompt."),
+    "01.1": Number(48, "8 x 8 pixels of 3 values become one position of 4 values: 192 / 4."),
+    "01.2": Choice("b", "text and input are encoded before the loop, and one latent is decoded after it.", "abc"),
     "02.1": Number(1, "int(10 * strength) is 5 for all four strengths, so all four are the same computation."),
     "02.2": Number(156, "the six strengths run 22, 24, 25, 27, 28 and 30 steps."),
     "03.1": Choice("b", "guidance doubles the rows of a call: 2 x 15 rows take longer than 1 x 22."),
@@ -44,6 +46,10 @@ ANSWERS: dict[str, Number | Choice] = {
     "05.2": Number(13, "the base, and four other values of each of three arguments."),
     "08.1": Choice("b", "without + scale * (with - without) is the same at every scale if both are equal.", "abc"),
     "08.2": Choice("a", "the second prediction is made in any case; the negative prompt only changes its text."),
+    "09.1": Number(60, "text to image runs all 30 steps, each of the other two links int(30 * 0.5)."),
+    "09.2": Choice("b", "a latent is what a VAE makes of an image, and only an equal VAE can read it.", "abc"),
+    "10.1": Number(13, "the registry says 6.9 GB and 6.1 GB.", within=0.05),
+    "10.2": Number(20, "a packed sweep takes as many calls as its longest cell."),
     "11.1": Number(256, "the U-Net sees the map at the resolution of the latent, 16 x 16."),
     "11.2": Choice("b", "at strength 1 the latent holds nothing of the input, but the depth map still does."),
 }

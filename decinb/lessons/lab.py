@@ -12,11 +12,11 @@ from PIL import Image
 
 from decinb.images import SAMPLES, Source, load_image
 from decinb.models import draws_scenes, example, image_size
-from decinb.scenes import estimates, random_scene, render
+from decinb.scenes import caption, estimates, random_scene, render
 from decinb.scenes.adherence import adherence, named_attributes
 from decinb.scenes.estimates import Estimate
 from decinb.scenes.judge import Judge
-from decinb.scenes.tasks import draw_trials, measure, reference, run_in_batches
+from decinb.scenes.tasks import draw_trials, house_kept, measure, reference, run_in_batches
 from decinb.utils.environment import in_notebook
 
 T = TypeVar("T")
@@ -26,6 +26,9 @@ UNKNOWN = Estimate(value=math.nan, low=math.nan, high=math.nan)
 
 COUNT, STEPS = 32, 20
 """Images of a point of a curve, and the steps that they are made in."""
+
+THINGS = ("building", "trees", "mountains", "lake", "path", "fence")
+"""The attributes of a scene that every style shows."""
 
 
 class Lab:
@@ -105,6 +108,53 @@ class Lab:
     def mean(self, function: Callable[[Image.Image], float], images: Sequence[Image.Image]) -> Estimate:
         """Return the mean of a measure over images."""
         return estimates.mean([function(image) for image in images])
+
+    def kept(self, images: Sequence[Image.Image], originals: Sequence[Image.Image]) -> Estimate:
+        """Return which fraction of ``THINGS`` the judge reads alike in an image and in its original, on average.
+
+        Args:
+            images: at least one.
+            originals: what each image was made from, in the same order.
+        """
+        if not self.can_judge:
+            return UNKNOWN
+        pairs = zip(*(Judge.load().classify(list(each)) for each in (images, originals)), strict=True)
+        return estimates.mean([sum(seen[name] == was[name] for name in THINGS) / len(THINGS) for seen, was in pairs])
+
+    def style_chain(
+        self, styles: Sequence[str], strength: float, count: int = COUNT, num_inference_steps: int = STEPS
+    ) -> dict[str, list[Estimate]]:
+        """Run a chain of styles on many paintings, all of them together in each link, and measure every link.
+
+        Each prompt names all that its scene shows, in the style of the link.
+
+        Args:
+            styles: one for each link, such as "watercolour".
+            strength: of every link, above 0, at most 1.
+            count: paintings.
+
+        Returns:
+            A list with one estimate for each link, by measure: ``before`` and ``after``, the fraction of the images
+            given to the link, and made by it, in which the judge reads the style of the link; ``things``, the fraction
+            of things read as in the painting; ``layout``, how well the building stayed in its place.
+        """
+        if not self.can_judge:
+            return {name: [UNKNOWN] * len(styles) for name in ("before", "after", "things", "layout")}
+        scenes = [trial.target for trial in draw_trials("strokes to painting", count)]
+        paintings = images = [render(scene) for scene in scenes]
+        rows = []
+        for link, style in enumerate(styles):
+            targets = [replace(scene, style=style) for scene in scenes]
+            prompts = [caption(target) for target in targets]
+            steps, given = num_inference_steps, images
+            images = run_in_batches(self.pipe, given, prompts, strength, num_inference_steps=steps, seed=link * count)
+            before, after = (
+                estimates.fraction([seen["style"] == style for seen in Judge.load().classify(each)])
+                for each in (given, images)
+            )
+            stayed = estimates.mean([house_kept(*pair) for pair in zip(images, targets, strict=True)])
+            rows.append({"before": before, "after": after, "things": self.kept(images, paintings), "layout": stayed})
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
     def trial(self, task: str, number: int = 0) -> tuple[Image.Image, str]:
         """Return the input and the prompt of one trial of a task; the own ones where there are no scenes."""

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "teaching.md").read_text(encoding="utf-8")
+QUIZ = (ROOT / "docs" / "quiz.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| (\d+) to (\d+) \|(.*)$", PAGE, re.M)
 SECTIONS = re.compile(r"\]\(\.\./notebooks/([\w]+\.ipynb)\)[^|]*")
 
@@ -34,6 +35,16 @@ def test_the_sections_that_it_names_exist():
                 assert any(heading.endswith(section) for heading in headings(match[1])), (match[1], section)
                 named += 1
     assert named >= 20
+
+
+def test_the_quiz_has_twenty_questions_and_says_where_each_answer_is():
+    questions, answers = QUIZ.split("## Answers")
+    numbers = [int(number) for number in re.findall(r"^(\d+)\. ", questions, re.M)]
+    rows = re.findall(r"^\| (\d+) \| ([abc]) \| \[\d\d\]\(\.\./notebooks/(\w+\.ipynb)\) \| \*(.+)\* \|$", answers, re.M)
+    assert numbers == [int(number) for number, *_ in rows] == list(range(1, 21))
+    assert re.findall(r"^ +- \((\w)\) ", questions, re.M) == list("abc") * 20
+    assert not [(notebook, section) for _, _, notebook, section in rows if section not in headings(notebook)]
+    assert "(quiz.md)" in PAGE
 
 
 def test_the_exercises_that_it_names_can_be_checked():

@@ -48,6 +48,10 @@ def test_the_numbers_are_what_the_formula_gives():
         return min(int(count * strength), count)
 
     assert ANSWERS["00.1"].value == steps(30, 0.75)
+    assert ANSWERS["01.1"].value == 128 * 128 * 3 / (16 * 16 * 4)
+    assert ANSWERS["09.1"].value == steps(30, 1) + 2 * steps(30, 0.5)
+    assert abs(ANSWERS["10.1"].value - sum(decinb.MODELS[name].memory for name in ("sdxl-base", "sdxl-refiner"))) < 0.05
+    assert ANSWERS["10.2"].value == max(steps(20, strength) for strength in (0.25, 0.5, 0.75, 1))
     assert ANSWERS["02.1"].value == len({steps(10, strength) for strength in (0.50, 0.52, 0.55, 0.58)})
     assert ANSWERS["02.2"].value == sum(steps(30, 0.75 + 0.05 * i) for i in range(6))
     low, high = (ANSWERS["04.2"].value + sign * ANSWERS["04.2"].within for sign in (0, 1))

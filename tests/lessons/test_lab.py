@@ -77,6 +77,28 @@ def test_curves_have_one_estimate_for_each_strength(tiny, judge):
     assert set(blind) == set(curves) and blind["change"][0]["value"] > 0 and blind["layout"] == [UNKNOWN]
 
 
+def test_what_is_kept_is_counted_in_pairs(tiny, judge):
+    lab = decinb.Lab(tiny)
+    originals = [render(random_scene(random.Random(seed))) for seed in range(6)]
+    assert lab.kept(originals, originals)["value"] == 1
+    first, second = (lab.kept([originals[i]], [originals[i + 1]])["value"] for i in (0, 1))
+    assert lab.kept(originals[:2], originals[1:3])["value"] == pytest.approx((first + second) / 2)
+    with pytest.raises(ValueError):
+        lab.kept(originals, originals[1:])
+    assert decinb.Lab(tiny, can_judge=False).kept(originals, originals) is UNKNOWN
+
+
+@pytest.mark.slow
+def test_a_chain_of_styles_is_measured_link_by_link(tiny, judge):
+    styles = ["watercolour", "sketch"]
+    measured = decinb.Lab(tiny).style_chain(styles, 0.3, count=2, num_inference_steps=4)
+    assert set(measured) == {"before", "after", "things", "layout"}
+    assert all(len(points) == len(styles) for points in measured.values())
+    assert 0 <= measured["layout"][0]["value"] <= 1
+    blind = decinb.Lab(tiny, can_judge=False).style_chain(styles, 0.3)
+    assert blind == {name: [UNKNOWN] * 2 for name in measured}
+
+
 def test_a_summary_leaves_out_what_is_unknown(capsys):
     decinb.what_you_saw(f"the distance is {UNKNOWN:.2f}", "an image of nanometres", "a line")
     assert capsys.readouterr().out == "- an image of nanometres\n- a line\n"
