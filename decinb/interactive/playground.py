@@ -50,8 +50,9 @@ def playground(pipe: DiffusionPipeline, folder: str | Path | None = None, **cell
     """Return controls to try a pipeline by hand, for the output of a notebook cell.
 
     Choose, upload or draw an image, set the arguments of the call, and watch the predicted clean image at every step.
-    "Sweep" runs one control through several values as one packed sweep, after which its slider answers at once. "Copy
-    as code" is the cell that repeats an image.
+    "Sweep this" makes an image for each of several values of one control: a number, the prompts, the sample image or
+    the scheduler. Afterwards, changing that control shows the image that is already made. "Copy as code" copies the
+    cell that makes the image again.
 
     Example: ``decinb.playground(pipe, prompt="a house at night", strength=0.6)``
 
@@ -107,7 +108,7 @@ class Playground:
         self._start(None)
 
     def sweep(self) -> None:
-        """Start a packed sweep of the chosen control."""
+        """Start a sweep of the chosen control."""
         self._start(self._view["axis"].value)
 
     def _start(self, axis: str | None) -> None:
@@ -123,8 +124,8 @@ class Playground:
             self._session.stop()
             self._asked = False
             self._set_running(False)
-            count = len(self._session.result)
             self._show_result()
+            count = len(self._session.result)
             self._say(f"stopped; {count} image{'s' * (count != 1)} finished")
 
     def keep(self) -> None:
@@ -161,7 +162,7 @@ class Playground:
             self._show_result()
 
     def _show_progress(self, states: list[State], budget: float) -> None:
-        """Show what is predicted, of a sweep as many cells as can be made in the time that the step took."""
+        """Show predictions; of a sweep, in turn, as many as can be decoded in the time that the step took."""
         if not states:
             self._ask_again()
             return
@@ -173,9 +174,11 @@ class Playground:
                 self._previews[state.cell] = image
             if perf_counter() - started > budget:
                 break
-        state = max(states, key=lambda one: one.steps)
+        state = max(states, key=lambda one: one.steps - one.step)
         left = "" if state.seconds_left is None else f", {state.seconds_left:.1f} s left"
         text = f"step {state.step} of {state.steps}{left}"
+        if self._session.swept == "scheduler":
+            text = f"{list(self._session.schedulers)[state.cell]}: {text}"
         if self._previews:
             self._show_image(self._montage(), text, asks=True)
         else:
@@ -208,7 +211,8 @@ class Playground:
     def _show_made(self, index: int) -> None:
         self._shown = index
         made, record = self._session.result, self._session.result.records[index]
-        self._show_image(made.images[index], label(record), asks=False)
+        swept = self._session.swept
+        self._show_image(made.images[index], label(record, [swept] if swept and swept not in SHORT else []), asks=False)
         self._view["code"].value = _code(self._session.code(index if len(made) > 1 else None))
         self._say("; ".join([f"{record['steps_run']} steps, {record['seconds']:.2f} s", *self._session.notes]))
 
@@ -254,6 +258,7 @@ class Playground:
         name = self._view["image"].value
         self._source = Image.new("RGB", (self._session.size,) * 2, "white") if name == BLANK else name
         self._show_input()
+        self._on_setting()
 
     def _on_sent(self) -> None:
         """Take what the page sends: a drawing, or a file that was made smaller there."""
@@ -355,9 +360,8 @@ class Playground:
         for name in ("ask", "sent"):
             view[name].add_class(f"decinb-{name}")
         for one in settings:
-            one.observe(self._guarded(self._on_setting), "value")
-        if session.takes_image:
-            view["image"].observe(self._guarded(self._on_image), "value")
+            changed = self._on_image if one is view.get("image") else self._on_setting
+            one.observe(self._guarded(changed), "value")
 
         source = files("decinb.interactive")
         style_sheet = source.joinpath("playground.css").read_text(encoding="utf-8")
