@@ -12,7 +12,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from decinb.errors import InputError
 from decinb.utils.files import replacing
+
+
+def check_torch() -> None:
+    """Refuse a torch without the optimizer that every stage needs.
+
+    Raises:
+        InputError: torch is older than 2.9.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise InputError(
+            f"torch must be 2.9 or newer for training, which uses its optimizer Muon; this is torch {torch.__version__}"
+        )
 
 
 @dataclass
@@ -32,6 +45,9 @@ class Stage:
         dtype: float32 or bfloat16.
         average: decay of the running average.
 
+    Raises:
+        InputError: torch is older than 2.9.
+
     Source: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon (Muon). In trials of two minutes it brought
     the VAE from 15.9 to 19.1 dB and the U-Net's error on unseen scenes from 0.635 to 0.573.
     """
@@ -49,6 +65,7 @@ class Stage:
     masters: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_torch()
         self.masters = [_as_matrix(p.detach()).to(self.device, torch.float32).clone() for p in self._parameters()]
         for module in self.modules.values():
             nn.Module.to(module, self.device, self.dtype)  # diffusers' own `to` warns about layers to keep in float32

@@ -29,7 +29,7 @@ from decinb.scenes.captions import LEFT_OUT, WRONG
 from decinb.tiny.data import cached, draw_all, draw_captions, draw_scenes, to_input
 from decinb.tiny.losses import diffusion_loss, image_loss, vae_loss
 from decinb.tiny.networks import make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
-from decinb.tiny.stage import Stage
+from decinb.tiny.stage import Stage, check_torch
 from decinb.unet_nas import UNetNAS
 from decinb.utils.device import choose_workload
 from decinb.utils.environment import environment
@@ -254,13 +254,14 @@ def train(
         workers: processes that draw scenes; by default one for each core.
 
     Raises:
-        InputError: a stage has no minutes, or ``folder`` holds a run with other settings.
+        InputError: a stage has no minutes, torch is older than 2.9, or ``folder`` holds a run with other settings.
     """
     if not (unet_minutes > 0 and (vae_minutes > 0 or begin)):
         raise InputError(
             f"vae_minutes and unet_minutes must be above 0, got {vae_minutes:g} and {unet_minutes:g}; "
             "vae_minutes may be 0 with a model to begin with"
         )
+    check_torch()
     on_cpu = device.type == "cpu"
     vae_batch, batch = vae_batch or (4 if on_cpu else 64), batch or (64 if on_cpu else 512)
     dtype = dtype or fast_dtype(device)

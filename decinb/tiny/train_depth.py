@@ -26,7 +26,7 @@ from decinb.scenes import IMAGE_SIZE, Scene, depth_map
 from decinb.tiny.data import cached, draw_all, draw_captions, draw_scenes, to_input
 from decinb.tiny.evaluate_depth import measure, table
 from decinb.tiny.losses import image_loss
-from decinb.tiny.stage import Stage
+from decinb.tiny.stage import Stage, check_torch
 from decinb.tiny.train import check_same_run, encode_all, fast_dtype, tidy_configs, train_unet
 from decinb.unet_nas import UNetNAS
 from decinb.utils.quiet import quiet
@@ -182,12 +182,13 @@ def train(
         workers: processes that draw scenes; by default one for each core.
 
     Raises:
-        InputError: a stage has no minutes, or ``folder`` holds a run with other settings.
+        InputError: a stage has no minutes, torch is older than 2.9, or ``folder`` holds a run with other settings.
     """
     if not (estimator_minutes > 0 and unet_minutes > 0):
         raise InputError(
             f"estimator_minutes and unet_minutes must be above 0, got {estimator_minutes:g} and {unet_minutes:g}"
         )
+    check_torch()
     dtype = fast_dtype(device)
     folder.mkdir(parents=True, exist_ok=True)
     check_same_run(folder / "settings.json", {"scenes": scenes, "seed": seed, "begin": str(begin)})
