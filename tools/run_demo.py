@@ -23,6 +23,7 @@ def main() -> int:
     os.environ.setdefault("DECINB_MAX_ROWS", "4")  # notebook 06 times large calls for minutes otherwise
     FOLDER.mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT / "docs" / "maps", ROOT / "runs" / "docs" / "maps", dirs_exist_ok=True)  # notebooks show them
+    shutil.copytree(ROOT / "notebooks" / "solutions", FOLDER / "solutions", dirs_exist_ok=True)  # and link to these
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     began = time.monotonic()
     for number, notebook in enumerate(notebooks, 1):
