@@ -1,12 +1,12 @@
 """The playground: controls, a canvas to draw on, and an image that appears step by step, in a notebook.
 
 The page asks for each step. When it has shown the image of one step, it sends one message, which makes the kernel take
-the next step and send its image. Nothing else drives the run, neither a thread nor a timer. So a click on Stop waits
-for one step at most, wherever the kernel handles messages: one after another in its main thread, in subshells
-(JupyterLab with ipykernel 7), or on Colab. And no more is computed than is seen.
+the next step and send its image. There is no thread and no timer. A click on Stop therefore takes effect after at most
+one step, however the kernel handles messages: one after another in its main thread, in subshells (JupyterLab with
+ipykernel 7), or on Colab. Nothing is computed that is not shown.
 
-Only widgets of ipywidgets 7.7 and 8 are used. The script in ``playground.js`` reaches the page in the ``onload`` of an
-image, because the HTML widget runs no ``<script>``.
+Only widgets that ipywidgets 7.7 and 8 both have are used. The HTML widget runs no ``<script>``, so ``playground.js`` is
+the ``onload`` of an image.
 """
 
 import base64
@@ -59,11 +59,11 @@ def playground(pipe: DiffusionPipeline, folder: str | Path | None = None, **cell
     Args:
         pipe: from ``load_pipeline``, or any diffusers pipeline. Its scheduler is left as it is.
         folder: where every image is saved with its record, and found again; None saves nothing.
-        cell: where the controls stand at first: ``image`` (the name of a sample), ``prompt``, ``negative_prompt``,
+        cell: the initial values of controls: ``image`` (the name of a sample), ``prompt``, ``negative_prompt``,
             ``strength`` (0.05 to 1), ``guidance_scale`` (1 to 20), ``num_inference_steps`` (1 to 100) and ``seed``.
 
     Raises:
-        InputError: ``pipe`` is not a pipeline, or a control cannot stand there.
+        InputError: ``pipe`` is not a pipeline, or a control cannot have its initial value.
     """
     return Playground(pipe, folder, cell)
 
@@ -104,7 +104,7 @@ class Playground:
     # --- what the user does ---
 
     def generate(self) -> None:
-        """Start an image with what the controls say."""
+        """Start an image with the current settings."""
         self._start(None)
 
     def sweep(self) -> None:
@@ -401,7 +401,7 @@ class Playground:
 def _frame(image: Image.Image | None, text: str, asks: bool, number: int = 0) -> str:
     """Return an image with a caption; once it is shown, the page asks for the next step if ``asks``.
 
-    Without an image, an invisible one takes its place, with a number that makes it a new one.
+    Without an image, the page loads an invisible one, again for each new ``number``.
     """
     mark = ' data-ask="1"' if asks else ""
     caption = html.escape(text)

@@ -1,4 +1,4 @@
-"""A session of the playground: what runs, what it has made, and the code that makes it again. It shows nothing."""
+"""The playground without its widgets: the run in progress, what it has made, and the code that makes it again."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,7 +57,7 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the controls say when a run starts.
+    """The values of the controls when a run starts.
 
     Attributes:
         image: the name of a sample, or an image of the model's size; None for text to image.
@@ -88,7 +88,7 @@ class Session:
         result: what the last run made, which may be unfinished.
         settings: of the last run.
         swept: the control that the last run swept, or None.
-        notes: what may not be as intended in the last run.
+        notes: warnings about the last run.
         kept: the images that the user kept.
     """
 
@@ -108,10 +108,10 @@ class Session:
         self._lock = pipeline_lock(pipe)
 
     def check(self, cell: Cell) -> Cell:
-        """Return where the controls stand at first: as in ``cell``, otherwise at the pipeline's example and defaults.
+        """Return the initial values of the controls: those in ``cell``, else the pipeline's example and defaults.
 
         Raises:
-            InputError: a name or a value that the controls do not have.
+            InputError: ``cell`` has a name or a value that the controls do not have.
         """
         defaults, (image, prompt) = {**self.adapter.defaults, "seed": 0}, example(self.pipe)
         numbers = {name: min(max(defaults[name], low), high) for name, (low, high) in LIMITS.items()}

@@ -1,4 +1,4 @@
-"""What the networks learn from: scenes, their images as bytes, and their captions as tokens. Drawn once and kept."""
+"""The training data: scenes, their images as bytes and their captions as tokens, drawn once and kept in files."""
 
 import itertools
 import random
@@ -73,7 +73,7 @@ def draw_captions(
 
     Args:
         each: captions a scene.
-        say: writes one caption; by default incomplete and now and then wrong, as ``web_caption`` documents.
+        say: writes one caption; by default ``web_caption``, which is incomplete and sometimes wrong.
     """
     rng = random.Random(f"captions {seed}")
     texts = [say(scene, rng) for scene in scenes for _ in range(each)]

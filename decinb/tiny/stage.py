@@ -30,17 +30,17 @@ def check_torch() -> None:
 
 @dataclass
 class Stage:
-    """A training run with a budget of minutes that resumes where it was stopped.
+    """Train modules for a number of minutes, and resume where a run was stopped.
 
-    It keeps float32 masters of the weights, whatever dtype is computed in, and a running average of them, which is
-    what the stage leaves in the modules at its end.
+    Copies of the weights in float32 (masters) are trained, whatever the dtype of the computation. A running average of
+    them is kept, and is what the modules hold at the end.
 
     Args:
         name: name of the checkpoint file and of the stage in the log.
         modules: what is trained; moved to ``device`` and ``dtype``.
         minutes: time spent in steps; the learning rate rises during the first 3% of it and falls to zero as a cosine.
-            On a CPU it is the time of the main thread, so that what other processes take does not count.
-        learning_rate: at its highest, of Muon for weights that are matrices or convolutions, of AdamW for all others.
+            On a CPU, only the processor time of the main thread counts, so that other processes do not shorten the run.
+        learning_rate: the highest, of both optimizers: Muon trains matrices and convolutions, AdamW all other weights.
         folder: where ``NAME.pt`` and ``log.jsonl`` are kept; a checkpoint found there is resumed.
         dtype: float32 or bfloat16.
         average: decay of the running average.

@@ -1,11 +1,11 @@
 """Train the bundled model from nothing: ``python -m decinb.tiny.train``.
 
 Scenes are drawn once. A tokenizer learns their captions, a VAE learns to encode them as latents of 4 x 16 x 16, and a
-text encoder and a U-Net-NAS learn together to denoise such latents, as every latent diffusion model does. The captions
-are incomplete and now and then wrong, as the web's are (``decinb.scenes.captions``).
+text encoder and a U-Net-NAS learn together to denoise such latents, as in any latent diffusion model. The captions
+are incomplete and sometimes wrong, like captions on the web (``decinb.scenes.captions``).
 
-Each stage has a budget of minutes that its learning rate follows, saves a checkpoint every minute, and resumes when the
-same command is given again.
+Each stage runs for a given number of minutes, over which its learning rate falls to zero. It saves a checkpoint every
+minute, and the same command resumes it.
 """
 
 import argparse
@@ -407,7 +407,7 @@ Trained {origin} by `python -m decinb.tiny.train` on {scenes:,} scenes of `decin
 - Time: {stages}.
 - Machine: {machine["device"]}, {machine["threads"]} threads, {machine["dtype"]}, torch {machine["torch"]}.
 
-It knows only these landscapes and these words. Figures of `python -m decinb.tiny.evaluate --model FOLDER`:
+It knows only these landscapes and these words. Results of `python -m decinb.tiny.evaluate --model FOLDER`:
 
 <!-- evaluate -->
 not measured yet

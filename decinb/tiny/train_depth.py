@@ -1,8 +1,8 @@
 """Train the depth-to-image model that goes with the bundled one: ``python -m decinb.tiny.train_depth``.
 
-Two networks are new, a depth estimator and a U-Net-NAS that takes depth as a fifth channel with its latent; VAE, text
-encoder, tokenizer and scheduler are those of the bundled model. The U-Net begins as the bundled one, with zeros for the
-new channel, and is finetuned with the objective and the captions that the bundled one was trained with.
+Two networks are new: a depth estimator, and a U-Net-NAS that takes depth as a fifth input channel. VAE, text encoder,
+tokenizer and scheduler are those of the bundled model. The U-Net starts from the weights of the bundled one, with zeros
+for the new channel, and is finetuned with the same objective and captions.
 
 Source: the depth-conditioned model of Stable Diffusion 2 (Rombach et al. 2022, arXiv:2112.10752), as diffusers'
 ``StableDiffusionDepth2ImgPipeline`` runs it.
@@ -117,7 +117,7 @@ def estimate(estimator: DPTForDepthEstimation, images: np.ndarray, device: torch
 
 
 def depth_loss(seen: Tensor, true: Tensor) -> Tensor:
-    """Return the error of depth, plus that of what is far, enlarged: mountains are only a tenth nearer than the sky."""
+    """Return the error of depth, plus that of far depth, enlarged: mountains are only a tenth nearer than the sky."""
     return image_loss(seen, true) + image_loss(seen.clamp(max=FAR) / FAR, true.clamp(max=FAR) / FAR)
 
 
