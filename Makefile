@@ -1,5 +1,6 @@
 # make demo           create the environment, run every notebook on the bundled model, and say where the results are
-#                     (notebook 07 trains a model for half a minute; MINUTES=5 gives it the full five)
+#                     (notebook 07 trains a model for half a minute; MINUTES=5 gives it the full five;
+#                     04 and 06 repeat their measurements less often)
 # make lab            open the notebooks in JupyterLab
 # make quick          style and the fast tests
 # make test           style, all tests, and every notebook (WORKERS=1 for one process instead of up to four)

@@ -1,13 +1,12 @@
 """Print what a bug report needs: ``python -m decinb``. The report has no secrets, paths or user names.
 
-``python -m decinb notebooks FOLDER`` copies the notebooks to a folder.
+``python -m decinb notebooks FOLDER`` copies the notebooks, their solutions and their pictures to a folder.
 """
 
 import argparse
 import os
 import platform
 import re
-import shutil
 from collections.abc import Iterator
 from importlib.metadata import distribution
 from pathlib import Path
@@ -35,24 +34,28 @@ def report() -> str:
 def copy_notebooks(folder: str | Path) -> list[Path]:
     """Copy the notebooks of the installed package, or of this checkout, to a folder, and return their new paths.
 
+    Their solutions go to ``solutions``, and the pictures that they show to ``maps`` in the folder.
+
     Raises:
-        InputError: one of them is there already, or this installation has none.
+        InputError: one of the files is there already, or this installation has none.
     """
-    found = [Path(str(file.locate())) for file in distribution("decinb").files or () if file.suffix == ".ipynb"]
-    found = found or sorted(Path(__file__).parents[1].glob("notebooks/*.ipynb"))
+    found = _notebook_files()
     if not found:
         raise InputError("this installation of decinb has no notebooks: install its wheel")
     folder = Path(folder)
-    if there := [file.name for file in found if (folder / file.name).exists()]:
+    if there := [name for name in found if (folder / name).exists()]:
         raise InputError(f"folder: {folder} already has {', '.join(there)}; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return [Path(shutil.copy(file, folder)) for file in found]
+    for name, file in found.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        text = file.read_text(encoding="utf-8").replace("](../docs/maps/", "](maps/")
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in found if "/" not in name]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m decinb", description="Print what a bug report needs.")
     commands = parser.add_subparsers(dest="command", metavar="[notebooks FOLDER]")
-    copying = commands.add_parser("notebooks", help="copy the notebooks to a folder")
+    copying = commands.add_parser("notebooks", help="copy the notebooks and their solutions to a folder")
     copying.add_argument("folder", nargs="?", default=".")
     arguments = parser.parse_args()
     if arguments.command is None:
@@ -62,7 +65,21 @@ def main() -> None:
         copied = copy_notebooks(arguments.folder)
     except InputError as error:
         parser.exit(1, f"{error}\n")
-    print(f"{len(copied)} notebooks copied to {arguments.folder}")
+    print(f"{len(copied)} notebooks and their solutions copied to {arguments.folder}")
+
+
+def _notebook_files() -> dict[str, Path]:
+    """Return the notebooks and what belongs to them: for each path in a copy, the file."""
+    checkout = Path(__file__).parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        notebooks = checkout / "notebooks"
+        found = sorted([*notebooks.glob("*.ipynb"), *notebooks.glob("solutions/*.ipynb")])
+        maps = {f"maps/{file.name}": file for file in sorted(checkout.glob("docs/maps/*.svg"))}
+        return {file.relative_to(notebooks).as_posix(): file for file in found} | maps
+    installed = (
+        (str(file).partition("share/decinb/notebooks/")[2], file) for file in distribution("decinb").files or ()
+    )
+    return {name: Path(str(file.locate())) for name, file in sorted(installed) if name}
 
 
 def _facts() -> Iterator[tuple[str, str]]:

@@ -14,21 +14,22 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parents[1]
 
-changes = json.loads((ROOT / "results" / "tiny" / "evaluate.json").read_text())["changes"]
-strengths = list(changes["strengths"])
-figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), sharex=True, sharey=True, layout="constrained")
-for ax, name in zip(axes, ["day to night", "grass to snow", "sketch to painting", "house colour"], strict=True):
-    rows = [row[name] for row in changes["strengths"].values()]
-    ax.axhline(changes["vae"], linestyle=":", color="gray")
-    ax.plot([row["changed"] for row in rows], [row["overlap"] for row in rows], "-", color="lightgray")
-    shown = ax.scatter(
-        [row["changed"] for row in rows],
-        [row["overlap"] for row in rows],
-        c=[float(strength) for strength in strengths],
-        cmap="viridis",
-        zorder=2,
+
+def draw(report: dict, file: Path) -> None:
+    """Draw a report of ``decinb.tiny.evaluate``, one plot for each task."""
+    figure, axes = plt.subplots(
+        1, len(report["tasks"]), figsize=(13, 3.4), sharex=True, sharey=True, layout="constrained"
     )
-    ax.set(title=name, xlabel="fraction of images with the change", xlim=(-0.05, 1.05), ylim=(0, 1))
-axes[0].set_ylabel("overlap of the house with its place")
-figure.colorbar(shown, ax=axes, label="strength", pad=0.01)
-figure.savefig(ROOT / "docs" / "trade_off.png", dpi=80)
+    for ax, (task, rows) in zip(axes, report["tasks"].items(), strict=True):
+        changed, kept = ([row[name]["value"] for row in rows.values()] for name in ("changed", "layout"))
+        ax.plot(changed, kept, "-", color="lightgray")
+        shown = ax.scatter(changed, kept, c=[float(strength) for strength in rows], cmap="viridis", zorder=2)
+        ax.set(title=task, xlabel="fraction of images with the change", xlim=(-0.05, 1.05), ylim=(0, 1))
+    axes[0].set_ylabel("how much of the building\nis in its place")
+    figure.colorbar(shown, ax=axes, label="strength", pad=0.01)
+    figure.savefig(file, dpi=80)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw(json.loads((ROOT / "results" / "tiny" / "evaluate.json").read_text()), ROOT / "docs" / "trade_off.png")

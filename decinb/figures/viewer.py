@@ -17,9 +17,10 @@ from uuid import uuid4
 from PIL import Image
 
 from decinb.errors import InputError
+from decinb.images import SAMPLES
 from decinb.utils.labels import ARGUMENTS, SHORT, describe, label, plain
 
-FACTS = ("image", "prompt", "negative_prompt", *SHORT, "steps_run", "seconds")
+FACTS = (*ARGUMENTS, "scheduler", "steps_run", "seconds")
 """What the panel shows of the current cell, in this order."""
 
 LOSSY_QUALITY = 90  # of WebP: half the size of a lossless image, and no difference that the eye can see
@@ -80,7 +81,7 @@ def viewer(
                 "at": {axis: values.index(record[axis]) for axis, values in axes.items()},
                 "facts": _facts(record) + [[score, plain(values[i])] for score, values in (scores or {}).items()],
                 "file": re.sub(r"[^\w.=-]+", "_", f"{i:03d}_{names[i]}") + ".webp",
-                "code": _code(record),
+                "code": _code(record, axes),
             }
             for i, record in enumerate(records)
         ],
@@ -113,7 +114,7 @@ def page(title: str, body: str) -> str:
 def _axes(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return the arguments in which records differ, each with its values: numbers in order, others as they come."""
     axes = {}
-    for name in ARGUMENTS:
+    for name in (*ARGUMENTS, "scheduler"):
         values = list(dict.fromkeys(record.get(name) for record in records))
         if len(values) > 1:
             numeric = all(isinstance(value, (int, float)) for value in values)
@@ -129,12 +130,18 @@ def _facts(record: Mapping[str, Any]) -> list[list[str]]:
     return [[name.replace("_", " "), _text(record[name])] for name in FACTS if record.get(name) is not None]
 
 
-def _code(record: Mapping[str, Any]) -> str:
-    """Return the lines that make one image again."""
+def _code(record: Mapping[str, Any], axes: Mapping[str, Any]) -> str:
+    """Return the lines that make one image again, with its own scheduler and sample where images differ in them."""
+    lines = []
+    if "scheduler" in axes:
+        lines += ["import diffusers", ""]
+        lines.append(f"pipe.scheduler = diffusers.{record['scheduler']}.from_config(pipe.scheduler.config)")
     arguments = {name: record[name] for name in ("prompt", "negative_prompt", *SHORT) if record.get(name) is not None}
     prompt = arguments.pop("prompt", "")
     image = "None" if record.get("image") is None else "image"
-    return f"decinb.run_sweep(pipe, {image}, {prompt!r}, [{arguments!r}]).images[0]"
+    if "image" in axes and record["image"] in SAMPLES:
+        image = f"decinb.load_image({record['image']!r}, size=decinb.image_size(pipe))"
+    return "\n".join([*lines, f"decinb.run_sweep(pipe, {image}, {prompt!r}, [{arguments!r}]).images[0]"])
 
 
 def _figure(text: str, image: Image.Image, lossless: bool) -> str:

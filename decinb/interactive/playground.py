@@ -1,12 +1,12 @@
 """The playground: controls, a canvas to draw on, and an image that appears step by step, in a notebook.
 
 The page asks for each step. When it has shown the image of one step, it sends one message, which makes the kernel take
-the next step and send its image. Nothing else drives the run, neither a thread nor a timer. So a click on Stop waits
-for one step at most, wherever the kernel handles messages: one after another in its main thread, in subshells
-(JupyterLab with ipykernel 7), or on Colab. And no more is computed than is seen.
+the next step and send its image. There is no thread and no timer. A click on Stop therefore takes effect after at most
+one step, however the kernel handles messages: one after another in its main thread, in subshells (JupyterLab with
+ipykernel 7), or on Colab. Nothing is computed that is not shown.
 
-Only widgets of ipywidgets 7.7 and 8 are used. The script in ``playground.js`` reaches the page in the ``onload`` of an
-image, because the HTML widget runs no ``<script>``.
+Only widgets that ipywidgets 7.7 and 8 both have are used. The HTML widget runs no ``<script>``, so ``playground.js`` is
+the ``onload`` of an image.
 """
 
 import base64
@@ -50,19 +50,20 @@ def playground(pipe: DiffusionPipeline, folder: str | Path | None = None, **cell
     """Return controls to try a pipeline by hand, for the output of a notebook cell.
 
     Choose, upload or draw an image, set the arguments of the call, and watch the predicted clean image at every step.
-    "Sweep" runs one control through several values as one packed sweep, after which its slider answers at once. "Copy
-    as code" is the cell that repeats an image.
+    "Sweep this" makes an image for each of several values of one control: a number, the prompts, the sample image or
+    the scheduler. Afterwards, changing that control shows the image that is already made. "Copy as code" copies the
+    cell that makes the image again.
 
     Example: ``decinb.playground(pipe, prompt="a house at night", strength=0.6)``
 
     Args:
         pipe: from ``load_pipeline``, or any diffusers pipeline. Its scheduler is left as it is.
         folder: where every image is saved with its record, and found again; None saves nothing.
-        cell: where the controls stand at first: ``image`` (the name of a sample), ``prompt``, ``negative_prompt``,
+        cell: the initial values of controls: ``image`` (the name of a sample), ``prompt``, ``negative_prompt``,
             ``strength`` (0.05 to 1), ``guidance_scale`` (1 to 20), ``num_inference_steps`` (1 to 100) and ``seed``.
 
     Raises:
-        InputError: ``pipe`` is not a pipeline, or a control cannot stand there.
+        InputError: ``pipe`` is not a pipeline, or a control cannot have its initial value.
     """
     return Playground(pipe, folder, cell)
 
@@ -103,11 +104,11 @@ class Playground:
     # --- what the user does ---
 
     def generate(self) -> None:
-        """Start an image with what the controls say."""
+        """Start an image with the current settings."""
         self._start(None)
 
     def sweep(self) -> None:
-        """Start a packed sweep of the chosen control."""
+        """Start a sweep of the chosen control."""
         self._start(self._view["axis"].value)
 
     def _start(self, axis: str | None) -> None:
@@ -123,8 +124,8 @@ class Playground:
             self._session.stop()
             self._asked = False
             self._set_running(False)
-            count = len(self._session.result)
             self._show_result()
+            count = len(self._session.result)
             self._say(f"stopped; {count} image{'s' * (count != 1)} finished")
 
     def keep(self) -> None:
@@ -161,7 +162,7 @@ class Playground:
             self._show_result()
 
     def _show_progress(self, states: list[State], budget: float) -> None:
-        """Show what is predicted, of a sweep as many cells as can be made in the time that the step took."""
+        """Show predictions; of a sweep, in turn, as many as can be decoded in the time that the step took."""
         if not states:
             self._ask_again()
             return
@@ -173,9 +174,11 @@ class Playground:
                 self._previews[state.cell] = image
             if perf_counter() - started > budget:
                 break
-        state = max(states, key=lambda one: one.steps)
+        state = max(states, key=lambda one: one.steps - one.step)
         left = "" if state.seconds_left is None else f", {state.seconds_left:.1f} s left"
         text = f"step {state.step} of {state.steps}{left}"
+        if self._session.swept == "scheduler":
+            text = f"{list(self._session.schedulers)[state.cell]}: {text}"
         if self._previews:
             self._show_image(self._montage(), text, asks=True)
         else:
@@ -208,7 +211,8 @@ class Playground:
     def _show_made(self, index: int) -> None:
         self._shown = index
         made, record = self._session.result, self._session.result.records[index]
-        self._show_image(made.images[index], label(record), asks=False)
+        swept = self._session.swept
+        self._show_image(made.images[index], label(record, [swept] if swept and swept not in SHORT else []), asks=False)
         self._view["code"].value = _code(self._session.code(index if len(made) > 1 else None))
         self._say("; ".join([f"{record['steps_run']} steps, {record['seconds']:.2f} s", *self._session.notes]))
 
@@ -254,6 +258,7 @@ class Playground:
         name = self._view["image"].value
         self._source = Image.new("RGB", (self._session.size,) * 2, "white") if name == BLANK else name
         self._show_input()
+        self._on_setting()
 
     def _on_sent(self) -> None:
         """Take what the page sends: a drawing, or a file that was made smaller there."""
@@ -355,9 +360,8 @@ class Playground:
         for name in ("ask", "sent"):
             view[name].add_class(f"decinb-{name}")
         for one in settings:
-            one.observe(self._guarded(self._on_setting), "value")
-        if session.takes_image:
-            view["image"].observe(self._guarded(self._on_image), "value")
+            changed = self._on_image if one is view.get("image") else self._on_setting
+            one.observe(self._guarded(changed), "value")
 
         source = files("decinb.interactive")
         style_sheet = source.joinpath("playground.css").read_text(encoding="utf-8")
@@ -397,7 +401,7 @@ class Playground:
 def _frame(image: Image.Image | None, text: str, asks: bool, number: int = 0) -> str:
     """Return an image with a caption; once it is shown, the page asks for the next step if ``asks``.
 
-    Without an image, an invisible one takes its place, with a number that makes it a new one.
+    Without an image, the page loads an invisible one, again for each new ``number``.
     """
     mark = ' data-ask="1"' if asks else ""
     caption = html.escape(text)

@@ -1,7 +1,7 @@
-"""A session of the playground: what runs, what it has made, and the code that makes it again. It shows nothing."""
+"""The playground without its widgets: the run in progress, what it has made, and the code that makes it again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from decinb.designs import Cell
 from decinb.errors import InputError
 from decinb.execution.provenance import model_name
 from decinb.execution.runner import State
+from decinb.execution.store import Images
 from decinb.images import SAMPLES, load_image
 from decinb.models import IMAGE_TO_IMAGE, MODELS, example, image_size
 from decinb.sampling.adapters import adapter_of
@@ -36,7 +37,7 @@ SWEEPS: dict[str, Sequence[Any]] = {
     "guidance_scale": (1.0, 2.0, 4.0, 6.0, 7.5, 10.0, 15.0, 20.0),
     "num_inference_steps": (5, 10, 15, 20, 30, 40, 50),
 }
-"""The values of a sweep of one control. A seed is followed by the next ones, texts are swept line by line."""
+"""The values of a sweep of a numeric control. ``Session.values`` has those of the others."""
 
 LIMITS = {
     "strength": (0.05, 1.0),
@@ -46,7 +47,7 @@ LIMITS = {
 }
 """The lowest and the highest value of the controls."""
 
-SEEDS = 8
+SEEDS = 8  # in a sweep of the seed
 TEXTS = ("prompt", "negative_prompt")
 
 
@@ -56,7 +57,7 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the controls say when a run starts.
+    """The values of the controls when a run starts.
 
     Attributes:
         image: the name of a sample, or an image of the model's size; None for text to image.
@@ -68,10 +69,10 @@ class Settings:
     cell: Cell
     scheduler: str
 
-    def without(self, name: str) -> tuple[Any, ...]:
-        """Return all settings but one, to compare them."""
+    def named(self) -> dict[str, Any]:
+        """Return all settings by name; of an image that is no sample, its identity, so that settings compare fast."""
         image = self.image if isinstance(self.image, str) else id(self.image)
-        return image, self.scheduler, tuple((key, value) for key, value in self.cell.items() if key != name)
+        return {**self.cell, "image": image, "scheduler": self.scheduler}
 
 
 class Session:
@@ -87,7 +88,7 @@ class Session:
         result: what the last run made, which may be unfinished.
         settings: of the last run.
         swept: the control that the last run swept, or None.
-        notes: what may not be as intended in the last run.
+        notes: warnings about the last run.
         kept: the images that the user kept.
     """
 
@@ -102,14 +103,15 @@ class Session:
         self.swept: str | None = None
         self.notes: list[str] = []
         self.kept = Sweep(None, "")
-        self._running: Steps | None = None
+        self._runs: list[Steps] = []  # of the run in progress: one for each scheduler, taken one after another
+        self._at = 0  # which of them is in progress
         self._lock = pipeline_lock(pipe)
 
     def check(self, cell: Cell) -> Cell:
-        """Return where the controls stand at first: as in ``cell``, otherwise at the pipeline's example and defaults.
+        """Return the initial values of the controls: those in ``cell``, else the pipeline's example and defaults.
 
         Raises:
-            InputError: a name or a value that the controls do not have.
+            InputError: ``cell`` has a name or a value that the controls do not have.
         """
         defaults, (image, prompt) = {**self.adapter.defaults, "seed": 0}, example(self.pipe)
         numbers = {name: min(max(defaults[name], low), high) for name, (low, high) in LIMITS.items()}
@@ -134,10 +136,12 @@ class Session:
     @property
     def is_running(self) -> bool:
         """Whether a run has been started and neither finished nor stopped."""
-        return self._running is not None
+        return bool(self._runs)
 
     def start(self, settings: Settings, sweep: str | None = None) -> None:
         """Start a run: of one image, or of several that differ in one control. A run in progress is stopped.
+
+        Images share U-Net calls, except that a sweep of the scheduler makes one image after another.
 
         Raises:
             InputError: a setting cannot be used; nothing was started.
@@ -146,20 +150,31 @@ class Session:
         self.stop()
         values = self.values(sweep, settings.cell) if sweep else []
         plain = {name: _one_line(value) if name in TEXTS else value for name, value in settings.cell.items()}
-        cells = [{**plain, sweep: value} for value in values] if sweep else [plain]
+        cells, image, schedulers = [plain], settings.image, [settings.scheduler]
+        if sweep == "scheduler":
+            schedulers = values
+        elif sweep == "image":
+            image, cells = values[0], [{**plain, "image": self._input(name)} for name in values]
+        elif sweep:
+            cells = [{**plain, sweep: value} for value in values]
         with _Turn(self._lock):
-            before, self.pipe.scheduler = self.pipe.scheduler, self.schedulers[settings.scheduler]
+            before = self.pipe.scheduler
             try:
-                self._running = steps(self.pipe, self._input(settings.image), "", cells, folder=self.folder)
+                runs = []
+                for name in schedulers:
+                    self.pipe.scheduler = self.schedulers[name]
+                    runs.append(steps(self.pipe, self._input(image), "", cells, folder=self.folder))
             finally:
                 self.pipe.scheduler = before
+        self._runs, self._at = runs, 0
         self.settings, self.swept, self.result = settings, sweep, None
-        self.notes = self._running.plan.notes
+        self.notes = list(dict.fromkeys(note for run in runs for note in run.plan.notes))
 
     def advance(self) -> list[State]:
         """Take one step of the run, after which every cell in progress has a prediction; return the cells' states.
 
-        At the end of the run, ``is_running`` is false and ``result`` complete.
+        At the end of the run, ``is_running`` is false and ``result`` complete. In a sweep of the scheduler, the number
+        of a cell is that of its scheduler, and its ``seconds_left`` are those of its own image.
 
         Raises:
             Busy: another call uses the pipeline; try again.
@@ -168,12 +183,17 @@ class Session:
         latest: dict[int, State] = {}
         with _Turn(self._lock):
             try:
-                while self._running:
-                    states = self._running.advance()
+                while self._runs:
+                    states = self._runs[self._at].advance()
                     if states is None:
-                        self._end()
-                        break
-                    latest.update({state.cell: state for state in states})
+                        self._at += 1
+                        if self._at == len(self._runs):
+                            self._end()
+                        continue
+                    # With several runs, each has one cell, whose number is that of the run.
+                    latest.update(
+                        {state.cell + self._at: replace(state, cell=state.cell + self._at) for state in states}
+                    )
                     if any(0 < state.step < state.steps for state in latest.values()):
                         break  # otherwise cells have only started, or only have to be decoded
             except Exception:
@@ -187,26 +207,59 @@ class Session:
         Raises:
             Busy: another call uses the pipeline; try again.
         """
-        if self._running:
+        if self._runs:
             with _Turn(self._lock):
-                self._running.close()
+                for run in self._runs:
+                    run.close()
             self._end()
 
     def _end(self) -> None:
-        if self._running:
-            self.result, self._running = self._running.sweep, None
+        if self._runs:
+            self.result, self._runs = self._joined([run.sweep for run in self._runs]), []
+
+    def _joined(self, parts: list[Sweep]) -> Sweep:
+        """Return the sweeps of a run as one."""
+        first = parts[0]
+        if self.swept == "image":  # each has an input of its own, which is a sample
+            planned = zip(self._runs[0].plan.cells, SAMPLES, strict=True)
+            names = [name for cell, name in planned if any(cell is done for done in first.cells)]
+            cells = [{**cell, "image": name} for cell, name in zip(first.cells, names, strict=True)]
+            records = [{**record, "image": name} for record, name in zip(first.records, names, strict=True)]
+            return Sweep(None, first.prompt, cells, first.images, records, first.folder)
+        if len(parts) == 1:
+            return first
+        return Sweep(
+            first.image,
+            first.prompt,
+            [cell for part in parts for cell in part.cells],
+            Images([source for part in parts for source in part.images.sources]),
+            [record for part in parts for record in part.records],
+            first.folder,
+        )
 
     # --- sweeps ---
 
     def sweepable(self) -> list[str]:
         """Return the controls that can be swept."""
-        names = [name for name in (*SWEEPS, *TEXTS) if self.adapter.takes(name)]
-        return [*names, "seed"]
+        names = [name for name in (*SWEEPS, *TEXTS) if self.adapter.takes(name)] + ["seed"]
+        names += ["image"] if self.takes_image else []
+        return names + (["scheduler"] if len(self.schedulers) > 1 else [])
 
     def values(self, name: str, cell: Mapping[str, Any]) -> list[Any]:
-        """Return the values of a sweep of one control."""
+        """Return the values of a sweep of one control.
+
+        Numbers have values of their own, and a seed is followed by the next ones. A text has one value on each line. Of
+        images, all samples are taken, and of schedulers all that can be chosen.
+
+        Raises:
+            InputError: a prompt has fewer than two lines.
+        """
         if name == "seed":
             return [cell["seed"] + i for i in range(SEEDS)]
+        if name == "image":
+            return list(SAMPLES)
+        if name == "scheduler":
+            return list(self.schedulers)
         if name in SWEEPS:
             return list(SWEEPS[name])
         lines = [line.strip() for line in (cell[name] or "").splitlines() if line.strip()]
@@ -221,12 +274,15 @@ class Session:
         name = self.swept
         if self.is_running or not name or not self.result or not len(self.result):
             return None
-        if settings.without(name) != self.settings.without(name):
+        wanted, made_with = settings.named(), self.settings.named()
+        value = wanted.pop(name)
+        made_with.pop(name)
+        if wanted != made_with:
             return None
-        wanted, values = settings.cell[name], [cell[name] for cell in self.result.cells]
-        if isinstance(wanted, (int, float)):
-            return min(range(len(values)), key=lambda i: abs(values[i] - wanted))
-        return values.index(wanted) if wanted in values else None
+        values = [record[name] for record in self.result.records]
+        if name in SWEEPS or name == "seed":
+            return min(range(len(values)), key=lambda i: abs(values[i] - value))
+        return values.index(value) if value in values else None
 
     # --- what was made ---
 
@@ -249,31 +305,51 @@ class Session:
 
     def code(self, index: int | None = None) -> str:
         """Return the cell that makes the last result again, or one image of it."""
-        cells = self.result.cells if index is None else [self.result.cells[index]]
-        lines = ["import decinb", ""]
+        made, image = self.result, self.settings.image
+        chosen = list(range(len(made))) if index is None else [index]
+        schedulers = list(dict.fromkeys(made.records[i]["scheduler"] for i in chosen))
+        cells = [dict(made.cells[i]) for i in chosen[: 1 if len(schedulers) > 1 else None]]
+        if self.swept == "image":
+            names = [cell.pop("image") for cell in cells]
+            image = names[0]
+        texts = {name: cells[0][name] for name in TEXTS if name in cells[0]}
+        shared = {name: text for name, text in texts.items() if all(cell[name] == text for cell in cells)}
+        own = type(self.pipe.scheduler).__name__
+        lines = [*(["import diffusers"] if schedulers != [own] else []), "import decinb", ""]
         if (name := model_name(self.pipe)) in MODELS:
             task = "" if self.takes_image else ", task='text-to-image'"
             lines.append(f"pipe = decinb.load_pipeline({name!r}{task})")
         else:
             lines.append("# pipe: the pipeline of this playground")
-        if self.settings.scheduler != type(self.pipe.scheduler).__name__:
-            lines.insert(1, "import diffusers")
-            lines.append(f"pipe.scheduler = diffusers.{self.settings.scheduler}.from_config(pipe.scheduler.config)")
-        image = self.settings.image
-        if isinstance(image, str):
-            lines.append(f"image = decinb.load_image({image!r}, size={self.size})")
-        else:
-            lines.append("image = None" if image is None else "image = play.image  # what you drew or uploaded")
-        texts = {name: cells[0][name] for name in TEXTS if name in cells[0]}
-        shared = {name: text for name, text in texts.items() if all(cell[name] == text for cell in cells)}
+        if schedulers != [own] and len(schedulers) == 1:
+            lines.append(f"pipe.scheduler = diffusers.{schedulers[0]}.from_config(pipe.scheduler.config)")
+        lines.append(f"image = {self._code_of_image(image)}")
         lines.append("cells = [")
-        for cell in cells:
-            lines.append(f"    { ({name: value for name, value in cell.items() if name not in shared})!r},")
+        for i, cell in enumerate(cells):
+            written = [f"{name!r}: {value!r}" for name, value in cell.items() if name not in shared]
+            if self.swept == "image" and len(cells) > 1:
+                written.append(f"'image': {self._code_of_image(names[i])}")
+            lines.append(f"    {{{', '.join(written)}}},")
         lines.append("]")
         negative = f", negative_prompt={shared['negative_prompt']!r}" if shared.get("negative_prompt") else ""
-        lines.append(f"sweep = decinb.run_sweep(pipe, image, {shared.get('prompt', '')!r}, cells{negative})")
-        lines.append("sweep.images[0]" if len(cells) == 1 else "sweep.explore()")
+        run = f"decinb.run_sweep(pipe, image, {shared.get('prompt', '')!r}, cells{negative})"
+        if len(schedulers) > 1:
+            lines += [
+                "own, images = pipe.scheduler, {}",
+                f"for name in {schedulers!r}:",
+                "    pipe.scheduler = getattr(diffusers, name).from_config(own.config)",
+                f"    images[name] = {run}.images[0]",
+                "pipe.scheduler = own",
+                "decinb.plot_grid(list(images.values()), list(images))",
+            ]
+        else:
+            lines += [f"sweep = {run}", "sweep.images[0]" if len(cells) == 1 else "sweep.explore()"]
         return "\n".join(lines)
+
+    def _code_of_image(self, image: str | Image.Image | None) -> str:
+        if isinstance(image, str):
+            return f"decinb.load_image({image!r}, size={self.size})"
+        return "None" if image is None else "play.image  # what you drew or uploaded"
 
     def _input(self, image: str | Image.Image | None) -> str | Image.Image | None:
         """Return the input of a run: a sample by its name, for the record, if it is drawn at the model's size."""

@@ -1,4 +1,4 @@
-"""One object for what differs between models in a lesson: example, prompts, and what can be measured."""
+"""The lab of a notebook: an input and a prompt that suit the model, and the measures that apply to its images."""
 
 import math
 import random
@@ -25,7 +25,7 @@ UNKNOWN = Estimate(value=math.nan, low=math.nan, high=math.nan)
 """What is returned where nothing can be measured. ``plot_curves`` leaves it out."""
 
 COUNT, STEPS = 32, 20
-"""Images of a point of a curve, and the steps that they are made in."""
+"""Images for each point of a curve, and the ``num_inference_steps`` that they are made with."""
 
 THINGS = ("building", "trees", "mountains", "lake", "path", "fence")
 """The attributes of a scene that every style shows."""
@@ -34,8 +34,8 @@ THINGS = ("building", "trees", "mountains", "lake", "path", "fence")
 class Lab:
     """A loaded pipeline with an input, a prompt that suits it, and the measures that hold for its images.
 
-    The judge and the truth about scenes exist only for models that draw scenes. For all others, ``can_judge`` is False
-    and what needs them returns ``UNKNOWN``. The pipeline's own progress bar is turned off.
+    The judge works only for models that draw scenes. For any other model, ``can_judge`` is False, and measures that
+    need the judge return ``UNKNOWN``. The pipeline's own progress bar is turned off.
 
     Args:
         pipe: any pipeline.
@@ -76,7 +76,7 @@ class Lab:
         return scenes if self.can_judge else photos
 
     def adherence(self, images: Sequence[Image.Image], prompt: str | None = None) -> Estimate:
-        """Return which fraction of what a prompt names an image shows, on average; by default the own prompt."""
+        """Return the mean fraction of what a prompt (by default the lab's own) names that images show."""
         prompt = prompt or self.prompt
         if not self._can_check(prompt):
             return UNKNOWN
@@ -89,7 +89,7 @@ class Lab:
         return estimates.fraction([fraction == 1 for fraction in adherence(list(images), words)])
 
     def distance(self, images: Sequence[Image.Image], prompt: str | None = None) -> Estimate:
-        """Return the Fréchet distance of images to as many fresh renders of scenes that fit a prompt.
+        """Return the Fréchet distance of images to equally many new renders of scenes that fit a prompt.
 
         It depends on the number of images: compare only distances of equally many.
         """
@@ -157,7 +157,7 @@ class Lab:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def trial(self, task: str, number: int = 0) -> tuple[Image.Image, str]:
-        """Return the input and the prompt of one trial of a task; the own ones where there are no scenes."""
+        """Return the input and the prompt of one trial of a task; for a model without scenes, those of the lab."""
         if not self.can_judge:
             return self.image, self.prompt
         trial = draw_trials(task, number + 1)[number]
@@ -169,7 +169,7 @@ class Lab:
         """Run a task at several strengths, each on the same inputs.
 
         Args:
-            task: one of ``decinb.scenes.tasks.TASKS``. Where there are no scenes, the own image and prompt are run with
+            task: one of ``decinb.scenes.tasks.TASKS``. A model without scenes runs the lab's own image and prompt with
                 ``count`` seeds instead.
             strengths: above 0, at most 1.
             count: inputs; at least 20 for an interval of ``frechet``.

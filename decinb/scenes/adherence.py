@@ -1,4 +1,4 @@
-"""What a prompt names of a scene, and how much of it an image shows."""
+"""Find the attributes of a scene that a prompt names, and how many of them an image shows."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -96,14 +96,14 @@ def adherence(images: Sequence[Image.Image], prompt: str) -> list[float]: ...
 
 
 def adherence(images: Image.Image | Sequence[Image.Image], prompt: str) -> float | list[float]:
-    """Return how much of what a prompt names is in an image, as the judge of the bundled scenes sees it.
+    """Return the fraction of the attributes named by a prompt that an image shows, according to the judge.
 
     Args:
         images: one image of a scene or several, of any size.
         prompt: names at least one attribute of a scene.
 
     Returns:
-        The fraction of the named attributes that the image shows, from 0 to 1; a list if several images were given.
+        A number from 0 to 1; a list of them if several images were given.
 
     Raises:
         InputError: the prompt names nothing that the judge knows.

@@ -1,4 +1,4 @@
-"""Scenes in words: complete and true captions, and captions as the web's are, with gaps and errors."""
+"""Captions of scenes: complete and true ones, and incomplete, partly wrong ones like those on the web."""
 
 import random
 from collections.abc import Collection, Sequence
@@ -40,13 +40,13 @@ PHRASES: dict[str, dict[str | bool, tuple[str, ...]]] = {
     "path": {True: ("a path", "a winding path")},
     "fence": {True: ("a fence", "a wooden fence")},
 }
-"""How each value is said; the first phrase is that of a caption without chance. A house is said by its colour."""
+"""The phrases for each value; captions that are not random use the first. A building's colour precedes its noun."""
 
 LEFT_OUT = 0.3
-"""The probability that a caption does not say an attribute."""
+"""The probability that a caption leaves an attribute out."""
 
 WRONG = 0.25
-"""The share of web captions that name another value of one attribute, or of two."""
+"""The fraction of web captions that name a wrong value of one or two attributes."""
 
 _THINGS = ("trees", "mountains", "lake", "path", "fence")
 _PLACES = ("ground", "weather", "time")
@@ -55,13 +55,13 @@ _PLACES = ("ground", "weather", "time")
 def caption(
     scene: Scene, rng: random.Random | None = None, left_out: float = LEFT_OUT, always: Collection[str] = ()
 ) -> str:
-    """Say in words what a scene shows. What a caption says is true.
+    """Describe a scene in words. Everything that the caption says is true.
 
     Args:
         scene: what to describe.
-        rng: varies words and order, leaves out each attribute with probability ``left_out``, and makes one caption in
-            six a list of words; without it the caption is complete and always the same.
-        left_out: 0 to 1. A building is said or left out as a whole, and its colour may be left out too.
+        rng: varies words and order, leaves out each attribute with probability ``left_out``, and turns one caption in
+            six into a list separated by commas; without it, the caption is complete and always the same.
+        left_out: 0 to 1. If a building is named, its colour may still be left out.
         always: names of attributes that are never left out.
     """
 
@@ -93,10 +93,10 @@ def caption(
 
 
 def web_caption(scene: Scene, rng: random.Random, left_out: float = LEFT_OUT, wrong: float = WRONG) -> str:
-    """Say a scene as the web would: incomplete, and with probability ``wrong`` of something that is not there.
+    """Describe a scene as captions on the web do: incompletely, and with probability ``wrong`` also wrongly.
 
-    A wrong caption names another value of one attribute, in three cases of ten of two: another colour or kind, or a
-    thing that the scene lacks.
+    A wrong caption gives one attribute, or in 30% of cases two, a value that the scene does not have: another colour or
+    kind, or a thing that is not there.
     """
     told, always = scene, []
     if rng.random() < wrong:
@@ -107,7 +107,7 @@ def web_caption(scene: Scene, rng: random.Random, left_out: float = LEFT_OUT, wr
 
 
 def _misnamed(told: Scene, scene: Scene, rng: random.Random) -> tuple[Scene, str]:
-    """Change one attribute of what is told to a value that the scene does not have and words can name."""
+    """Give one attribute of ``told`` a value that ``scene`` does not have; return the new scene and the attribute."""
     visible = told.visible()
     others = {
         name: [value for value in values if value and value != getattr(scene, name)]

@@ -1,6 +1,6 @@
-"""What can be told of an image by the renderer's own colours, without the judge: an independent check of it.
+"""Read attributes from the colours of an image, as a check of the judge that does not depend on it.
 
-It is meant for paintings. In other styles the colours are mixed with paper, or missing.
+Meant for paintings, whose colours are the renderer's own. Other styles mix them with paper, or leave them out.
 """
 
 import numpy as np
@@ -9,39 +9,39 @@ from PIL import Image
 from decinb.scenes.shapes import GROUND, HOUSE, LIGHT, SKY, SUN, WALL_LIGHT
 
 SIDE = 64
-"""Height and width that images are looked at."""
+"""Height and width in pixels to which images are scaled first."""
 
 NEAR = 30.0
 """How far a pixel may be from the colour of the sun or the moon, of 255, in each channel."""
 
 SUN_AREA, WALL_AREA = 0.004, 0.006
-"""The least part of an image that counts as a sun, and as a wall."""
+"""The smallest fraction of an image that counts as a sun, and as a wall."""
 
 SUN_WIDTH, BUILDING_WIDTH = 0.18, {"cottage": 0.48, "barn": 0.48, "windmill": 0.28}
-"""The largest widths that one of them has. What lies farther apart is two."""
+"""The largest width of one sun and one building, in fractions of the image. Regions farther apart count as two."""
 
 
 def time_by_colour(image: Image.Image) -> str:
-    """Return the time of day whose clear sky is nearest to that of an image, a quarter of its height from the top."""
+    """Return the time of day whose clear sky is nearest in colour to an image, a quarter of the way down."""
     sky = np.median(_pixels(image)[SIDE // 5 : 3 * SIDE // 10].reshape(-1, 3), axis=0)
     return min(SKY["clear"], key=lambda time: np.abs(sky - SKY["clear"][time][1]).sum())
 
 
 def ground_by_colour(image: Image.Image, time: str) -> str:
-    """Return the ground whose colour at some time is nearest to the lower edge of an image."""
+    """Return the ground whose colour at ``time`` is nearest to that of the lower edge of an image."""
     lower = np.median(_pixels(image)[-SIDE // 16 :].reshape(-1, 3), axis=0)
     return min(GROUND, key=lambda ground: np.abs(lower - np.multiply(GROUND[ground][1], LIGHT[time])).sum())
 
 
 def count_suns(image: Image.Image, time: str) -> int:
-    """Return the number of suns or moons in the upper half of an image; one that is cut in two by a cloud is one."""
+    """Return the number of suns or moons in the upper half of an image. A cloud may cover the middle of one."""
     upper = _pixels(image)[: SIDE // 2]
     found = (np.abs(upper - SUN[time][0]) < NEAR).all(axis=-1)
     return _count(found, SUN_AREA, SUN_WIDTH)
 
 
 def count_red_buildings(image: Image.Image, building: str, time: str) -> int:
-    """Return the number of buildings with red walls in an image; other colours are also those of sky, sand and snow.
+    """Return the number of buildings with red walls in an image. Other wall colours also occur in sky, sand and snow.
 
     Args:
         building: the kind of building, which limits how wide one can be.

@@ -1,6 +1,6 @@
 """The judge: a small classifier that tells which attributes of a scene an image shows.
 
-It answers for any image, but only for scenes does the answer mean something. ``decinb.tiny.train_judge`` trains it.
+It answers for any image, but the answer is meaningful only for scenes. ``decinb.tiny.train_judge`` trains it.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from decinb.scenes.attributes import ATTRIBUTES, IMAGE_SIZE, Scene
 
 VALUES: dict[str, tuple] = {**ATTRIBUTES, "house": (None, "plain", *ATTRIBUTES["house"][1:])}
-"""What the judge can answer: the attributes of a scene, where the building of a sketch is "plain"."""
+"""What the judge can answer: the values of a scene's attributes, and "plain" for the building of a sketch."""
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 
@@ -37,7 +37,7 @@ class Judge(nn.Module):
                 for into, out, stride in plan
             )
         )
-        # The mean shows the sky and the ground; the maximum finds a house wherever it stands.
+        # The mean responds to sky and ground, the maximum to a house wherever it stands.
         self.scores = nn.Linear(2 * plan[-1][1], sum(len(values) for values in VALUES.values()))
 
     def pool(self, pixels: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class Layout:
 
 
 def _trees(rng: random.Random, horizon: float, house: tuple[float, float, float]) -> list[tuple[float, float, float]]:
-    """Place three to five trees on both sides of the house, never wholly behind it, the nearer the taller."""
+    """Place three to five trees on both sides of the house, never completely behind it; nearer trees are taller."""
     trees = []
     for i in range(rng.choice((3, 4, 4, 5))):
         side = (-1, 1)[i % 2] if rng.random() < 0.8 else rng.choice((-1, 1))

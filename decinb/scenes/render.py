@@ -14,10 +14,10 @@ from decinb.scenes.shapes import Shape, shapes
 
 PAPER, PENCIL = np.array((250, 247, 238), np.float32), np.array((62, 60, 66), np.float32)
 PIXELS = 32
-"""Height and width of pixel art, in its own pixels."""
+"""Height and width of pixel art, in large pixels."""
 
 MIRROR = 2
-"""How much higher than in the lake a thing is in truth: water seen at a low angle shows things shortened."""
+"""How many times taller a thing is than its reflection: water seen at a low angle shortens reflections."""
 
 
 def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
@@ -27,7 +27,7 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
 
 
 def depth_map(scene: Scene, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Return how near a scene is, as a depth estimator such as MiDaS does: (size, size), float32, near is large.
+    """Return how near each pixel of a scene is, as MiDaS would: (size, size), float32, near is large.
 
     The sky is 0, mountains and hills are a little nearer, the ground rises from the horizon to 1 at the lower edge, and
     what stands on the ground is as near as its foot. Time, style and colours do not change it; snowflakes, clouds and
@@ -52,7 +52,7 @@ def thing_mask(scene: Scene, thing: str, size: int = IMAGE_SIZE) -> np.ndarray:
     """Return where a thing is, whether or not something stands in front of it: a boolean array (size, size).
 
     Args:
-        thing: such as "house", "trees", "mountains" or "lake"; see ``Shape.thing``. What the scene lacks is nowhere.
+        thing: such as "house", "trees", "mountains" or "lake"; see ``Shape.thing``. All False if the scene lacks it.
     """
     found = np.zeros((size, size), bool)
     for shape in shapes(scene):
@@ -97,12 +97,12 @@ def _sketch(scene: Scene, size: int) -> np.ndarray:
 
 
 def _as_sketched(scene: Scene) -> Scene:
-    """What a pencil cannot show is drawn as by day on grass."""
+    """Return the scene with default values where a pencil cannot show the difference."""
     return replace(scene, time="day", ground="grass", house="red" if scene.house else None)
 
 
 def _tone(shape: Shape) -> float | None:
-    """How dark a pencil shades a shape, from 0 to 1; None for what it leaves out."""
+    """Return how dark a pencil shades a shape, from 0 to 1; None if it leaves the shape out."""
     if shape.thing == "snow":
         return 0.45
     if shape.thing in ("sky", "ground", "hills", "light", "clouds", "path"):
@@ -129,7 +129,7 @@ def _watercolour(scene: Scene, size: int) -> np.ndarray:
 
 
 def _wavering(shape: Shape) -> Shape:
-    """Move the edges of a shape a little, as a brush strays."""
+    """Move the edges of a shape a little, as an unsteady brush would."""
     if shape.thing in ("light", "snow"):
         return shape
     moved = []
@@ -172,7 +172,7 @@ STYLES: dict[str, Callable[[Scene, int], np.ndarray]] = {
 def strokes(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
     """Draw the crude coloured strokes that a person would paint for a scene, whatever its style.
 
-    Every larger part of a thing becomes a few fat strokes of one colour; small parts, light and shade are left out.
+    Each large shape becomes a few wide strokes of one colour; small shapes, light and shade are left out.
 
     Source: the input of SDEdit, Meng et al. (2021), arXiv:2108.01073.
     """
@@ -220,7 +220,7 @@ def _hatch(
 
 
 def _coverage(shape: Shape, size: int, margin: float = 0.0) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield (top, left, mask) of the smallest region that holds a shape, if it is in the image at all.
+    """Yield (top, left, mask) of the smallest region that holds a shape, if any of it is in the image.
 
     The mask is (height, width), float32, the fraction of each pixel that the shape covers; edges are smoothed by
     drawing it several times as large.

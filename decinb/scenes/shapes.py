@@ -1,4 +1,4 @@
-"""A scene as a list of coloured shapes, the farthest first. Everything that is drawn of a scene is drawn from it."""
+"""A scene as a list of coloured shapes, the farthest first. Images, depth, strokes and masks are drawn from them."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ SKY: dict[str, dict[str, tuple[Colour, ...]]] = {  # from the top to the horizon
 SKY["cloudy"] = SKY["clear"]
 LIGHT: dict[str, Colour] = {"day": (1, 1, 1), "sunset": (1.0, 0.82, 0.72), "night": (0.44, 0.49, 0.76)}
 WALL_LIGHT: dict[str, Colour] = {"day": (1, 1, 1), "sunset": (1.0, 0.88, 0.82), "night": (0.62, 0.62, 0.78)}
-"""The light on painted walls, weaker in tint, so that a wall keeps the colour that a caption names."""
+"""The light on painted walls: less tinted than ``LIGHT``, so that a wall keeps the colour that a caption names."""
 GROUND: dict[str, tuple[Colour, Colour]] = {  # far and near
     "grass": ((158, 204, 92), (62, 138, 54)),
     "autumn": ((224, 196, 92), (158, 112, 42)),
@@ -63,7 +63,7 @@ SUN: dict[str, tuple[Colour, Colour]] = {  # the disc and the light around it
 STAR, FLAKE = (255, 252, 226), (255, 255, 255)
 
 SHADE = 0.7
-"""How much light the side of a thing gets that is turned away from the sun."""
+"""How much light a side that faces away from the sun gets, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Shape:
         softness: how far its edge is blurred, in fractions of the image.
         opacity: 0 to 1.
         outlined: whether a pencil draws its edge; what is not outlined is shading on another shape.
-        mirrors: a height; the shape shows what is above it upside down, under a veil of its own colours.
+        mirrors: the height at which the shape reflects the image above it, mixed with its own colours; None for none.
     """
 
     thing: str
@@ -94,7 +94,7 @@ class Shape:
 
 
 def shapes(scene: Scene) -> list[Shape]:
-    """Return the shapes of a scene, the farthest first. The style is not theirs: it says how they are drawn."""
+    """Return the shapes of a scene, the farthest first. They are the same in every style."""
     at = Layout.draw(scene.layout)
     made = [*_sky(scene, at)]
     if scene.mountains:
@@ -292,7 +292,7 @@ def _tree(scene: Scene, at: Layout, x: float, foot: float, height: float) -> lis
 
 
 def _door(scene: Scene, at: Layout) -> tuple[float, float]:
-    """The middle of a building's door at its foot, and the half width of its front."""
+    """Return the x of the middle of a building's door, and half the width of the building's front."""
     x, _, width = at.house
     if scene.building == "windmill":
         return x, 0.25 * width

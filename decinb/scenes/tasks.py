@@ -1,4 +1,4 @@
-"""Image-to-image tasks whose truth is known, and what can be measured of them.
+"""Image-to-image tasks whose right result is known, and how well a pipeline does them.
 
 A trial of a task is an input, a prompt, and the scene asked for.
 """
@@ -89,8 +89,8 @@ def run_in_batches(
 def house_kept(image: Image.Image, target: Scene) -> float:
     """Return how much of the building of ``target`` an image shows in its place, from 0 to 1, without the judge.
 
-    A pixel shows it if its colour is nearer, by a third, to the target drawn with its building than to the target drawn
-    without. Only pixels in which the two drawings differ clearly are counted.
+    A pixel shows it if its distance to the target drawn with the building is less than two thirds of that to the target
+    drawn without. Only pixels in which the two drawings differ clearly are counted.
     """
     pixels, with_house, without = (
         np.asarray(one, dtype=float)
@@ -102,7 +102,7 @@ def house_kept(image: Image.Image, target: Scene) -> float:
 
 
 def reference(task: str, count: int) -> list[Image.Image]:
-    """Return renders of other scenes such as a task asks for."""
+    """Return renders of other scenes that would be right results of a task."""
     return [render(trial.target) for trial in draw_trials(task, count, purpose="reference")]
 
 
@@ -121,7 +121,7 @@ def measure(
 
     Returns:
         ``changed``, the fraction of images with every attribute that the input lacked; ``adherence``, of all that the
-        prompt names; ``layout``, how well the building stayed in its place (at strength 1 what chance gives);
+        prompt names; ``layout``, how well the building stayed in its place (at strength 1, by chance alone);
         ``change``, the mean difference from the input; ``frechet``, the distance to the renders.
     """
     images, prompts = [trial.image for trial in trials], [trial.prompt for trial in trials]

@@ -1,4 +1,4 @@
-"""What the networks learn from: scenes, their images as bytes, and their captions as tokens. Drawn once and kept."""
+"""The training data: scenes, their images as bytes and their captions as tokens, drawn once and kept in files."""
 
 import itertools
 import random
@@ -78,7 +78,7 @@ def draw_captions(
 
     Args:
         each: captions a scene.
-        say: writes one caption; by default incomplete and now and then wrong, as ``web_caption`` documents.
+        say: writes one caption; by default ``web_caption``, which is incomplete and sometimes wrong.
         workers: number of processes for many scenes; by default one for each core.
     """
     starts = range(0, len(scenes), CAPTIONED)

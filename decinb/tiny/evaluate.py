@@ -1,8 +1,8 @@
 """Measure the bundled model: ``python -m decinb.tiny.evaluate``.
 
-The VAE on unseen scenes; what strength, guidance and steps do; whether things are drawn twice; and whether the judge
-agrees with the renderer's own colours. Every value has a 95% confidence interval. The scenes come from seeds that no
-training uses. ``goals`` says what was asked for.
+It measures the VAE on unseen scenes; the effects of strength, guidance and steps; how often things are drawn twice; and
+how often the judge agrees with the renderer's own colours. Every value has a 95% confidence interval. The scenes come
+from seeds that no training uses. ``goals`` compares the results with what the model should reach.
 """
 
 import argparse

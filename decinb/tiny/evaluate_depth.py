@@ -1,7 +1,7 @@
 """Measure the depth-to-image model and the bundled one side by side: ``python -m decinb.tiny.evaluate_depth``.
 
-How well its estimator sees depth, how well shapes stay and prompts are followed at a high strength and at the highest,
-and which of the two wins where they disagree. The scenes are those of ``decinb.tiny.evaluate``, which no training uses.
+It measures the error of the depth estimator; how well shapes are kept and prompts are followed at strengths 0.6 and 1;
+and whether images follow the depth or the prompt where these contradict each other. No training uses the scenes.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def evaluate_estimator(pipe: StableDiffusionDepth2ImgPipeline, count: int) -> di
 
 
 def evaluate_disagreement(pipe: DiffusionPipeline, trials: Sequence[Trial]) -> dict[str, Estimate]:
-    """Name other trees than the input's, and mountains, at strength 1, and count whose shapes the images have."""
+    """Ask for other trees than the input's and for mountains, at strength 1; count which shapes the images have."""
     named = {None: "pine", "pine": "round", "round": "poplar", "poplar": "pine"}
     targets = [trial.target for trial in trials]
     prompts = [caption(replace(target, trees=named[target.trees], mountains=True)) for target in targets]
@@ -100,8 +100,8 @@ def evaluate(depth: StableDiffusionDepth2ImgPipeline, plain: DiffusionPipeline, 
         count: images a point.
 
     Returns:
-        The settings, the environment, and the reports; ``tasks`` has by task what ``decinb.tiny.evaluate.measure``
-        returns by pipeline and strength.
+        The settings, the environment, and the reports; ``tasks`` has by task what
+        ``decinb.scenes.tasks.measure`` returns by pipeline and strength.
     """
     both = {"depth": depth, "tiny": plain}
     for pipe in both.values():

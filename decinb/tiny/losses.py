@@ -1,4 +1,4 @@
-"""What is minimized: the error of a VAE, and the error of a denoiser."""
+"""The losses that training minimizes: that of a VAE, and that of a denoiser."""
 
 import random
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from decinb.unet_nas import UNetNAS
 
 KL_WEIGHT = 5e-4
 SNR_LIMIT = 5.0
-"""Timesteps with a higher signal-to-noise ratio count less, so that the easy end does not rule the gradient."""
+"""The signal-to-noise ratio above which timesteps count less, or the many easy ones would dominate the gradient."""
 
 
 def image_loss(decoded: Tensor, images: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def image_loss(decoded: Tensor, images: Tensor) -> Tensor:
 def vae_loss(
     vae: AutoencoderKL, images: Tensor, generator: torch.Generator, turned: random.Random | None = None
 ) -> Tensor:
-    """Return the error of images after encoding and decoding, with a small weight for the latent's distribution.
+    """Return the error of images after encoding and decoding, plus a small KL divergence of the latent.
 
     Args:
         images: (images, 3, height, width) in [-1, 1].

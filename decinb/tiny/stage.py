@@ -12,25 +12,41 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from decinb.errors import InputError
 from decinb.utils.files import replacing
+
+
+def check_torch() -> None:
+    """Refuse a torch without the optimizer that every stage needs.
+
+    Raises:
+        InputError: torch is older than 2.9.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise InputError(
+            f"torch must be 2.9 or newer for training, which uses its optimizer Muon; this is torch {torch.__version__}"
+        )
 
 
 @dataclass
 class Stage:
-    """A training run with a budget of minutes that resumes where it was stopped.
+    """Train modules for a number of minutes, and resume where a run was stopped.
 
-    It keeps float32 masters of the weights, whatever dtype is computed in, and a running average of them, which is
-    what the stage leaves in the modules at its end.
+    Copies of the weights in float32 (masters) are trained, whatever the dtype of the computation. A running average of
+    them is kept, and is what the modules hold at the end.
 
     Args:
         name: name of the checkpoint file and of the stage in the log.
         modules: what is trained; moved to ``device`` and ``dtype``.
         minutes: time spent in steps; the learning rate rises during the first 3% of it and falls to zero as a cosine.
-            On a CPU it is the time of the main thread, so that what other processes take does not count.
-        learning_rate: at its highest, of Muon for weights that are matrices or convolutions, of AdamW for all others.
+            On a CPU, only the processor time of the main thread counts, so that other processes do not shorten the run.
+        learning_rate: the highest, of both optimizers: Muon trains matrices and convolutions, AdamW all other weights.
         folder: where ``NAME.pt`` and ``log.jsonl`` are kept; a checkpoint found there is resumed.
         dtype: float32 or bfloat16.
         average: decay of the running average.
+
+    Raises:
+        InputError: torch is older than 2.9.
 
     Source: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon (Muon). In trials of two minutes it brought
     the VAE from 15.9 to 19.1 dB and the U-Net's error on unseen scenes from 0.635 to 0.573.
@@ -49,6 +65,7 @@ class Stage:
     masters: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_torch()
         self.masters = [_as_matrix(p.detach()).to(self.device, torch.float32).clone() for p in self._parameters()]
         for module in self.modules.values():
             nn.Module.to(module, self.device, self.dtype)  # diffusers' own `to` warns about layers to keep in float32

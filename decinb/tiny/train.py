@@ -1,11 +1,11 @@
 """Train the bundled model from nothing: ``python -m decinb.tiny.train``.
 
 Scenes are drawn once. A tokenizer learns their captions, a VAE learns to encode them as latents of 4 x 16 x 16, and a
-text encoder and a U-Net-NAS learn together to denoise such latents, as every latent diffusion model does. The captions
-are incomplete and now and then wrong, as the web's are (``decinb.scenes.captions``).
+text encoder and a U-Net-NAS learn together to denoise such latents, as in any latent diffusion model. The captions
+are incomplete and sometimes wrong, like captions on the web (``decinb.scenes.captions``).
 
-Each stage has a budget of minutes that its learning rate follows, saves a checkpoint every minute, and resumes when the
-same command is given again.
+Each stage runs for a given number of minutes, over which its learning rate falls to zero. It saves a checkpoint every
+minute, and the same command resumes it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from decinb.scenes.captions import LEFT_OUT, WRONG
 from decinb.tiny.data import cached, draw_all, draw_captions, draw_scenes, to_input, to_tokens
 from decinb.tiny.losses import diffusion_loss, image_loss, vae_loss
 from decinb.tiny.networks import make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
-from decinb.tiny.stage import Stage
+from decinb.tiny.stage import Stage, check_torch
 from decinb.unet_nas import UNetNAS
 from decinb.utils.device import choose_workload
 from decinb.utils.environment import environment
@@ -256,13 +256,14 @@ def train(
         workers: processes that draw scenes; by default one for each core.
 
     Raises:
-        InputError: a stage has no minutes, or ``folder`` holds a run with other settings.
+        InputError: a stage has no minutes, torch is older than 2.9, or ``folder`` holds a run with other settings.
     """
     if not (unet_minutes > 0 and (vae_minutes > 0 or begin)):
         raise InputError(
             f"vae_minutes and unet_minutes must be above 0, got {vae_minutes:g} and {unet_minutes:g}; "
             "vae_minutes may be 0 with a model to begin with"
         )
+    check_torch()
     on_cpu = device.type == "cpu"
     vae_batch, batch = vae_batch or (4 if on_cpu else 128), batch or (64 if on_cpu else 1024)
     dtype = dtype or fast_dtype(device)
@@ -408,7 +409,7 @@ Trained {origin} by `python -m decinb.tiny.train` on {scenes:,} scenes of `decin
 - Time: {stages}.
 - Machine: {machine["device"]}, {machine["threads"]} threads, {machine["dtype"]}, torch {machine["torch"]}.
 
-It knows only these landscapes and these words. Figures of `python -m decinb.tiny.evaluate --model FOLDER`:
+It knows only these landscapes and these words. Results of `python -m decinb.tiny.evaluate --model FOLDER`:
 
 <!-- evaluate -->
 not measured yet

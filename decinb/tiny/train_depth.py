@@ -1,8 +1,8 @@
 """Train the depth-to-image model that goes with the bundled one: ``python -m decinb.tiny.train_depth``.
 
-Two networks are new, a depth estimator and a U-Net-NAS that takes depth as a fifth channel with its latent; VAE, text
-encoder, tokenizer and scheduler are those of the bundled model. The U-Net begins as the bundled one, with zeros for the
-new channel, and is finetuned with the objective and the captions that the bundled one was trained with.
+Two networks are new: a depth estimator, and a U-Net-NAS that takes depth as a fifth input channel. VAE, text encoder,
+tokenizer and scheduler are those of the bundled model. The U-Net starts from the weights of the bundled one, with zeros
+for the new channel, and is finetuned with the same objective and captions.
 
 Source: the depth-conditioned model of Stable Diffusion 2 (Rombach et al. 2022, arXiv:2112.10752), as diffusers'
 ``StableDiffusionDepth2ImgPipeline`` runs it.
@@ -26,7 +26,7 @@ from decinb.scenes import IMAGE_SIZE, Scene, depth_map
 from decinb.tiny.data import cached, draw_all, draw_captions, draw_scenes, to_input, to_tokens
 from decinb.tiny.evaluate_depth import measure, table
 from decinb.tiny.losses import image_loss
-from decinb.tiny.stage import Stage
+from decinb.tiny.stage import Stage, check_torch
 from decinb.tiny.train import check_same_run, encode_all, fast_dtype, tidy_configs, train_unet
 from decinb.unet_nas import UNetNAS
 from decinb.utils.quiet import quiet
@@ -117,7 +117,7 @@ def estimate(estimator: DPTForDepthEstimation, images: np.ndarray, device: torch
 
 
 def depth_loss(seen: Tensor, true: Tensor) -> Tensor:
-    """Return the error of depth, plus that of what is far, enlarged: mountains are only a tenth nearer than the sky."""
+    """Return the error of depth, plus that of far depth, enlarged: mountains are only a tenth nearer than the sky."""
     return image_loss(seen, true) + image_loss(seen.clamp(max=FAR) / FAR, true.clamp(max=FAR) / FAR)
 
 
@@ -182,12 +182,13 @@ def train(
         workers: processes that draw scenes; by default one for each core.
 
     Raises:
-        InputError: a stage has no minutes, or ``folder`` holds a run with other settings.
+        InputError: a stage has no minutes, torch is older than 2.9, or ``folder`` holds a run with other settings.
     """
     if not (estimator_minutes > 0 and unet_minutes > 0):
         raise InputError(
             f"estimator_minutes and unet_minutes must be above 0, got {estimator_minutes:g} and {unet_minutes:g}"
         )
+    check_torch()
     dtype = fast_dtype(device)
     folder.mkdir(parents=True, exist_ok=True)
     check_same_run(folder / "settings.json", {"scenes": scenes, "seed": seed, "begin": str(begin)})

@@ -1,6 +1,6 @@
 """Train the judge of the drawn scenes: ``python -m decinb.tiny.train_judge``.
 
-It learns from random scenes, each time damaged in another way, as a VAE or a sampler damages images.
+It learns from random scenes that are distorted anew each time they are shown, much as a VAE or a sampler does.
 """
 
 import argparse
@@ -78,9 +78,9 @@ def train(scenes: int = 20_000, epochs: int = 6, batch: int = 64, seed: int = 0,
 
     Args:
         scenes: number of scenes.
-        epochs: how often each is shown, damaged anew every time.
+        epochs: how often each is shown, distorted anew every time.
         batch: scenes a step.
-        seed: of the scenes, the damage, the order and the first weights.
+        seed: of the scenes, the distortions, the order and the initial weights.
         workers: processes that draw scenes; by default one for each core.
     """
     rng = random.Random(f"judge {seed}")

@@ -29,7 +29,7 @@ from decinb.loading import load_pipeline
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.tiny.data import draw_all, draw_captions, draw_scenes, to_tokens
 from decinb.tiny.networks import make_scheduler
-from decinb.tiny.stage import Stage
+from decinb.tiny.stage import Stage, check_torch
 from decinb.tiny.train import check_same_run, encode_all, fast_dtype, tidy_configs
 from decinb.unet_nas import UNetNAS
 from decinb.utils.quiet import quiet
@@ -187,10 +187,12 @@ def train(
         guidance: the guidance scale to build in, at least 1.
 
     Raises:
-        InputError: ``minutes`` is not above 0, ``guidance`` is below 1, or ``folder`` holds a run with other settings.
+        InputError: ``minutes`` is not above 0, ``guidance`` is below 1, torch is older than 2.9, or ``folder`` holds a
+            run with other settings.
     """
     if minutes <= 0 or guidance < 1:
         raise InputError(f"minutes must be above 0 and guidance at least 1, got {minutes:g} and {guidance:g}")
+    check_torch()
     batch, dtype = batch or (64 if device.type == "cpu" else 512), dtype or fast_dtype(device)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"scenes": scenes, "seed": seed, "teacher": str(teacher), "guidance": guidance}

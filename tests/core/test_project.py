@@ -8,9 +8,12 @@ from importlib.metadata import requires
 from pathlib import Path
 from urllib.parse import unquote
 
+import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+from tools import run_demo
 
 ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,6 +102,14 @@ def test_every_make_command_in_the_docs_exists(page):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     commands = re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert not [command for command in commands if f"\n{command}:" not in makefile]
+
+
+@pytest.mark.parametrize("name", run_demo.FEWER)
+def test_what_the_demo_repeats_less_often_are_parameters_of_the_notebook(name):
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+    (parameters,) = (cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    for parameter, value in run_demo.FEWER[name].items():
+        assert value < int(re.search(rf"^{parameter} = (\d+)", parameters, re.MULTILINE)[1])
 
 
 def links(text: str) -> list[str]:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -115,8 +117,23 @@ jupyter_kernel_gateway @ git+https://example.org/kernel_gateway@b134e99
 # The wheel
 
 
+def referred(folder: Path) -> set[tuple[str, str]]:
+    """Return every file that a notebook of a folder links to or shows, with the notebook."""
+    found = set()
+    for path in [*folder.glob("*.ipynb"), *folder.glob("solutions/*.ipynb")]:
+        texts = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+        for target in re.findall(r"""\]\(([^)\s]+)|src=["']([^"']+)""", "\n".join(texts)):
+            name = "".join(target).partition("#")[0]
+            if name and not re.match("[a-z]+:", name) and (path.parent / name).exists():
+                found.add((path.relative_to(folder).as_posix(), Path(name).name))
+    return found
+
+
 def test_the_notebooks_can_be_copied(tmp_path):
     copied = copy_notebooks(tmp_path / "new")
+    files = referred(ROOT / "notebooks")
+    assert {Path(name).suffix for _, name in files} >= {".svg", ".ipynb"}
+    assert referred(tmp_path / "new") == files, "a copy has every file that the notebooks refer to"
     assert sorted(path.name for path in copied) == sorted(path.name for path in ROOT.glob("notebooks/*.ipynb"))
     with pytest.raises(InputError, match="already has 00_image_to_image"):
         copy_notebooks(tmp_path / "new")
@@ -126,7 +143,7 @@ def test_the_notebooks_can_be_copied(tmp_path):
 def wheel(tmp_path_factory) -> Path:
     """Build the wheel as ``make wheel`` does, but from a copy and without asking an index for setuptools."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("decinb", "notebooks"):
+    for name in ("decinb", "notebooks", "docs/maps"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -146,6 +163,14 @@ def environment(tmp_path) -> Path:
         if not entry.name.startswith(("decinb", "__editable__", "__pycache__")):
             (site / entry.name).symlink_to(entry)
     return next((tmp_path / "env").glob("[bS]*/python*"))
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_notebooks_their_solutions_and_their_pictures(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name.partition("share/decinb/notebooks/")[2] for name in archive.namelist()} - {""}
+    copy_notebooks(tmp_path)
+    assert inside == {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
 
 
 @pytest.mark.slow
@@ -174,6 +199,7 @@ def test_a_wheel_in_an_empty_folder_runs_notebook_02(wheel, environment, tmp_pat
     installed = run("-c", execute, str(tmp_path / "without.ipynb"), str(tmp_path / "out.ipynb"), str(folder))
     assert not installed.returncode, installed.stderr
     assert not run("-m", "decinb", "notebooks", ".").returncode
+    assert referred(folder) == referred(ROOT / "notebooks")
     notebook = nbformat.read(folder / "02_strength_sweep.ipynb", as_version=4)
     for cell in notebook.cells:  # a smaller image takes a quarter of the time
         cell.source = cell.source.replace("size=decinb.image_size(pipe)", "size=64")

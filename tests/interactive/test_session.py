@@ -7,7 +7,9 @@ from PIL import Image
 
 import decinb
 from decinb import InputError
+from decinb.figures.viewer import data_url
 from decinb.images import read_record
+from decinb.interactive.playground import BLANK
 from decinb.interactive.session import Busy, Session, Settings
 from decinb.utils.locks import pipeline_lock
 from tests.helpers.sweeps import same
@@ -143,6 +145,92 @@ def test_a_sweep_runs_together_and_answers_for_the_nearest_value(session):
     finish(alone)
     difference = decinb.mean_abs_difference(alone.result.images[0], swept.images[4])
     assert difference < 1e-3
+
+
+def test_a_sweep_of_the_scheduler_makes_the_image_of_each(tiny, session):
+    own = tiny.scheduler
+    session.start(settings(), "scheduler")
+    seen = set()
+    while session.is_running:
+        seen |= {state.cell for state in session.advance()}
+    swept, names = session.result, list(session.schedulers)
+    assert seen == set(range(len(names))) and tiny.scheduler is own
+    assert [record["scheduler"] for record in swept.records] == names
+    for name in names[:3]:
+        alone = Session(tiny)
+        alone.start(settings(scheduler=name))
+        finish(alone)
+        assert same(swept.images[session.find(settings(scheduler=name))], alone.result.images[0])
+    assert session.find(settings(scheduler=names[1], seed=4)) is None
+    page = swept.explore()._repr_html_()
+    assert all(f'alt="scheduler {name}"' in page for name in names), "the viewer names what differs"
+
+
+def test_a_sweep_of_the_image_makes_one_from_each_sample(tiny, session):
+    drawing = Image.new("RGB", (128, 128), "orange")
+    session.start(settings(drawing, strength=0.5, num_inference_steps=4), "image")
+    assert max(finish(session)) > 1, "they share U-Net calls"
+    swept = session.result
+    assert [record["image"] for record in swept.records] == list(decinb.SAMPLES)
+    assert len({image.tobytes() for image in swept.images}) == len(decinb.SAMPLES)
+    half = {"strength": 0.5, "num_inference_steps": 4}
+    for name in ("night", "valley"):  # one is drawn at the model's size, the other is not
+        expected = decinb.run_sweep(tiny, decinb.load_image(name, 128), "", [{**CELL, **half}], progress=False)
+        assert decinb.mean_abs_difference(swept.images[session.find(settings(name, **half))], expected.images[0]) < 1e-3
+    assert session.find(settings(drawing, **half)) is None, "no image was made from the drawing"
+    page = swept.explore()._repr_html_()
+    assert 'alt="valley"' in page and "load_image('valley', size=decinb.image_size(pipe))" in page
+
+
+def test_a_sweep_of_the_scheduler_or_the_image_that_is_stopped_keeps_what_is_finished(session):
+    session.start(settings(), "scheduler")
+    while session.advance()[-1].cell < 2:
+        pass
+    session.stop()
+    assert [record["scheduler"] for record in session.result.records] == list(session.schedulers)[:2]
+    session.start(settings(), "image")
+    session.advance()
+    session.stop()
+    assert len(session.result) == 0 and not session.is_running
+
+
+@pytest.mark.parametrize("axis", ["scheduler", "image"])
+def test_the_code_of_a_sweep_makes_its_images_again(session, axis, monkeypatch):
+    monkeypatch.setattr("decinb.interactive.session.SCHEDULERS", ("EulerDiscreteScheduler",))
+    session = Session(session.pipe)
+    session.start(settings(), axis)
+    finish(session)
+    swept, names = session.result, {}
+    exec(session.code(), names)
+    again = names["images"].values() if axis == "scheduler" else names["sweep"].images
+    assert all(same(*pair) for pair in zip(again, swept.images, strict=True)), session.code()
+    exec(session.code(1), names)
+    assert same(names["sweep"].images[0], swept.images[1]), session.code(1)
+
+
+def test_the_controls_of_a_swept_scheduler_or_image_show_its_images(tiny):
+    play = decinb.playground(tiny, prompt=CELL["prompt"], strength=1.0, num_inference_steps=2)
+    widgets = play._view
+
+    def sweep(axis: str) -> list[str]:
+        widgets["axis"].value = axis
+        widgets["sweep"].click()
+        while play._session.is_running:
+            widgets["ask"].click()
+        return [data_url(image) for image in play.result.images]
+
+    shown = sweep("scheduler")
+    for name, url in zip(play._session.schedulers, shown, strict=True):
+        widgets["scheduler"].value = name
+        assert url in widgets["output"].value and f"scheduler {name}" in widgets["output"].value
+        assert name in widgets["code"].value or name == type(tiny.scheduler).__name__
+    shown = sweep("image")
+    for name, url in zip(decinb.SAMPLES, shown, strict=True):
+        widgets["image"].value = name
+        assert url in widgets["output"].value and f"load_image(&#x27;{name}&#x27;" in widgets["code"].value
+    before = widgets["output"].value
+    widgets["image"].value = BLANK
+    assert widgets["output"].value == before, "nothing was made from it"
 
 
 def test_texts_are_swept_line_by_line(session):

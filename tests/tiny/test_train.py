@@ -11,8 +11,9 @@ import torch
 import decinb
 from decinb import InputError
 from decinb.scenes import caption, random_scene, render
-from decinb.tiny import data, losses, networks, train
+from decinb.tiny import data, losses, networks, train, train_depth, train_lcm
 from decinb.tiny.stage import Stage
+from tests.helpers.training import needs_muon
 
 CPU = torch.device("cpu")
 SECONDS = 1 / 60  # of a minute
@@ -43,6 +44,7 @@ def quadratic(folder, minutes, watch=None):
     return stage, module
 
 
+@needs_muon
 def test_a_stage_learns_and_leaves_its_average_in_float32(tmp_path):
     stage, module = quadratic(tmp_path, 1 * SECONDS)
     assert module.weight.item() == pytest.approx(3, abs=0.2)
@@ -50,12 +52,27 @@ def test_a_stage_learns_and_leaves_its_average_in_float32(tmp_path):
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == stage.step
 
 
+@needs_muon
 def test_a_stage_resumes_where_it_was_stopped(tmp_path):
     first, before = quadratic(tmp_path, 0.5 * SECONDS)
     second, after = quadratic(tmp_path, 0.5 * SECONDS)
     assert second.step == first.step and after.weight.item() == before.weight.item()
     third, _ = quadratic(tmp_path, 1 * SECONDS)
     assert third.step > first.step
+
+
+def test_an_older_torch_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    given = {"scenes": 4, "seed": 0, "device": CPU}
+    for run in (
+        lambda folder: train.train(folder, vae_minutes=1, unet_minutes=1, **given),
+        lambda folder: train_depth.train(folder, estimator_minutes=1, unet_minutes=1, **given),
+        lambda folder: train_lcm.train(folder, "tiny", minutes=1, **given),
+        lambda folder: Stage("toy", {"toy": torch.nn.Linear(1, 1)}, 1, 0.1, folder, CPU),
+    ):
+        with pytest.raises(InputError, match=r"torch must be 2.9 or newer for training, .* this is torch \d"):
+            run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_normalised_latent_has_mean_0_and_deviation_1_and_decodes_the_same():
@@ -85,6 +102,7 @@ def test_the_tokenizer_knows_every_caption_and_any_text(tmp_path):
     assert tokenizer.decode(tokenizer("Häuschen 漢字 🙂").input_ids, skip_special_tokens=True) == "häuschen 漢字 🙂"
 
 
+@needs_muon
 def test_the_watcher_sees_averaged_weights(tmp_path):
     seen = []
     module = torch.nn.Linear(1, 1, bias=False)
@@ -163,6 +181,7 @@ def test_a_turned_vae_loss_is_finite_and_differs():
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
+@needs_muon
 def test_the_loss_of_a_small_unet_falls(toy, tmp_path):
     torch.manual_seed(0)
     tokenizer = networks.make_tokenizer(tmp_path / "tokenizer")
@@ -187,6 +206,7 @@ def test_the_loss_of_a_small_unet_falls(toy, tmp_path):
     assert loss() < 0.8 * before
 
 
+@needs_muon
 def test_a_small_vae_learns(tmp_path):
     images = data.draw_all(data.draw_scenes(8, seed=0), tmp_path / "scenes.npy", size=64, workers=1)
     torch.manual_seed(0)
@@ -202,6 +222,7 @@ def test_a_small_vae_learns(tmp_path):
     assert error() < 0.85 * before
 
 
+@needs_muon
 def test_the_whole_run_leaves_a_folder_that_loads_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "make_vae", lambda: networks.make_vae((8, 8, 8, 16)))
     monkeypatch.setattr(train, "make_unet", lambda: networks.make_unet(SMALL))
@@ -221,6 +242,7 @@ def test_the_whole_run_leaves_a_folder_that_loads_and_resumes(tmp_path, monkeypa
         train.train(tmp_path, unet_minutes=0, **given)
 
 
+@needs_muon
 def test_a_run_may_begin_with_a_model_whose_vae_and_tokenizer_it_keeps(tmp_path, tiny):
     folder = Path(decinb.MODELS["tiny"].source)
     given = {"scenes": 4, "vae_minutes": 0, "unet_minutes": SECONDS / 10, "seed": 0, "device": CPU, "batch": 2}

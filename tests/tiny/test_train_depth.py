@@ -13,6 +13,7 @@ from decinb.scenes.judge import Judge
 from decinb.tiny import data, evaluate_depth, losses, networks, train, train_depth
 from decinb.unet_nas import UNetNAS
 from tests.helpers.small import SMALL
+from tests.helpers.training import needs_muon
 
 CPU = torch.device("cpu")
 SECONDS = 1 / 60  # of a minute
@@ -57,6 +58,7 @@ def test_a_new_channel_changes_nothing_until_it_is_trained():
     assert grown.config.in_channels == 5 and (before - after).abs().max() < ROUNDING
 
 
+@needs_muon
 def test_an_estimator_learns_a_handful_of_scenes(places, tmp_path):
     _, images, depths = places
     torch.manual_seed(0)
@@ -77,6 +79,7 @@ def test_an_estimator_learns_a_handful_of_scenes(places, tmp_path):
     assert error(made) < 0.7 * before
 
 
+@needs_muon
 def test_a_unet_learns_to_see_depth_and_the_text_encoder_stays(places, tiny, tmp_path):
     scenes, images, depths = places
     moments = train.encode(tiny.vae, images, CPU)

@@ -11,6 +11,7 @@ from decinb import InputError
 from decinb.tiny import networks, train_lcm
 from decinb.unet_nas import UNetNAS
 from tests.helpers.sweeps import same
+from tests.helpers.training import needs_muon
 
 CPU = torch.device("cpu")
 SECONDS = 1 / 60  # of a minute
@@ -88,6 +89,7 @@ def test_sampling_uses_the_timesteps_of_training():
         assert len(scheduler.timesteps) == steps and all((int(t) + 1) % skip == 0 for t in scheduler.timesteps)
 
 
+@needs_muon
 @pytest.mark.slow
 def test_a_student_is_distilled_resumed_and_swept_as_any_other(tmp_path):
     arguments = {"scenes": 4, "seed": 0, "device": CPU, "captions": 2, "batch": 2, "workers": 1, "dtype": torch.float32}
