@@ -113,16 +113,10 @@ def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
     judge, prompts = Judge.load(), draw_prompts(count)
     renders = [render(scene) for scene in draw_scenes("reference", count)]
     features, edges = judge.features(renders), np.mean([_gradient(image) for image in renders])
-    few = prompts[: max(2, count // SEEDS)]
     report = {}
     for scale in GUIDANCES:
         made = run_in_batches(pipe, [_GREY] * count, prompts, 1.0, scale)
         answers = [answer(*pair) for pair in zip(prompts, judge.classify(made), strict=True)]
-        again = [run_in_batches(pipe, [_GREY] * len(few), few, 1.0, scale, seed=10_000 * i) for i in range(1, SEEDS)]
-        spread = [
-            float(np.mean([mean_abs_difference(a, b) for i, a in enumerate(same) for b in same[:i]]))
-            for same in zip(made[: len(few)], *again, strict=True)
-        ]
         report[f"{scale:g}"] = {
             **{
                 name: estimates.fraction([right[name] for right in answers if name in right])
@@ -130,13 +124,49 @@ def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
                 if any(name in right for right in answers)
             },
             "all": estimates.fraction([all(right.values()) for right in answers]),
-            "spread": estimates.mean(spread),
+            "spread": _spread(pipe, prompts, made, guidance_scale=scale),
             "clipped": estimates.mean([clipped_fraction(image) for image in made]),
             "oversaturated": estimates.mean([oversaturated(image) for image in made]),
             "frechet": estimates.frechet(judge.features(made), features),
             "gradients": estimates.mean([_gradient(image) / edges for image in made]),
         }
     return report
+
+
+def _spread(
+    pipe: DeciDiffusionImg2ImgPipeline, prompts: Sequence[str], made: list[Image.Image], **how: Any
+) -> Estimate:
+    """Return how far images of one prompt from ``SEEDS`` seeds differ; ``made`` are those of the first seed."""
+    few = prompts[: max(2, len(prompts) // SEEDS)]
+    again = [run_in_batches(pipe, [_GREY] * len(few), few, 1.0, seed=10_000 * i, **how) for i in range(1, SEEDS)]
+    return estimates.mean(
+        [
+            float(np.mean([mean_abs_difference(a, b) for i, a in enumerate(same) for b in same[:i]]))
+            for same in zip(made[: len(few)], *again, strict=True)
+        ]
+    )
+
+
+def evaluate_prompts(pipe: DeciDiffusionImg2ImgPipeline, count: int, **how: Any) -> dict[str, Estimate]:
+    """Make images from prompts alone in one way.
+
+    Args:
+        count: number of prompts.
+        how: ``guidance_scale`` and ``num_inference_steps``, as for ``run_in_batches``.
+
+    Returns:
+        ``adherence``, the fraction right of what a prompt names; ``frechet``, the distance to renders of other scenes;
+        ``spread``, the mean difference of two images of one prompt from different seeds.
+    """
+    judge, prompts = Judge.load(), draw_prompts(count)
+    made = run_in_batches(pipe, [_GREY] * count, prompts, 1.0, **how)
+    answers = [answer(*pair) for pair in zip(prompts, judge.classify(made), strict=True)]
+    renders = judge.features([render(scene) for scene in draw_scenes("reference", count)])
+    return {
+        "adherence": estimates.mean([float(np.mean(list(right.values()))) for right in answers]),
+        "frechet": estimates.frechet(judge.features(made), renders),
+        "spread": _spread(pipe, prompts, made, **how),
+    }
 
 
 def _gradient(image: Image.Image) -> float:
