@@ -29,7 +29,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from decinb.errors import InputError, ModelError
 from decinb.images import load_images
-from decinb.models import image_size
+from decinb.models import defaults_of, image_size
 from decinb.unet_nas import UNetNAS
 from decinb.utils import validation
 from decinb.utils.locks import pipeline_lock
@@ -48,7 +48,7 @@ def _arguments_of(stock: type[DiffusionPipeline], **defaults: Any) -> Callable[[
     """Decorate a ``__call__``: it gets the arguments of a diffusers pipeline's call, all of them as one dict.
 
     Their names, their order and their defaults are those of diffusers, except for the ``defaults`` given here. Help and
-    completion in notebooks show them.
+    completion in notebooks show them. Where the pipeline's model has defaults of its own, a call uses those.
     """
     theirs = inspect.signature(stock.__call__).parameters.values()
     own = inspect.Signature([one.replace(default=defaults.get(one.name, one.default)) for one in theirs])
@@ -60,6 +60,8 @@ def _arguments_of(stock: type[DiffusionPipeline], **defaults: Any) -> Callable[[
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             validation.known(kwargs, allowed)
             bound = own.bind(self, *args, **kwargs)
+            for name, value in defaults_of(self).items():
+                bound.arguments.setdefault(name, value)
             bound.apply_defaults()
             return call(self, {name: bound.arguments[name] for name in names} | bound.arguments.get("kwargs", {}))
 
@@ -156,7 +158,9 @@ class _DeciDiffusion:
         given = [name for name in ("timesteps", "sigmas") if arguments.get(name) is not None]
         if not given:
             steps = arguments["num_inference_steps"]
-            return validation.num_inference_steps(self.deci_default_number_of_iterations if steps is None else steps)
+            if steps is None:
+                steps = defaults_of(self).get("num_inference_steps", self.deci_default_number_of_iterations)
+            return validation.num_inference_steps(steps)
         if len(given) > 1:
             raise InputError("timesteps and sigmas are two ways to give one schedule: leave out one of them")
         (name,) = given

@@ -1,6 +1,8 @@
 """Every test runs on the bundled model, without a network, on the package of this checkout."""
 
+import copy
 import os
+from dataclasses import replace
 from importlib.metadata import Distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING
 os.environ["DECINB_MODEL"] = "tiny"  # reaches the notebooks' kernels too
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("DECINB_TRAIN_MINUTES", "0.2")  # notebook 07 takes five where it is read
-os.environ.setdefault("DECINB_MAX_ROWS", "4")  # notebook 06 times up to 16 rows in one call
+os.environ.setdefault("DECINB_MAX_ROWS", "4")  # of the U-Net calls that notebook 06 times
 os.environ.setdefault("MPLBACKEND", "agg")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Workers share the processors. torch reads this when it is imported, here and in the notebooks' kernels.
@@ -65,6 +67,19 @@ def pytest_terminal_summary(terminalreporter) -> None:
 def pytest_testnodedown(node) -> None:
     """Gather what a worker of pytest-xdist has seen."""
     _observed.outcomes += getattr(node, "workeroutput", {}).get("observed", [])
+
+
+@pytest.fixture
+def tiny_lcm(tiny, tmp_path, monkeypatch) -> "DeciDiffusionImg2ImgPipeline":
+    """``tiny-lcm`` before its training: the U-Net of ``tiny`` with the student's scheduler."""
+    from decinb.models import MODELS
+    from decinb.tiny import train_lcm
+
+    folder = train_lcm.save(tmp_path / "lcm", copy.deepcopy(tiny.unet))
+    monkeypatch.setitem(MODELS, "tiny-lcm", replace(MODELS["tiny-lcm"], source=folder))
+    pipe = decinb.load_pipeline("tiny-lcm", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(scope="session")

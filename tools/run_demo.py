@@ -26,7 +26,7 @@ QUIET_KERNEL = ["--IPKernelApp.log_level=40"]  # ipykernel warns of TCP at every
 
 def main() -> int:
     os.environ.setdefault("DECINB_MODEL", "tiny")
-    os.environ.setdefault("DECINB_MAX_ROWS", "4")  # notebook 06 times large calls for minutes otherwise
+    os.environ.setdefault("DECINB_MAX_ROWS", "4")  # of the U-Net calls that notebook 06 times
     FOLDER.mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT / "docs" / "maps", ROOT / "runs" / "docs" / "maps", dirs_exist_ok=True)  # notebooks show them
     shutil.copytree(ROOT / "notebooks" / "solutions", FOLDER / "solutions", dirs_exist_ok=True)  # and link to these

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from decinb.benchmark import counting, latency, options, packing
+from decinb.benchmark.compiled import COMPILED, EAGER, GRAPHS
 from decinb.benchmark.latency import Measurement, Timing
 from decinb.designs import grid
 from decinb.images import load_image
@@ -37,7 +38,6 @@ from decinb.utils.files import write_atomically
 ROOT = Path(__file__).parents[1]
 MINUTES = 20.0
 STEPS = 30  # of the image whose time is compared with its arithmetic
-EAGER, COMPILED, GRAPHS = "eager", "compiled", "CUDA graphs"
 PACKED_TARGET, RATE_TARGET, FLOOR_TARGET = 6.0, 0.4, 2.0
 
 

@@ -5,6 +5,8 @@ options       a pipeline's options that change images only by rounding
 runtimes      the U-Net in PyTorch and in OpenVINO; with --model random, U-Nets of full size
 neighbours    a sweep beside busy processes, with threads that adapt and with fixed numbers of threads
 first-image   fresh processes to their first image, part by part
+compiled      U-Nets of full size, eager, compiled and with CUDA graphs, with what the first call costs
+few-steps     packed sweeps of tiny at 20 steps and of its student, tiny-lcm, at 4
 """
 
 import argparse
@@ -15,7 +17,7 @@ from types import ModuleType
 
 from diffusers import DiffusionPipeline
 
-from decinb.benchmark import first_image, latency, neighbours, options, packing, runtimes
+from decinb.benchmark import compiled, few_steps, first_image, latency, neighbours, options, packing, runtimes
 from decinb.benchmark.latency import Measurement
 from decinb.loading import load_pipeline
 from decinb.runtimes.graph import is_installed
@@ -103,12 +105,24 @@ def _measure_first_image(given: Given) -> Measurement:
     return first_image.measure_first_image([name for name in _runtimes() if name != "openvino-bfloat16"], given.rounds)
 
 
+def _measure_compiled(given: Given) -> Measurement:
+    return compiled.compare(given.device, given.dtype, given.size, given.rounds)
+
+
+def _measure_few_steps(given: Given) -> Measurement:
+    teacher, student = (load_pipeline(name, given.device, given.dtype) for name in ("tiny", "tiny-lcm"))
+    designs = {name: few_steps.SWEEPS[name] for name in given.designs or few_steps.SWEEPS}
+    return few_steps.compare(teacher, student, designs, given.rounds)
+
+
 BENCHMARKS: dict[str, tuple[Callable[[Given], Measurement], ModuleType, str]] = {
     "sweep": (_measure_sweeps, packing, "benchmark"),
     "options": (_measure_options, options, "options"),
     "runtimes": (_measure_runtimes, runtimes, "runtimes"),
     "neighbours": (_measure_neighbours, neighbours, "neighbours"),
     "first-image": (_measure_first_image, first_image, "first-image"),
+    "compiled": (_measure_compiled, compiled, "compiled"),
+    "few-steps": (_measure_few_steps, few_steps, "few-steps"),
 }
 """What each word measures, the module with its table, and the name of its files."""
 

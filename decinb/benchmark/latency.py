@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import re
 import statistics
 import time
@@ -38,6 +39,9 @@ PUBLISHED: dict[tuple[str, str, int], float] = {
 pixels, float16, one image at a time, on an NVIDIA A10. Infery is Deci's own compiled runtime."""
 
 RESULTS = Path(__file__).parents[2] / "results"  # of the repository, with measurements from other machines
+
+BUSY = 0.5
+"""The load of each core above which a machine counts as busy."""
 
 PUBLISHED_SOURCE = "https://huggingface.co/Deci/DeciDiffusion-v1-0"
 
@@ -163,6 +167,39 @@ def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
     """Return how many times longer one took than the other, turn by turn: the least, the median and the most."""
     ratios = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
     return min(ratios), statistics.median(ratios), max(ratios)
+
+
+def extrapolate(timings: Mapping[str, Mapping[str, Timing]], steps: int) -> dict[str, Timing]:
+    """Estimate the seconds of whole calls from shorter ones, by a line through each round of measurements.
+
+    Args:
+        timings: times by work, then by network, of at least two works named ``image, <number> step(s)``.
+        steps: of the calls that are estimated.
+
+    Returns:
+        By network, one estimate for each round, to be compared with ``ratio`` like measured times.
+    """
+    works = {int(work.split()[1]): by_name for work, by_name in timings.items() if work.startswith("image")}
+    estimates: dict[str, list[float]] = {}
+    for name in next(iter(works.values())):
+        for seconds in zip(*(by_name[name].seconds for by_name in works.values()), strict=True):
+            slope, intercept = statistics.linear_regression(list(works), seconds)
+            estimates.setdefault(name, []).append(intercept + slope * steps)
+    return {name: Timing(tuple(found)) for name, found in estimates.items()}
+
+
+def describe_load(where: Mapping[str, Any]) -> str:
+    """Return one line that says whether a machine was quiet before a measurement.
+
+    Args:
+        where: what ``environment`` returned; its ``load`` is how many processes wanted a core in the last minute.
+    """
+    load, cores = where["load"], os.cpu_count() or 1
+    if load is None:
+        return "load: unknown on this system; close what you do not need before you measure"
+    if load > BUSY * cores:
+        return f"load: {load:.1f} on {cores} cores; the machine is busy, so measure again when it is quiet"
+    return f"load: {load:.1f} on {cores} cores; the machine is quiet"
 
 
 def unet_call(unet: nn.Module, rows: int = 1, size: int = 64, tokens: int = 77) -> Callable[[], Tensor]:

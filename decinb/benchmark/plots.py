@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 
-from decinb.benchmark.latency import ratio
-from decinb.benchmark.options import MAX_PSNR
+from decinb.benchmark.latency import extrapolate, ratio
+from decinb.benchmark.options import describe
 from decinb.figures.page import finish
 
 if TYPE_CHECKING:
@@ -35,11 +35,11 @@ def plot_blocks(costs: Mapping[str, Cost]) -> None:
     stages.sort(
         key=lambda stage: (("down", "middle", "up").index(stage[0]), stage[1] * (1 if stage[0] == "up" else -1))
     )
-    figure, axes = plt.subplots(1, len(costs), figsize=(11, 4.2), sharex=True, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(costs), figsize=(9, 4.2), sharex=True, sharey=True, layout="constrained")
     for ax, (name, cost) in zip(axes, costs.items(), strict=True):
         for stage, block in _staged(cost):
             _stack(ax, stages.index(stage), block)
-        ax.set_title(f"{name}: {cost.flops / 1e12:.3f} TFLOP, {cost.parameters / 1e6:.0f} M parameters")
+        ax.set_title(f"{name}: {cost.flops / 1e12:.3f} TFLOP, {cost.parameters / 1e6:.0f} M parameters", fontsize=10)
         ax.set_xlabel("GFLOP in one row of a U-Net call")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(stages)), [f"{side} x {side}, {way}" for way, side in stages])
@@ -111,23 +111,29 @@ def plot_chain(seconds: Mapping[str, float]) -> None:
     finish(figure)
 
 
-def plot_ratios(ratios: Mapping[str, Sequence[float]]) -> None:
-    """Plot how many times longer SD v1.5 takes: a dot, or a dot on a line.
+def plot_ratios(
+    ratios: Mapping[str, Sequence[float]], xlabel: str = "SD v1.5 / U-Net-NAS", estimated: Collection[str] = ()
+) -> None:
+    """Plot how many times longer one takes than the other: a dot, or a dot on a line.
 
     Args:
         ratios: by name, one number, or the least, the median and the most.
+        xlabel: the label of the horizontal axis.
+        estimated: the names of ratios that were not measured; they are drawn dashed and hollow, and named so.
     """
+    names = list(ratios)
     figure, ax = plt.subplots(figsize=(8, 0.5 * len(ratios) + 1), layout="constrained")
     for place, found in enumerate(ratios.values()):
         middle = found[len(found) // 2]
-        ax.plot([found[0], found[-1]], [place, place], color="#888888", linewidth=2)
-        ax.plot(middle, place, "o", color=COLOURS["U-Net-NAS"])
+        is_estimate = names[place] in estimated
+        ax.plot([found[0], found[-1]], [place, place], "--" if is_estimate else "-", color="#888888", linewidth=2)
+        ax.plot(middle, place, "o", color=COLOURS["U-Net-NAS"], fillstyle="none" if is_estimate else "full")
         ax.annotate(f"{middle:.2f}", (middle, place), (0, 6), textcoords="offset points", ha="center", fontsize=9)
     ax.axvline(1, color="black", linewidth=0.8)
-    ax.set_yticks(range(len(ratios)), ratios)
+    ax.set_yticks(range(len(names)), [f"{name}, estimated" if name in estimated else name for name in names])
     ax.invert_yaxis()
     ax.margins(y=0.25)
-    ax.set_xlabel("SD v1.5 / U-Net-NAS")
+    ax.set_xlabel(xlabel)
     ax.spines[["top", "right"]].set_visible(False)
     finish(figure)
 
@@ -153,17 +159,25 @@ def plot_rows(timings: Mapping[str, Mapping[str, Timing]]) -> None:
     finish(figure)
 
 
-def plot_whole_calls(timings: Mapping[str, Mapping[str, Timing]], lines: Mapping[str, tuple[float, float]]) -> None:
-    """Plot the seconds of image-to-image calls against their steps: measured dots, and a line per U-Net to 50 steps.
+def plot_whole_calls(timings: Mapping[str, Mapping[str, Timing]], most: int = 50) -> None:
+    """Plot the seconds of image-to-image calls against their steps: measured dots, and the line through them.
+
+    Beyond the most steps that were measured, the line is an estimate: it is dashed and named so.
 
     Args:
         timings: times by work, then by U-Net; only works named ``image, <number> step(s)`` are plotted.
-        lines: by U-Net, the seconds per step, and the seconds that do not depend on the steps.
+        most: steps up to which the line is drawn.
     """
     figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
     works = {int(work.split()[1]): by_name for work, by_name in timings.items() if work.startswith("image")}
-    for name, (per_step, constant) in lines.items():
-        ax.plot([0, 50], [constant, constant + 50 * per_step], color=COLOURS.get(name), linewidth=1, label=name)
+    measured = [min(works), max(works)]
+    for name in next(iter(works.values())):
+        ends = {steps: extrapolate(timings, steps)[name].median for steps in (*measured, most)}
+        ax.plot(measured, [ends[steps] for steps in measured], color=COLOURS.get(name), label=f"{name}, measured")
+        if most > measured[1]:
+            beyond = [measured[1], most]
+            label = f"{name}, estimated"
+            ax.plot(beyond, [ends[steps] for steps in beyond], "--", color=COLOURS.get(name), label=label)
         for steps, by_name in works.items():
             taken = by_name[name].seconds
             ax.plot([steps] * len(taken), taken, "o", color=COLOURS.get(name), markersize=4)
@@ -208,22 +222,31 @@ def plot_options(measurements: Mapping[str, Measurement]) -> None:
             place = names.index(name) + (i - (len(measurements) - 1) / 2) * height
             ax.barh(place, median, height * 0.9, color=f"C{i}", label=label)
             ax.plot([least, most], [place, place], color="black", linewidth=1)
-            found = measurement.settings["options"][name]
-            ax.text(most + 0.03, place, _describe(found, after), va="center", fontsize=8)
+            ax.text(most + 0.03, place, ", ".join(describe(measurement, name)), va="center", fontsize=9)
             label = None
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
-    ax.set_xlabel("times faster than as loaded; the PSNR compares the images with and without the option")
-    ax.margins(x=0.25)
-    figure.legend(loc="outside upper center", frameon=False, fontsize=8)
+    ax.set_xlabel("times faster than as loaded; PSNR of the images with and without; seconds of the first call")
+    ax.margins(x=0.35)
+    figure.legend(loc="outside upper center", frameon=False, fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
     finish(figure)
 
 
-def _describe(found: Mapping[str, float], timing: Timing) -> str:
-    similarity = f"{found['psnr']:.0f} dB" if found["psnr"] < MAX_PSNR else "equal"
-    return similarity + (f", first call {found['first']:.0f} s" if found["first"] > 3 * timing.median else "")
+def plot_faster(measurement: Measurement) -> None:
+    """Plot how many times faster each way is than the first of its work: the median of the paired ratios.
+
+    Args:
+        measurement: what ``runtimes.compare`` or ``compiled.compare`` returns. A line goes from the least ratio to the
+            most.
+    """
+    found = {
+        f"{way} ({work})": ratio(next(iter(timings.values())), timing)
+        for work, timings in measurement.timings.items()
+        for way, timing in timings.items()
+    }
+    plot_ratios(found, "times faster than the first way of the same work")
 
 
 def plot_calls(strengths: Sequence[float], calls: Mapping[int, Sequence[int]]) -> None:

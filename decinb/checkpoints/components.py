@@ -300,9 +300,12 @@ def as_model_error(what: str, why: str | None = None) -> Iterator[None]:
 def _is_saved_decidiffusion(files: Files) -> bool:
     """Return whether these are DeciDiffusion's five components, as decinb saves them.
 
-    A model with a depth estimator has more components, so its index is read instead.
+    A model with a depth estimator has more components, and a folder whose index lists no VAE has fewer, to be used with
+    those of another folder; their indices are read instead.
     """
     if "unet/config.json" not in files.names or any(name.startswith("depth_estimator/") for name in files.names):
+        return False
+    if "vae/config.json" not in files.names and INDEX in files.names and "vae" not in files.json(INDEX):
         return False
     return "configurations" in files.json("unet/config.json")
 

@@ -44,6 +44,8 @@ ANSWERS: dict[str, Number | Choice] = {
     "04.2": Number(0.6, "int(50 * 0.6) is 30.", within=0.019),
     "05.1": Number(125, "five values of each of three arguments make 5 x 5 x 5 cells."),
     "05.2": Number(13, "the base, and four other values of each of three arguments."),
+    "06.1": Number(7, "int(25 * 0.3) is 7, and without guidance each call has one row."),
+    "06.2": Choice("a", "attention at full resolution, which the search removed, grows with the square of the area."),
     "08.1": Choice("b", "without + scale * (with - without) is the same at every scale if both are equal.", "abc"),
     "08.2": Choice("a", "the second prediction is made in any case; the negative prompt only changes its text."),
     "09.1": Number(60, "text to image runs all 30 steps, each of the other two links int(30 * 0.5)."),
@@ -52,6 +54,10 @@ ANSWERS: dict[str, Number | Choice] = {
     "10.2": Number(20, "a packed sweep takes as many calls as its longest cell."),
     "11.1": Number(256, "the U-Net sees the map at the resolution of the latent, 16 x 16."),
     "11.2": Choice("b", "at strength 1 the latent holds nothing of the input, but the depth map still does."),
+    "12.1": Number(1.67, "a fifth stays as it is and four fifths are halved: 1 / (0.2 + 0.8 / 2).", within=0.01),
+    "12.2": Number(300, "60 seconds divided by 0.2 seconds a call."),
+    "14.1": Number(4, "int(4 * strength) is 1, 2, 3 or 4; 0 steps are refused."),
+    "14.2": Number(10, "20 guided steps have 40 rows; 4 steps with guidance built in have 4."),
 }
 """The answers by notebook and exercise. Those that are missing here have a solution, but no single answer."""
 

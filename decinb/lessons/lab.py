@@ -101,6 +101,26 @@ class Lab:
         renders = [render(replace(random_scene(rng), **named)) for _ in images]
         return estimates.frechet(Judge.load().features(list(images)), Judge.load().features(renders))
 
+    def prompts(self, count: int = COUNT) -> list[str]:
+        """Return prompts of different scenes that name all that is in them; the own one where there are no scenes."""
+        rng = random.Random("lesson prompts")
+        return [caption(random_scene(rng)) if self.can_judge else self.prompt for _ in range(count)]
+
+    def quality(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Estimate]:
+        """Return how good images of different prompts are, one image for each prompt.
+
+        Returns:
+            ``distance``, the Fréchet distance to renders of as many other scenes (compare only equally many images),
+            and ``adherence``, the mean fraction of what its prompt names that an image shows.
+        """
+        if not self.can_judge:
+            return {"distance": UNKNOWN, "adherence": UNKNOWN}
+        rng, judge = random.Random("lesson renders"), Judge.load()
+        renders = judge.features([render(random_scene(rng)) for _ in images])
+        shown = [adherence(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        distance = estimates.frechet(judge.features(list(images)), renders)
+        return {"distance": distance, "adherence": estimates.mean(shown)}
+
     def spread(self, images: Sequence[Image.Image]) -> Estimate:
         """Return the mean difference of any two images."""
         return estimates.spread(list(images))

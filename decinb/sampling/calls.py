@@ -5,11 +5,14 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from decinb.models import defaults_of
+
 
 def call_arguments(pipe: DiffusionPipeline) -> dict[str, Any]:
     """Return the names of a call's arguments, each with its default, or None if it has none.
 
     A call with ``**kwargs``, such as those of decinb, forwards them to the class it extends, whose arguments count too.
+    The defaults of the pipeline's model come before those of its class.
     """
     found: dict[str, Any] = {}
     for cls in type(pipe).__mro__:
@@ -21,7 +24,7 @@ def call_arguments(pipe: DiffusionPipeline) -> dict[str, Any]:
                 found.setdefault(one.name, None if one.default is one.empty else one.default)
         if not any(one.kind is one.VAR_KEYWORD for one in parameters):
             break
-    return found
+    return found | {name: value for name, value in defaults_of(pipe).items() if name in found}
 
 
 def takes(pipe: DiffusionPipeline, name: str) -> bool:

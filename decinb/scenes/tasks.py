@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from decinb.models import defaults_of
 from decinb.scenes import Scene, caption, estimates, random_scene, render, strokes
 from decinb.scenes.adherence import named_attributes
 from decinb.scenes.estimates import Estimate
@@ -67,11 +68,16 @@ def run_in_batches(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
     strength: float,
-    guidance_scale: float = GUIDANCE,
+    guidance_scale: float | None = None,
     num_inference_steps: int | None = None,
     seed: int = 0,
 ) -> list[Image.Image]:
-    """Call an image-to-image pipeline on many images, each with its own prompt and its own seed, in ``STEPS`` steps."""
+    """Call an image-to-image pipeline on many images, each with its own prompt and its own seed.
+
+    Guidance scale and steps are by default those of the pipeline's model, if it has any of its own, such as a model
+    with guidance built in; else ``GUIDANCE`` and ``STEPS``.
+    """
+    usual = {"guidance_scale": GUIDANCE, "num_inference_steps": STEPS, **defaults_of(pipe)}
     made, batch = [], BATCH if pipe.device.type == "cpu" else BATCH_GPU
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
@@ -79,8 +85,8 @@ def run_in_batches(
             prompt=list(prompts[rows]),
             image=list(images[rows]),
             strength=strength,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps or STEPS,
+            guidance_scale=usual["guidance_scale"] if guidance_scale is None else guidance_scale,
+            num_inference_steps=num_inference_steps or usual["num_inference_steps"],
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(prompts[rows]))],
         ).images
     return made
@@ -117,7 +123,7 @@ def measure(
 
     Args:
         renders: what the images made are compared with as a whole; as many as there are trials.
-        num_inference_steps: of the whole schedule; by default ``STEPS``.
+        num_inference_steps: of the whole schedule; by default as in ``run_in_batches``.
 
     Returns:
         ``changed``, the fraction of images with every attribute that the input lacked; ``adherence``, of all that the
@@ -125,7 +131,7 @@ def measure(
         ``change``, the mean difference from the input; ``frechet``, the distance to the renders.
     """
     images, prompts = [trial.image for trial in trials], [trial.prompt for trial in trials]
-    made = run_in_batches(pipe, images, prompts, strength, GUIDANCE, num_inference_steps)
+    made = run_in_batches(pipe, images, prompts, strength, num_inference_steps=num_inference_steps)
     judge = Judge.load()
     pairs = list(zip(trials, made, strict=True))
     answers = [answer(trial.prompt, seen) for trial, seen in zip(trials, judge.classify(made), strict=True)]

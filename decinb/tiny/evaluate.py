@@ -25,6 +25,7 @@ from decinb.loading import load_pipeline
 from decinb.metrics import clipped_fraction, mean_abs_difference, oversaturated, psnr, ssim
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
+from decinb.runtimes import openvino
 from decinb.scenes import ATTRIBUTES, IMAGE_SIZE, Scene, caption, estimates, random_scene, render
 from decinb.scenes.colours import count_red_buildings, count_suns, ground_by_colour, time_by_colour
 from decinb.scenes.estimates import Estimate
@@ -114,16 +115,10 @@ def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
     judge, prompts = Judge.load(), draw_prompts(count)
     renders = [render(scene) for scene in draw_scenes("reference", count)]
     features, edges = judge.features(renders), np.mean([_gradient(image) for image in renders])
-    few = prompts[: max(2, count // SEEDS)]
     report = {}
     for scale in GUIDANCES:
         made = run_in_batches(pipe, [_GREY] * count, prompts, 1.0, scale)
         answers = [answer(*pair) for pair in zip(prompts, judge.classify(made), strict=True)]
-        again = [run_in_batches(pipe, [_GREY] * len(few), few, 1.0, scale, seed=10_000 * i) for i in range(1, SEEDS)]
-        spread = [
-            float(np.mean([mean_abs_difference(a, b) for i, a in enumerate(same) for b in same[:i]]))
-            for same in zip(made[: len(few)], *again, strict=True)
-        ]
         report[f"{scale:g}"] = {
             **{
                 name: estimates.fraction([right[name] for right in answers if name in right])
@@ -131,13 +126,49 @@ def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
                 if any(name in right for right in answers)
             },
             "all": estimates.fraction([all(right.values()) for right in answers]),
-            "spread": estimates.mean(spread),
+            "spread": _spread(pipe, prompts, made, guidance_scale=scale),
             "clipped": estimates.mean([clipped_fraction(image) for image in made]),
             "oversaturated": estimates.mean([oversaturated(image) for image in made]),
             "frechet": estimates.frechet(judge.features(made), features),
             "gradients": estimates.mean([_gradient(image) / edges for image in made]),
         }
     return report
+
+
+def _spread(
+    pipe: DeciDiffusionImg2ImgPipeline, prompts: Sequence[str], made: list[Image.Image], **how: Any
+) -> Estimate:
+    """Return how far images of one prompt from ``SEEDS`` seeds differ; ``made`` are those of the first seed."""
+    few = prompts[: max(2, len(prompts) // SEEDS)]
+    again = [run_in_batches(pipe, [_GREY] * len(few), few, 1.0, seed=10_000 * i, **how) for i in range(1, SEEDS)]
+    return estimates.mean(
+        [
+            float(np.mean([mean_abs_difference(a, b) for i, a in enumerate(same) for b in same[:i]]))
+            for same in zip(made[: len(few)], *again, strict=True)
+        ]
+    )
+
+
+def evaluate_prompts(pipe: DeciDiffusionImg2ImgPipeline, count: int, **how: Any) -> dict[str, Estimate]:
+    """Make images from prompts alone in one way.
+
+    Args:
+        count: number of prompts.
+        how: ``guidance_scale`` and ``num_inference_steps``, as for ``run_in_batches``.
+
+    Returns:
+        ``adherence``, the fraction right of what a prompt names; ``frechet``, the distance to renders of other scenes;
+        ``spread``, the mean difference of two images of one prompt from different seeds.
+    """
+    judge, prompts = Judge.load(), draw_prompts(count)
+    made = run_in_batches(pipe, [_GREY] * count, prompts, 1.0, **how)
+    answers = [answer(*pair) for pair in zip(prompts, judge.classify(made), strict=True)]
+    renders = judge.features([render(scene) for scene in draw_scenes("reference", count)])
+    return {
+        "adherence": estimates.mean([float(np.mean(list(right.values()))) for right in answers]),
+        "frechet": estimates.frechet(judge.features(made), renders),
+        "spread": _spread(pipe, prompts, made, **how),
+    }
 
 
 def _gradient(image: Image.Image) -> float:
@@ -206,11 +237,11 @@ def evaluate_duplicates(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[
     return report
 
 
-def evaluate_call(pipe: DeciDiffusionImg2ImgPipeline, count: int = 5) -> dict[str, Any]:
-    """Time calls of 30 steps at strength 0.75, in seconds; the first is not counted."""
+def evaluate_call(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:
+    """Time six calls of 30 steps at strength 0.75, in seconds, whatever ``count`` is; the first is not counted."""
     image, prompt = render(Scene(house="red")), caption(Scene(house="red", time="night"))
     times = []
-    for _ in range(count + 1):
+    for _ in range(6):
         started = time.monotonic()
         run_in_batches(pipe, [image], [prompt], strength=0.75)
         times.append(time.monotonic() - started)
@@ -232,6 +263,7 @@ def draw_prompts(count: int) -> list[str]:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 MEASUREMENTS: dict[str, Callable[[DeciDiffusionImg2ImgPipeline, int], dict[str, Any]]] = {
+    "call": evaluate_call,
     "vae": evaluate_vae,
     "tasks": evaluate_tasks,
     "examples": evaluate_examples,
@@ -241,26 +273,41 @@ MEASUREMENTS: dict[str, Callable[[DeciDiffusionImg2ImgPipeline, int], dict[str, 
 }
 
 
-def evaluate(pipe: DeciDiffusionImg2ImgPipeline, count: int = FULL) -> dict[str, Any]:
-    """Measure everything on fixed seeds.
+def evaluate(
+    pipe: DeciDiffusionImg2ImgPipeline,
+    count: int = FULL,
+    parts: Sequence[str] = tuple(MEASUREMENTS),
+    file: Path | None = None,
+) -> dict[str, Any]:
+    """Measure everything, or some parts of it, on fixed seeds.
 
     Args:
         pipe: the pipeline of the bundled model, or of one trained like it.
         count: images for each point of a curve; at least 20 for intervals of Fréchet distances.
+        parts: names in ``MEASUREMENTS``.
+        file: a JSON file that is written after each part; parts that it holds already are kept.
 
     Returns:
-        The settings, the environment, the time of a call, and a report for each of ``MEASUREMENTS``.
+        The settings, the environment of each part, and a report for each part.
+
+    Raises:
+        InputError: ``file`` holds a report with another number of images.
     """
     pipe.set_progress_bar_config(disable=True)
-    report: dict[str, Any] = {
-        "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "images": count},
-        "environment": describe_pipeline(pipe),
-        "call": evaluate_call(pipe),
-    }
-    for name, measurement in MEASUREMENTS.items():
+    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "images": count}
+    report: dict[str, Any] = {"settings": settings, "environment": {}}
+    if file and file.is_file():
+        report = json.loads(file.read_text())
+        if report["settings"] != settings:
+            raise InputError(f"{file.name} has the settings {report['settings']}, not {settings}: use another folder")
+    for name in parts:
         started = time.monotonic()
-        report[name] = measurement(pipe, count)
+        report[name] = MEASUREMENTS[name](pipe, count)
+        report["environment"][name] = describe_pipeline(pipe)
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -371,17 +418,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} images a point instead of {FULL}")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--runtime", default=openvino.TORCH, choices=openvino.RUNTIMES, help="of the U-Net")
+    parser.add_argument("--parts", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="default: all")
     parser.add_argument(
         "--results", type=Path, default=Path("results/tiny"), help="where the JSON goes (default %(default)s)"
     )
     given = parser.parse_args(arguments)
     pipe = load_pipeline(given.model, device=given.device, dtype=torch.float32, runtime=given.runtime)
-    report = evaluate(pipe, QUICK if given.quick else FULL)
-    print(table(report))
-    given.results.mkdir(parents=True, exist_ok=True)
     file = given.results / ("evaluate-quick.json" if given.quick else "evaluate.json")
-    file.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"wrote {file.name}")
+    report = evaluate(pipe, QUICK if given.quick else FULL, given.parts, file)
+    if not all(name in report for name in MEASUREMENTS):
+        print(f"{file.name} has {', '.join(name for name in MEASUREMENTS if name in report)}")
+        return
+    print(table(report))
     card = (MODELS["tiny"].source if given.model == "tiny" else Path(given.model)) / "README.md"
     if card.is_file() and not given.quick:
         fill_card(table(report), card)

@@ -12,10 +12,12 @@ pseudo-Huber loss).
 
 import argparse
 import copy
+import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
@@ -26,12 +28,12 @@ from transformers import CLIPTextModel
 
 from decinb.errors import InputError
 from decinb.loading import load_pipeline
-from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.tiny.data import draw_all, draw_captions, draw_scenes, to_tokens
 from decinb.tiny.networks import make_scheduler
 from decinb.tiny.stage import Stage, check_torch
 from decinb.tiny.train import check_same_run, encode_all, fast_dtype, tidy_configs
 from decinb.unet_nas import UNetNAS
+from decinb.utils.environment import environment
 from decinb.utils.quiet import quiet
 
 GUIDANCE = 4.0
@@ -41,6 +43,13 @@ TEACHER_STEPS = 50
 """Steps in which the teacher goes from pure noise to an image; the student learns at their timesteps."""
 
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of diffusers' LCMScheduler
+
+INDEX = {
+    "_class_name": "StableDiffusionImg2ImgPipeline",
+    "scheduler": ["diffusers", "LCMScheduler"],
+    "unet": ["decinb.unet_nas", "UNetNAS"],
+}
+"""The index of the folder: the new parts only."""
 
 Denoiser = Callable[..., UNet2DConditionOutput]
 
@@ -177,7 +186,7 @@ def train(
     dtype: torch.dtype | None = None,
     workers: int | None = None,
 ) -> Path:
-    """Distil a model in ``folder`` and save the student as a diffusers folder, ``folder/model``.
+    """Distil a model in ``folder`` and save the student's own parts in ``folder/lcm``.
 
     Args:
         teacher: a model for ``load_pipeline``.
@@ -218,13 +227,53 @@ def train(
         learning_rate,
         dtype,
     )
-    pipe = DeciDiffusionImg2ImgPipeline(
-        parts["vae"], parts["text_encoder"].float(), parts["tokenizer"], student, make_lcm_scheduler()
-    )
+    write_card(save(folder / "lcm", student), settings, device, dtype)
+    return folder / "lcm"
+
+
+def save(folder: Path, student: UNetNAS) -> Path:
+    """Save a student and its scheduler as a diffusers folder of fp16 safetensors; the teacher has the other parts."""
     with quiet():
-        pipe.to("cpu", torch.float16).save_pretrained(folder / "model")
-    tidy_configs(folder / "model")
-    return folder / "model"
+        nn.Module.to(student, "cpu", torch.float16).save_pretrained(folder / "unet")
+    make_lcm_scheduler().save_pretrained(folder / "scheduler")
+    tidy_configs(folder)
+    (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
+    return folder
+
+
+def write_card(model: Path, settings: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    """Write the student's ``README.md``: how and where it was trained. ``decinb.tiny.evaluate_lcm`` adds figures."""
+    last = [json.loads(line) for line in (model.parent / "log.jsonl").read_text().splitlines()][-1]
+    machine, teacher = environment(device, dtype), Path(settings["teacher"]).name
+    (model / "README.md").write_text(
+        f"""---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: image-to-image
+---
+
+# {teacher} in four steps
+
+A latent consistency model ([arXiv:2310.04378](https://arxiv.org/abs/2310.04378)), distilled from `{teacher}` by
+`python -m decinb.tiny.train_lcm`. This folder holds the U-Net and the scheduler; the other parts are those of
+`{teacher}`. Load it with `decinb.load_pipeline("tiny-lcm")`.
+
+- The student learns to jump from any of {TEACHER_STEPS} timesteps to the image at the end of its teacher's path.
+- A guidance scale of {settings["guidance"]:g} is built in. Call it with a guidance scale of 1: the U-Net then runs
+  once a step, on one row. A negative prompt has no effect.
+- Data: {settings["scenes"]:,} scenes of `decinb.scenes`, seed {settings["seed"]}, with the captions of the teacher.
+- Time: {last["minutes"]:.0f} minutes ({last["step"]} steps).
+- Machine: {machine["device"]}, {machine["threads"]} threads, {machine["dtype"]}, torch {machine["torch"]}.
+
+Its images differ less from seed to seed than those of its teacher, and in image to image few steps leave few strengths
+to choose from. Figures of `python -m decinb.tiny.evaluate_lcm`:
+
+<!-- evaluate -->
+not measured yet
+<!-- /evaluate -->
+""",
+        encoding="utf-8",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -200,6 +200,40 @@ def test_the_newest_measurement_of_each_machine_is_found(measurement, tmp_path, 
     assert list(latency.stored().values()) == [measurement]
 
 
+def two_works():
+    """Whole calls of 1 and 3 steps, in two rounds, of which the second was twice as slow."""
+    timing = latency.Timing
+    return {
+        "image, 1 step": {"U-Net-NAS": timing((2.0, 4.0)), "SD v1.5": timing((3.0, 6.0))},
+        "image, 3 steps": {"U-Net-NAS": timing((4.0, 8.0)), "SD v1.5": timing((7.0, 14.0))},
+    }
+
+
+def test_longer_calls_are_estimated_round_by_round():
+    estimated = latency.extrapolate(two_works(), 11)
+    assert estimated["U-Net-NAS"].seconds == pytest.approx((12, 24))
+    assert estimated["SD v1.5"].seconds == pytest.approx((23, 46))
+    assert latency.ratio(estimated["SD v1.5"], estimated["U-Net-NAS"]) == pytest.approx((23 / 12,) * 3)
+
+
+def test_estimates_are_dashed_and_named(monkeypatch):
+    drawn = []
+    plots.plt.switch_backend("agg")
+    monkeypatch.setattr(plots.plt, "close", drawn.append)
+    plots.plot_whole_calls(two_works())
+    styles = {line.get_label(): line.get_linestyle() for line in drawn[0].axes[0].lines}
+    assert styles["U-Net-NAS, measured"] == "-" and styles["SD v1.5, estimated"] == "--"
+    plots.plot_ratios({"steps": (1.1, 1.2, 1.3), "architecture": (1.4,)}, "factor", estimated=["steps"])
+    assert [label.get_text() for label in drawn[1].axes[0].get_yticklabels()] == ["steps, estimated", "architecture"]
+    monkeypatch.undo()
+    plots.plt.close("all")
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.0, "is quiet"), (1e6, "is busy"), (None, "unknown")])
+def test_the_load_before_a_measurement_is_said(load, said):
+    assert said in latency.describe_load({"load": load})
+
+
 def test_every_plot_of_real_results(measurement, monkeypatch):
     plt, drawn = plots.plt, []
     plt.switch_backend("agg")
@@ -210,7 +244,7 @@ def test_every_plot_of_real_results(measurement, monkeypatch):
     plots.plot_ratios({"one": (1.4,), "three": (1.2, 1.3, 1.5)})
     plots.plot_calls([0.5, 1.0], {10: [5, 10]})
     plots.plot_rows(measurement.timings)
-    plots.plot_whole_calls(measurement.timings, {"U-Net-NAS": (0.1, 1.0), "SD v1.5": (0.2, 1.0)})
+    plots.plot_whole_calls(two_works())
     plots.plot_parts({"encode": 0.5, "denoise": 2.0})
     assert [len(figure.axes) for figure in drawn] == [2, 3, 1, 1, 1, 1, 1, 1]
     assert [tick.get_text() for tick in drawn[5].axes[0].get_xticklabels()] == ["1", "2"]

@@ -46,6 +46,9 @@ def test_options_are_plotted(measurement, monkeypatch):
     assert [label.get_text() for label in ax.get_yticklabels()] == names and len(ax.patches) == 2 * len(names)
     faster = [latency.ratio(*timings.values())[1] for timings in measurement.timings.values()]
     assert [bar.get_width() for bar in ax.patches] == pytest.approx(2 * faster)
+    lines = options.table(measurement).splitlines()[2:]
+    for name, line, text in zip(names, lines, ax.texts[: len(names)], strict=True):
+        assert line.startswith(name) and all(said in line for said in text.get_text().split(", "))
     monkeypatch.undo()
     plots.plt.close("all")
 

@@ -293,7 +293,7 @@ def test_the_report_lists_every_model(hub, child):
     child.load("sd-2-depth")
     report = child.ask("__import__('decinb.__main__', fromlist=['report']).report()")["value"]
     for name in MODELS:
-        state = {"tiny": "bundled", "tiny-depth": "bundled", "sd-2-depth": "cached"}.get(name, "not cached")
+        state = "bundled" if MODELS[name].is_bundled else "cached" if name == "sd-2-depth" else "not cached"
         assert re.search(rf"^model {name}: {state}$", report, re.MULTILINE)
 
 

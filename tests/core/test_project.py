@@ -21,6 +21,7 @@ MODEL_CARDS = sorted((ROOT / "decinb").rglob("*.md"))
 MAX_README_LINES = 80
 MAX_MODEL_BYTES = 24_000_000
 MAX_DEPTH_BYTES = 18_000_000
+MAX_LCM_BYTES = 17_000_000
 MAX_JUDGE_BYTES = 1_000_000
 
 
@@ -64,7 +65,7 @@ def test_the_conda_environment_is_python_and_the_same_pins():
 def test_the_bundled_weights_are_small_and_are_safetensors():
     files = [file for file in (ROOT / "decinb").rglob("*") if file.is_file()]
     assert not [file.name for file in files if file.suffix in (".bin", ".pt", ".ckpt", ".pkl", ".pth")]
-    for folder, most in {"model": MAX_MODEL_BYTES, "depth": MAX_DEPTH_BYTES}.items():
+    for folder, most in {"model": MAX_MODEL_BYTES, "depth": MAX_DEPTH_BYTES, "lcm": MAX_LCM_BYTES}.items():
         tiny = ROOT / "decinb" / "tiny" / folder
         assert 0 < sum(file.stat().st_size for file in tiny.rglob("*") if file.is_file()) <= most
     (judge,) = (file for file in files if file.name == "judge.safetensors")

@@ -56,6 +56,11 @@ def test_the_numbers_are_what_the_formula_gives():
     assert ANSWERS["02.2"].value == sum(steps(30, 0.75 + 0.05 * i) for i in range(6))
     low, high = (ANSWERS["04.2"].value + sign * ANSWERS["04.2"].within for sign in (0, 1))
     assert steps(50, low) == steps(50, high) == 30 and steps(50, 0.62) != 30
+    assert ANSWERS["06.1"].value == steps(25, 0.3)
+    assert ANSWERS["12.1"].value == pytest.approx(1 / (0.2 + 0.8 / 2), abs=ANSWERS["12.1"].within)
+    assert ANSWERS["12.2"].value == pytest.approx(60 / 0.2)
+    assert ANSWERS["14.1"].value == len({steps(4, i / 100) for i in range(1, 101)} - {0})
+    assert ANSWERS["14.2"].value == (20 * 2) / (4 * 1)
     base = {"strength": 0.6, "guidance_scale": 7.5, "num_inference_steps": 30}
     others = {
         "strength": [0.4, 0.5, 0.7, 0.8],

@@ -10,7 +10,7 @@ import torch
 import decinb
 from decinb.lessons.lab import UNKNOWN
 from decinb.models import MODELS, draws_scenes
-from decinb.scenes import random_scene, render
+from decinb.scenes import caption, random_scene, render
 from decinb.scenes.judge import Judge
 
 
@@ -66,6 +66,20 @@ def test_measures_have_intervals(tiny, judge):
     assert lab.spread(images)["low"] < lab.spread(images)["value"]
     assert lab.spread([lab.image] * 3)["value"] == 0
     assert f"{lab.shows(images, 'a house'):.0%}".endswith("%)")
+
+
+def test_images_of_many_prompts_are_compared_with_as_many_renders(tiny):
+    lab = decinb.Lab(tiny)
+    prompts = lab.prompts(24)
+    assert len(set(prompts)) > 20 and prompts == lab.prompts(24)
+    scenes = [random_scene(random.Random(seed)) for seed in range(24)]
+    renders = [render(scene) for scene in scenes]
+    right, wrong = lab.quality(renders, [caption(scene) for scene in scenes]), lab.quality(renders, prompts)
+    assert right["adherence"]["value"] > 0.9 > wrong["adherence"]["value"]
+    assert right["distance"] == wrong["distance"] and right["distance"]["low"] < right["distance"]["high"]
+    assert right["distance"]["value"] < lab.quality([lab.image] * 24, prompts)["distance"]["value"]
+    blind = decinb.Lab(tiny, can_judge=False)
+    assert set(blind.prompts(3)) == {blind.prompt} and blind.quality(renders, prompts)["distance"] is UNKNOWN
 
 
 @pytest.mark.slow

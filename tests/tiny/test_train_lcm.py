@@ -1,5 +1,7 @@
 """Distillation at toy size: the loss is that of a consistency model, it falls, and the student is an ordinary model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,13 @@ from diffusers import LCMScheduler
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 import decinb
-from decinb import InputError
+from decinb import InputError, ModelError
+from decinb.benchmark.counting import count_unet_calls
+from decinb.models import MODELS
+from decinb.sampling.calls import defaults
 from decinb.tiny import networks, train_lcm
 from decinb.unet_nas import UNetNAS
-from tests.helpers.sweeps import same
+from tests.helpers.sweeps import Stop, same
 from tests.helpers.training import needs_muon
 
 CPU = torch.device("cpu")
@@ -89,13 +94,85 @@ def test_sampling_uses_the_timesteps_of_training():
         assert len(scheduler.timesteps) == steps and all((int(t) + 1) % skip == 0 for t in scheduler.timesteps)
 
 
+def test_only_the_new_parts_are_saved_and_the_others_are_those_of_tiny(tiny, tiny_lcm):
+    folder = MODELS["tiny-lcm"].source
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert files == {"model_index.json", "scheduler/scheduler_config.json", *unet}
+    assert isinstance(tiny_lcm.unet, UNetNAS) and tiny_lcm.unet.dtype == torch.float32
+    assert isinstance(tiny_lcm.scheduler, LCMScheduler)
+    for name in ("vae", "text_encoder"):
+        ours, theirs = (getattr(pipe, name).state_dict() for pipe in (tiny_lcm, tiny))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    with pytest.raises(ModelError, match="has no text_encoder, tokenizer, vae, which"):
+        decinb.load_pipeline(folder, device="cpu")
+
+
+@pytest.mark.parametrize("task", decinb.models.TASKS)
+def test_a_call_takes_four_steps_of_one_row_unless_told_otherwise(tiny_lcm, task):
+    pipe = decinb.load_pipeline(tiny_lcm, task=task)
+    given = {"prompt": "a red house", "strength": 1.0, "image": decinb.load_image("day")}
+    if task == "text-to-image":
+        given = {"prompt": "a red house"}
+    assert defaults(pipe)["num_inference_steps"] == 4 and defaults(pipe)["guidance_scale"] == 1
+    for changed, calls, rows in (
+        ({}, 4, 4),
+        ({"num_inference_steps": None}, 4, 4),
+        ({"num_inference_steps": 2}, 2, 2),
+        ({"guidance_scale": 3.0}, 4, 8),
+    ):
+        with count_unet_calls(pipe) as counted:
+            pipe(**given, **changed)
+        assert (counted.calls, counted.rows) == (calls, rows), changed
+
+
+CELLS = [
+    *decinb.grid(strength=[0.5, 0.75], num_inference_steps=[4, 8]),
+    *decinb.grid(strength=[1.0], num_inference_steps=[1, 2, 4, 8]),
+    {"guidance_scale": 3.0, "strength": 0.75},
+    {"seed": 1, "strength": 1.0, "prompt": "a barn at night"},
+]
+
+
+def test_every_image_of_a_packed_sweep_is_that_of_its_own_call_also_when_resumed(tiny_lcm, tmp_path):
+    image = decinb.load_image("day")
+    sweep = (tiny_lcm, image, "a red house", CELLS)
+    with pytest.raises(KeyboardInterrupt), Stop(tiny_lcm, 5, KeyboardInterrupt()):
+        decinb.run_sweep(*sweep, folder=tmp_path / "sweep")
+    made = list((tmp_path / "sweep").glob("*.png"))
+    assert 0 < len(made) < len(CELLS)
+    with count_unet_calls(tiny_lcm) as counted:
+        images = decinb.run_sweep(*sweep, folder=tmp_path / "sweep").images
+    assert counted.calls <= 8, "packed: as many calls as the longest cell has steps"
+    for cell, shown in zip(CELLS, images, strict=True):  # the scheduler draws noise after every step but the last
+        arguments = {"prompt": "a red house", **cell}
+        generator = torch.Generator().manual_seed(arguments.pop("seed", 0))
+        assert same(shown, tiny_lcm(image=image, generator=generator, **arguments).images[0]), cell
+    assert not same(images[-1], images[-2])
+
+
+def test_a_sweep_without_steps_and_guidance_uses_those_of_the_model(tiny_lcm):
+    sweep = decinb.run_sweep(tiny_lcm, decinb.load_image("day"), "a red house", [{"strength": 1.0}])
+    alone = tiny_lcm(
+        "a red house",
+        decinb.load_image("day"),
+        strength=1.0,
+        guidance_scale=1.0,
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert same(sweep.images[0], alone.images[0])
+
+
 @needs_muon
 @pytest.mark.slow
-def test_a_student_is_distilled_resumed_and_swept_as_any_other(tmp_path):
+def test_a_student_is_distilled_resumed_and_swept_as_any_other(tmp_path, monkeypatch):
     arguments = {"scenes": 4, "seed": 0, "device": CPU, "captions": 2, "batch": 2, "workers": 1, "dtype": torch.float32}
     for seconds in (1, 2):
         model = train_lcm.train(tmp_path, "tiny", minutes=seconds * SECONDS, **arguments)
-    pipe = decinb.load_pipeline(model, "cpu")
+    assert "## " not in (card := (model / "README.md").read_text()) and "guidance scale of 4 is built in" in card
+    monkeypatch.setitem(MODELS, "tiny-lcm", replace(MODELS["tiny-lcm"], source=model))
+    pipe = decinb.load_pipeline("tiny-lcm", "cpu")
     assert isinstance(pipe.unet, UNetNAS) and isinstance(pipe.scheduler, LCMScheduler)
     pipe.set_progress_bar_config(disable=True)
     image = decinb.load_image("day")
