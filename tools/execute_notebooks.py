@@ -22,7 +22,10 @@ from PIL import Image
 FOLDER = Path(__file__).parents[1] / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MAX_WIDTH = 900  # pixels of an image by itself: as wide as a page shows it
-FIGURE = re.compile(r'(width="(\d+)" style="max-width: none" src="data:image/png;base64,)([A-Za-z0-9+/=]+)')
+FIGURE = re.compile(r'(width="(\d+)" style="max-width: none" src="data:image/)png;base64,([A-Za-z0-9+/=]+)')
+WEBP_SAVES = (
+    0.7  # a figure is stored as WebP where that is smaller than this share of its PNG: grids of images, not curves
+)
 
 
 def execute(path: Path) -> None:
@@ -46,15 +49,28 @@ def _small(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
     if "image/png" in data:
         data["image/png"] = _small_png(data["image/png"], MAX_WIDTH)
     if FIGURE.search(str(data.get("text/html", ""))):
-        data["text/html"] = FIGURE.sub(lambda found: found[1] + _small_png(found[3], int(found[2])), data["text/html"])
+        html = data["text/html"]
+        data["text/html"] = FIGURE.sub(lambda found: found[1] + _small_figure(found[3], int(found[2])), html)
     return output
+
+
+def _small_figure(encoded: str, width: int) -> str:
+    """Return a PNG or, where it is clearly smaller, a WebP, as the end of an address of data."""
+    png, file = _small_png(encoded, width), io.BytesIO()
+    _at_most(encoded, width).save(file, "WEBP", quality=85, method=6)
+    webp = base64.b64encode(file.getvalue()).decode()
+    return f"webp;base64,{webp}" if len(webp) < WEBP_SAVES * len(png) else f"png;base64,{png}"
+
+
+def _at_most(encoded: str, width: int) -> Image.Image:
+    figure = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+    figure.thumbnail((width, 10 * width), Image.Resampling.LANCZOS)
+    return figure
 
 
 def _small_png(encoded: str, width: int) -> str:
     """Return a PNG in base64 with at most ``width`` columns and 256 colours."""
-    figure = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
-    figure.thumbnail((width, 10 * width), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
+    figure, file = _at_most(encoded, width), io.BytesIO()
     figure.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
