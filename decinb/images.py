@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from decinb.errors import InputError, reason
-from decinb.scenes import Scene, render
+from decinb.scenes import Scene, render, strokes
 from decinb.utils import validation
 from decinb.utils.files import open_regular, parse_json, read_regular, write_atomically
 from decinb.utils.url import fetch
@@ -36,8 +36,12 @@ SAMPLES: dict[str, tuple[Scene, int]] = {
     "winter": (Scene(ground="snow", house="yellow", trees="pine", mountains=True, layout=18), 128),
     "sketch": (Scene(style="sketch", house="red", trees="pine", mountains=True, layout=17), 128),
     "valley": (Scene(house="red", trees="pine", mountains=True, layout=3), 512),
+    "strokes": (Scene(time="sunset", house="red", trees="poplar", mountains=True, path=True, layout=5), 128),
 }
-"""The sample images by name, drawn when they are asked for: a scene, and its height and width in pixels."""
+"""The sample images by name, drawn when they are asked for: a scene, and its height and width in pixels.
+
+"strokes" shows its scene as crude strokes of colour.
+"""
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64_000_000  # more than a phone photo; checked in the header, before anything is decoded
@@ -85,7 +89,7 @@ def read_image(source: Source, size: int | None = None, allow_private: bool = Fa
     size = None if size is None else validation.side(size, "size")
     if isinstance(source, str) and source in SAMPLES:
         scene, own_size = SAMPLES[source]
-        return render(scene, size or own_size)
+        return (strokes if source == "strokes" else render)(scene, size or own_size)
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _from_array(source)
     data, name = (b"", "image") if isinstance(source, Image.Image) else _bytes(source, allow_private)

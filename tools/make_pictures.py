@@ -12,16 +12,16 @@ from PIL import Image
 
 import decinb
 
-STRENGTHS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
+STRENGTHS = [0.2, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0]
 SEEDS = [0, 1, 2]
 HERO = [
-    ("day", "a painting of a blue house, round trees and mountains on grass at night"),
-    ("sketch", "a painting of a blue house, pine trees and mountains on grass at sunset"),
-    ("day", "a painting of a blue house, round trees and mountains on snow by day"),
+    ("strokes", "a painting of a red house, poplar trees, mountains and a path on grass at sunset"),
+    ("day", "a painting of a blue house, round trees and mountains on snow at night"),
+    ("sketch", "a watercolour of a red house, pine trees and mountains on grass by day"),
 ]
 DEPTH = [
-    ("valley", "a painting of a yellow house on sand at sunset"),
-    ("sketch", "a painting of a blue house on snow at night"),
+    ("valley", "a painting of a yellow house and pine trees on snow at night"),
+    ("winter", "a watercolour of a red house and pine trees in autumn at sunset"),
 ]
 
 

@@ -104,7 +104,7 @@ def plot_bars(names: Sequence[str], groups: Mapping[str, Sequence[Point]], xlabe
     ax.invert_yaxis()
     ax.set(xlabel=xlabel, xlim=(0, None))
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups), frameon=False)  # above the bars
     said = "; ".join(
         f"{thing}: " + ", ".join(f"{_value(points[row]):.3g} {name}" for name, points in groups.items())
         for row, thing in enumerate(names)

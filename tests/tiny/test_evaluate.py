@@ -98,6 +98,16 @@ def test_the_measurement_runs_and_can_be_stored(tiny, judge, monkeypatch):
     assert missed - {goal.name for goal in evaluate.goals(report) if not goal.met} == {"VAE, PSNR in dB"}
 
 
+def test_parts_are_measured_one_after_another_into_one_file(tiny, judge, monkeypatch, tmp_path):
+    monkeypatch.setattr(tasks, "STEPS", 1)
+    file = tmp_path / "folder" / "evaluate.json"
+    evaluate.evaluate(tiny, 2, ("vae",), file)
+    report = evaluate.evaluate(tiny, 3, ("duplicates",), file)
+    assert report == json.loads(file.read_text())
+    assert report["images"] == {"vae": 2, "duplicates": 3} and report["vae"]["all"]["psnr"]["value"] > 20
+    assert report["environment"]["vae"]["dtype"] == "float32"
+
+
 def test_a_card_is_filled_between_its_marks(tmp_path):
     card = tmp_path / "README.md"
     card.write_text("before\n<!-- evaluate -->\nold\n<!-- /evaluate -->\nafter\n")
