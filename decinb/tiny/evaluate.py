@@ -35,7 +35,7 @@ from decinb.utils.environment import describe_pipeline
 
 STRENGTHS = (0.2, 0.4, 0.5, 0.6, 0.75, 0.85, 1.0)
 GUIDANCES = (1, 2, 4.5, 5, 7.5, 10.5, 13.5, 20)
-CALLS = (5, 10, 15, 20, 30, 50)
+CALLS = (5, 10, 20, 30)
 SAMPLERS: dict[str, Callable[[Any], Any]] = {
     "DDIM": lambda config: None,  # the pipeline's own
     "DPM++ 2M": lambda config: DPMSolverMultistepScheduler.from_config(config),

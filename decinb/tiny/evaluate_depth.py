@@ -28,6 +28,7 @@ from decinb.tiny.evaluate import measure as measure_task
 from decinb.utils.environment import describe_pipeline
 
 STRENGTHS = (0.6, 1.0)
+COUNT = 100
 TASKS = ("day to night", "grass to snow", "sketch to painting")
 RESULTS = Path("results/tiny/depth.json")
 BUNDLED = Path(MODELS["tiny-depth"].source)
@@ -91,7 +92,7 @@ def evaluate_disagreement(pipe: DiffusionPipeline, trials: Sequence[Trial]) -> d
     }
 
 
-def evaluate(depth: StableDiffusionDepth2ImgPipeline, plain: DiffusionPipeline, count: int = 100) -> dict[str, Any]:
+def evaluate(depth: StableDiffusionDepth2ImgPipeline, plain: DiffusionPipeline, count: int = COUNT) -> dict[str, Any]:
     """Measure everything on fixed seeds.
 
     Args:
@@ -133,9 +134,9 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measure(folder: Path, shared: str | Path = "tiny", results: Path = RESULTS) -> dict[str, Any]:
+def measure(folder: Path, shared: str | Path = "tiny", results: Path = RESULTS, count: int = COUNT) -> dict[str, Any]:
     """Measure the parts in ``folder``, store the report as JSON, and put its table into their card if they have one."""
-    report = evaluate(load(folder, shared), load_pipeline(shared, device="cpu"))
+    report = evaluate(load(folder, shared), load_pipeline(shared, device="cpu"), count)
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(report, indent=2) + "\n")
     if (folder / "README.md").is_file():
@@ -148,8 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=BUNDLED, help="the parts (default: the bundled ones)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON goes (default %(default)s)")
+    parser.add_argument("--count", type=int, default=COUNT, help="images a point (default %(default)s)")
     given = parser.parse_args(arguments)
-    print(table(measure(given.folder, results=given.results)))
+    print(table(measure(given.folder, results=given.results, count=given.count)))
     print(f"wrote {given.results.name}")
 
 
