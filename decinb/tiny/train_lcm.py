@@ -265,8 +265,8 @@ A latent consistency model ([arXiv:2310.04378](https://arxiv.org/abs/2310.04378)
 - Time: {last["minutes"]:.0f} minutes ({last["step"]} steps).
 - Machine: {machine["device"]}, {machine["threads"]} threads, {machine["dtype"]}, torch {machine["torch"]}.
 
-Its images differ less from seed to seed than those of its teacher, and in image to image few steps leave few strengths
-to choose from. Figures of `python -m decinb.tiny.evaluate_lcm`:
+Its shapes are less clean than those of its teacher, and in image to image few steps leave few strengths to choose from.
+Figures of `python -m decinb.tiny.evaluate_lcm`:
 
 <!-- evaluate -->
 not measured yet
