@@ -4,7 +4,7 @@ To add a model, add an entry to ``MODELS``; no other file names one. To use anot
 ``source`` here, or for one session: ``MODELS["sd-v1-5"] = replace(MODELS["sd-v1-5"], source="owner/name")``.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -73,39 +73,32 @@ class Model:
 
 TINY = Path(__file__).parent / "tiny"
 
+_BUNDLED = Model(
+    TINY / "model",
+    "small U-Net-NAS for drawn scenes, bundled",
+    128,
+    "day",
+    "a painting of a blue house, round trees and mountains on snow at night",
+    licence="Apache-2.0",
+    draws_scenes=True,
+    memory=0.03,
+)
+
 MODELS: dict[str, Model] = {
-    "tiny": Model(
-        TINY / "model",
-        "small U-Net-NAS for drawn scenes, bundled",
-        128,
-        "day",
-        "a painting of a blue house, round trees and mountains on snow at night",
-        licence="Apache-2.0",
-        draws_scenes=True,
-        memory=0.03,
-    ),
-    "tiny-depth": Model(
-        TINY / "depth",
-        "tiny, with a U-Net that also takes the depth of the input image, bundled",
-        128,
-        "day",
-        "a painting of a yellow house, round trees and mountains on sand at sunset",
-        licence="Apache-2.0",
+    "tiny": _BUNDLED,
+    "tiny-depth": replace(
+        _BUNDLED,
+        source=TINY / "depth",
+        about="tiny, with a U-Net that also takes the depth of the input image, bundled",
+        example_prompt="a painting of a yellow house, round trees and mountains on sand at sunset",
         pipelines={IMAGE_TO_IMAGE: "DeciDiffusionDepth2ImgPipeline"},
         depth=True,
-        draws_scenes=True,
-        memory=0.03,
         extra_sources=(("", TINY / "model"),),  # VAE, text encoder, tokenizer, scheduler
     ),
-    "tiny-lcm": Model(
-        TINY / "lcm",
-        "tiny, distilled into a student of four steps: faster, with less clean shapes; bundled",
-        128,
-        "day",
-        "a painting of a blue house, round trees and mountains on snow at night",
-        licence="Apache-2.0",
-        draws_scenes=True,
-        memory=0.03,
+    "tiny-lcm": replace(
+        _BUNDLED,
+        source=TINY / "lcm",
+        about="tiny, distilled into a student of four steps: faster, with less clean shapes; bundled",
         extra_sources=(("", TINY / "model"),),  # VAE, text encoder, tokenizer
         defaults={"num_inference_steps": 4, "guidance_scale": 1.0},  # guidance is built in: one row a step
     ),

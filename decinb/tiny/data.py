@@ -59,6 +59,30 @@ def to_input(images: np.ndarray | Tensor, device: torch.device, dtype: torch.dty
     return pixels.to(device, dtype) / 127.5 - 1
 
 
+def draw_numbers(high: int, count: int, generator: torch.Generator) -> Tensor:
+    """Draw whole numbers from 0 to ``high`` - 1, on the device of the generator."""
+    return torch.randint(high, (count,), generator=generator, device=generator.device)
+
+
+def draw_rows(
+    moments: Tensor, captions: Tensor, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw rows that a denoiser is trained on: a scene each, one of its captions, and noise.
+
+    Args:
+        moments: mean and log variance of the latents of all scenes, (scenes, 8, height, width).
+        captions: tokens, (scenes, several, tokens).
+
+    Returns:
+        The numbers of the scenes; latents drawn from their distribution, and noise of the same shape; tokens.
+    """
+    scenes = draw_numbers(len(moments), count, generator)
+    mean, log_variance = moments[scenes].chunk(2, dim=1)
+    first, noise = (torch.randn(mean.shape, generator=generator, device=mean.device) for _ in range(2))
+    latents = mean + (0.5 * log_variance).exp() * first
+    return scenes, latents, noise, captions[scenes, draw_numbers(captions.shape[1], count, generator)]
+
+
 def to_tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     """Return the tokens of texts, (texts, longest the tokenizer allows), as a pipeline makes them."""
     return tokenizer(

@@ -285,7 +285,7 @@ def evaluate(
         pipe: the pipeline of the bundled model, or of one trained like it.
         count: images for each point of a curve; at least 20 for intervals of Fréchet distances.
         parts: names in ``MEASUREMENTS``.
-        file: a JSON file that is written after each part; parts that it holds already are kept.
+        file: a JSON file that is written after each part, and keeps the parts that were measured before.
 
     Returns:
         The settings; the number of images and the environment of each part; and a report for each part.

@@ -26,7 +26,16 @@ from decinb.errors import InputError
 from decinb.loading import load_pipeline
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.scenes.captions import LEFT_OUT, WRONG
-from decinb.tiny.data import cached, draw_all, draw_captions, draw_scenes, to_input, to_tokens
+from decinb.tiny.data import (
+    cached,
+    draw_all,
+    draw_captions,
+    draw_numbers,
+    draw_rows,
+    draw_scenes,
+    to_input,
+    to_tokens,
+)
 from decinb.tiny.losses import diffusion_loss, image_loss, vae_loss
 from decinb.tiny.networks import make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
 from decinb.tiny.stage import Stage, check_torch
@@ -205,19 +214,11 @@ def train_unet(
 
     def loss_of(step: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
-
-        def draw(high: int) -> Tensor:
-            return torch.randint(high, (batch,), generator=generator, device=device)
-
-        rows = draw(len(moments))
-        mean, log_variance = moments[rows].chunk(2, dim=1)
-        first, noise = (torch.randn(mean.shape, generator=generator, device=device) for _ in range(2))
-        latents = mean + (0.5 * log_variance).exp() * first
-        tokens = captions[rows, draw(captions.shape[1])]
+        drawn, latents, noise, tokens = draw_rows(moments, captions, batch, generator)
         unsaid = torch.rand(batch, generator=generator, device=device) < NO_CAPTION
         tokens = torch.where(unsaid[:, None], empty, tokens)
-        timesteps = draw(len(scheduler.alphas_cumprod))
-        depth = None if depths is None else depths[draw(len(depths)), rows]
+        timesteps = draw_numbers(len(scheduler.alphas_cumprod), batch, generator)
+        depth = None if depths is None else depths[draw_numbers(len(depths), batch, generator), drawn]
         return diffusion_loss(unet, text_encoder, scheduler, latents, noise, tokens.long(), timesteps, depth)
 
     stage.run(loss_of, (lambda progress: watch(unet, text_encoder, progress)) if watch else None)

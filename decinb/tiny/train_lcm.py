@@ -28,7 +28,7 @@ from transformers import CLIPTextModel
 
 from decinb.errors import InputError
 from decinb.loading import load_pipeline
-from decinb.tiny.data import draw_all, draw_captions, draw_scenes, to_tokens
+from decinb.tiny.data import draw_all, draw_captions, draw_numbers, draw_rows, draw_scenes, to_tokens
 from decinb.tiny.networks import make_scheduler
 from decinb.tiny.stage import Stage, check_torch
 from decinb.tiny.train import check_same_run, encode_all, fast_dtype, tidy_configs
@@ -155,17 +155,10 @@ def distil(
 
     def loss_of(step: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
-
-        def draw(high: int) -> Tensor:
-            return torch.randint(high, (batch,), generator=generator, device=device)
-
-        rows = draw(len(moments))
-        mean, log_variance = moments[rows].chunk(2, dim=1)
-        first, noise = (torch.randn(mean.shape, generator=generator, device=device) for _ in range(2))
-        latents = mean + (0.5 * log_variance).exp() * first
-        tokens, places = captions[rows, draw(captions.shape[1])].long(), draw(TEACHER_STEPS)
+        _, latents, noise, tokens = draw_rows(moments, captions, batch, generator)
+        places = draw_numbers(TEACHER_STEPS, batch, generator)
         return consistency_loss(
-            student, teacher, text_encoder, scheduler, latents, noise, tokens, empty, places, guidance
+            student, teacher, text_encoder, scheduler, latents, noise, tokens.long(), empty, places, guidance
         )
 
     stage.run(loss_of)
