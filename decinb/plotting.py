@@ -258,10 +258,10 @@ def _inputs(sweep: Sweep) -> dict[str, Image.Image]:
 
 def _link_title(link: CellValues) -> str:
     """Describe a link in a few lines: its prompt, its strength, and what it started from."""
-    lines = wrap(link["prompt"], lambda line: len(line) <= TITLE, most=3)
+    prompt = "\n".join(wrap(link["prompt"], lambda line: len(line) <= TITLE, most=3))
     if link["strength"] is None:
-        return "\n".join([*lines, "text to image"])
-    return "\n".join([*lines, f"{describe('strength', link['strength'])}, from the {link['takes']}"])
+        return f"{prompt},\ntext to image"
+    return f"{prompt},\n{describe('strength', link['strength'])}, from the {link['takes']}"
 
 
 def _data_url(image: Image.Image, max_width: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from decinb.figures.layout import CellValues, in_sequence, lay_out
-from decinb.figures.page import SMALLEST, Page, Tile, compose
+from decinb.figures.page import SMALLEST, Page, Tile, compose, png_as_html
 from decinb.figures.preview import Preview
 from decinb.utils.environment import in_notebook
 
@@ -76,7 +76,7 @@ class LiveGrid:
         self._canvas = Canvas(cells, image)
         self._preview = preview
         self._predictions: dict[int, Callable[[], Tensor | None]] = {}  # received since the last update
-        self._missing = set(range(len(cells)))
+        self._number, self._missing = len(cells), set(range(len(cells)))
         self._handle = display(self._shown(), display_id=True)
         self._next = perf_counter() + PAUSE
 
@@ -114,9 +114,10 @@ class LiveGrid:
         self._next = ended + max(PAUSE, (ended - started) / DISPLAY_FRACTION)
 
     def _shown(self) -> Any:
-        from IPython.display import Image as DisplayedImage
+        from IPython.display import HTML
 
-        return DisplayedImage(data=self._canvas.png(), format="png")
+        done = f"{self._number - len(self._missing)} of {self._number} images finished"
+        return HTML(png_as_html(self._canvas.png(), self._canvas.image.width, f"A sweep, {done}."))
 
 
 class Canvas:

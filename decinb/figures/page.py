@@ -357,9 +357,12 @@ def as_html(figure: Figure, alt: str = "") -> str:
     """
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=2 * DOTS)
-    width = round(figure.get_size_inches()[0] * DOTS)
-    data = base64.b64encode(file.getvalue()).decode()
-    text = html.escape(" ".join((alt or written(figure)).split()))
+    return png_as_html(file.getvalue(), round(figure.get_size_inches()[0] * DOTS), alt or written(figure))
+
+
+def png_as_html(png: bytes, width: int, alt: str) -> str:
+    """Return the bytes of a PNG as an HTML image, ``width`` pixels wide, with a text for readers who do not see it."""
+    text, data = html.escape(" ".join(alt.split())), base64.b64encode(png).decode()
     return (
         f'<div style="overflow-x: auto"><img alt="{text}" width="{width}" style="max-width: none" '
         f'src="data:image/png;base64,{data}"></div>'

@@ -45,7 +45,7 @@ PHRASES: dict[str, dict[str | bool, tuple[str, ...]]] = {
 LEFT_OUT = 0.3
 """The probability that a caption leaves an attribute out."""
 
-WRONG = 0.25
+WRONG = 0.4
 """The fraction of web captions that name a wrong value of one or two attributes."""
 
 _THINGS = ("trees", "mountains", "lake", "path", "fence")

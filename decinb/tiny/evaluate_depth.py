@@ -36,22 +36,26 @@ SHARED = ("vae", "text_encoder", "tokenizer", "scheduler")
 """The parts that a depth model shares with the model it was finetuned from."""
 
 
-def load(folder: Path = BUNDLED, shared: str | Path = "tiny") -> DeciDiffusionDepth2ImgPipeline:
-    """Load a depth model that was just trained, in float32 on the CPU.
+def load(
+    folder: Path = BUNDLED, shared: str | Path = "tiny", device: str | None = "cpu"
+) -> DeciDiffusionDepth2ImgPipeline:
+    """Load a depth model that was just trained, in float32.
 
     Args:
         folder: with ``unet``, ``depth_estimator`` and ``feature_extractor``.
         shared: the model that lends the other parts, as ``load_pipeline`` takes it.
+        device: as ``load_pipeline`` takes it.
 
     Raises:
         ModelError: a part is missing, or not whole.
     """
-    lent = load_pipeline(shared, device="cpu").components
+    lender = load_pipeline(shared, device=device, dtype=torch.float32)
     own = find_components(Files.in_folder(folder)).components
-    return DeciDiffusionDepth2ImgPipeline(
-        **{name: lent[name] for name in SHARED},
+    pipe = DeciDiffusionDepth2ImgPipeline(
+        **{name: lender.components[name] for name in SHARED},
         **{name: load_component(name, part, folder, torch.float32) for name, part in own.items()},
     )
+    return pipe.to(lender.device)
 
 
 def evaluate_estimator(pipe: StableDiffusionDepth2ImgPipeline, count: int) -> dict[str, Estimate]:
@@ -60,7 +64,7 @@ def evaluate_estimator(pipe: StableDiffusionDepth2ImgPipeline, count: int) -> di
     scenes = [random_scene(rng) for _ in range(count)]
 
     def prepared(scene: Scene, depth: torch.Tensor | None = None) -> torch.Tensor:
-        return pipe.prepare_depth_map([render(scene)], depth, 1, False, torch.float32, torch.device("cpu"))
+        return pipe.prepare_depth_map([render(scene)], depth, 1, False, torch.float32, pipe.device)
 
     with torch.no_grad():
         errors = [
@@ -134,9 +138,16 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measure(folder: Path, shared: str | Path = "tiny", results: Path = RESULTS, count: int = COUNT) -> dict[str, Any]:
+def measure(
+    folder: Path,
+    shared: str | Path = "tiny",
+    results: Path = RESULTS,
+    count: int = COUNT,
+    device: str | None = "cpu",
+) -> dict[str, Any]:
     """Measure the parts in ``folder``, store the report as JSON, and put its table into their card if they have one."""
-    report = evaluate(load(folder, shared), load_pipeline(shared, device="cpu"), count)
+    plain = load_pipeline(shared, device=device, dtype=torch.float32)
+    report = evaluate(load(folder, shared, device), plain, count)
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(report, indent=2) + "\n")
     if (folder / "README.md").is_file():
@@ -150,8 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=BUNDLED, help="the parts (default: the bundled ones)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON goes (default %(default)s)")
     parser.add_argument("--count", type=int, default=COUNT, help="images a point (default %(default)s)")
+    parser.add_argument("--device", help="default: a GPU if there is one")
     given = parser.parse_args(arguments)
-    print(table(measure(given.folder, results=given.results, count=given.count)))
+    print(table(measure(given.folder, results=given.results, count=given.count, device=given.device)))
     print(f"wrote {given.results.name}")
 
 

@@ -40,8 +40,8 @@ As in the published architecture there is no Transformer at the finest resolutio
 
 TOKENS = 48  # a complete caption takes up to 37, the guide's prompt 34
 
-VAE_WIDTHS = (24, 48, 64, 128)
-"""Channels of the VAE of ``tiny`` at each resolution: 2.8 million parameters, 1.3 GFLOP to encode, 4.0 to decode."""
+VAE_WIDTHS = (32, 64, 96, 128)
+"""Channels of the VAE of ``tiny`` at each resolution: 3.4 million parameters, 2.1 GFLOP to encode, 6.6 to decode."""
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:

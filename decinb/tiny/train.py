@@ -77,6 +77,7 @@ def train_vae(
     dtype: torch.dtype = torch.float32,
     equivariant: float = EQUIVARIANT,
     learning_rate: float = 4e-3,
+    compiled: bool = False,
 ) -> AutoencoderKL:
     """Train a VAE on images (bytes), and give its latent mean 0 and deviation 1.
 
@@ -84,9 +85,13 @@ def train_vae(
         begin: a VAE to train; by default that of ``tiny``, untrained.
         dtype: of the computation; the weights are kept in float32.
         equivariant: the share of steps in which latents are turned and shrunk with their images, 0 to 1.
+        compiled: compile encoder and decoder with ``torch.compile``.
     """
     torch.manual_seed(seed)
     vae = begin or make_vae()
+    if compiled:
+        vae.encoder.compile(dynamic=False)
+        vae.decoder.compile(dynamic=False)
     stage = Stage("vae", {"vae": vae}, minutes, learning_rate, folder, device, dtype)
     shown = images if device.type == "cpu" else torch.from_numpy(np.array(images)).to(device)
 
@@ -96,7 +101,8 @@ def train_vae(
         mirrored = chosen.flip(-1) if step % 2 else chosen
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         turned = Random(f"{seed} {step}") if rng.random() < equivariant else None
-        return vae_loss(vae, mirrored, generator, turned)
+        with torch.compiler.set_stance("force_eager" if turned else "default"):  # not compiled for each size
+            return vae_loss(vae, mirrored, generator, turned)
 
     stage.run(loss_of)
     normalise_latent(vae, encode(vae, images[:1024], device)[:, :4])
@@ -152,9 +158,10 @@ def finetune_decoder(
 def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, batch: int | None = None) -> Tensor:
     """Return the latents of images as mean and log variance, (images, 8, height / 8, width / 8), float32."""
     moments, batch = [], batch or (32 if device.type == "cpu" else 512)
-    for start in range(0, len(images), batch):
-        posterior = vae.encode(to_input(images[start : start + batch], device, vae.dtype)).latent_dist
-        moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
+    with torch.compiler.set_stance("force_eager"):  # not compiled again for these sizes
+        for start in range(0, len(images), batch):
+            posterior = vae.encode(to_input(images[start : start + batch], device, vae.dtype)).latent_dist
+            moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
     return torch.cat(moments)
 
 
@@ -186,6 +193,7 @@ def train_unet(
     watch: Callable[[UNetNAS, CLIPTextModel, float], None] | None = None,
     learning_rate: float = 4e-3,
     dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> tuple[UNetNAS, CLIPTextModel]:
     """Train a U-Net-NAS to denoise latents; the text encoder is trained with it where its weights ask for gradients.
 
@@ -200,8 +208,11 @@ def train_unet(
         depths: for a U-Net that takes depth as a fifth channel, (several, scenes, 1, height, width).
         watch: called four times a minute with both networks and the progress from 0 to 1.
         dtype: of the computation; the weights are kept in float32.
+        compiled: compile the U-Net with ``torch.compile``.
     """
     unet, text_encoder = parts
+    if compiled:
+        unet.compile(dynamic=False)
     trained = {"unet": unet}
     if any(weight.requires_grad for weight in text_encoder.parameters()):
         trained["text_encoder"] = text_encoder
@@ -242,6 +253,7 @@ def train(
     dtype: torch.dtype | None = None,
     workers: int | None = None,
     learning_rate: float = 4e-3,
+    compiled: bool = False,
 ) -> Path:
     """Run all stages in ``folder`` and save the finished diffusers folder as ``folder/model``.
 
@@ -255,6 +267,7 @@ def train(
             1024 on a GPU.
         dtype: of the computation; by default bfloat16 where the device is fast at it, else float32.
         workers: processes that draw scenes; by default one for each core.
+        compiled: compile VAE and U-Net with ``torch.compile``, whose time counts as training.
 
     Raises:
         InputError: a stage has no minutes, torch is older than 2.9, or ``folder`` holds a run with other settings.
@@ -283,7 +296,7 @@ def train(
     print("writing captions", flush=True)
     tokens, empty = draw_captions(drawn, tokenizer, captions, seed, workers=workers), to_tokens(tokenizer, [""])[0]
     if not begin:
-        vae = train_vae(images, vae_minutes, folder, device, seed, vae_batch, dtype=dtype)
+        vae = train_vae(images, vae_minutes, folder, device, seed, vae_batch, dtype=dtype, compiled=compiled)
     elif vae_minutes:
         finetune_decoder(vae, images, vae_minutes, folder, device, seed, vae_batch, dtype)
     moments = encode_all(vae, images, folder / "moments.npy", device, dtype)
@@ -300,6 +313,7 @@ def train(
         watch=SampleSheets(folder, vae, tokenizer, device),
         learning_rate=learning_rate / 2 if begin else learning_rate,
         dtype=dtype,
+        compiled=compiled,
     )
     model = save(folder / "model", vae, parts[1], tokenizer, parts[0])
     write_card(model, scenes, captions, seed, device, dtype, begin)
@@ -436,6 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--begin", help='a model to go on from ("tiny" or a folder); its latent and tokenizer are kept')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", dest="compiled", help="compile VAE and U-Net")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the device is fast at")
     parser.add_argument("--workers", type=int, help="processes that draw scenes (default: one for each core)")
     given = vars(parser.parse_args(arguments))

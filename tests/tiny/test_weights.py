@@ -15,9 +15,7 @@ from decinb.scenes.judge import WEIGHTS, Judge, accuracy, through_vae
 from decinb.tiny import evaluate, evaluate_depth, train_judge
 
 MISSED = {
-    "VAE, PSNR in dB",
     "attributes right, guidance 1, mean",
-    "spread at 7.5 beside 1",
     "burning at 20 beside 7.5",
     "gradients beside renders, guidance 5",
 }
@@ -79,7 +77,7 @@ def test_the_card_shows_the_stored_figures(stored):
 
 
 def test_the_stored_figures_are_of_enough_images(stored):
-    assert min(stored["images"].values()) >= 32 and stored["images"]["guidance"] >= 200
+    assert min(stored["images"].values()) >= 200
 
 
 def test_every_goal_is_met_but_those_that_the_card_names(stored):
