@@ -1,4 +1,4 @@
-"""Measure images: how far one is from another, and how saturated colours are."""
+"""Measure images: how far one is from another, how saturated its colours are, and how much detail it has."""
 
 import math
 from collections.abc import Sequence
@@ -33,6 +33,12 @@ def oversaturated(images: Image.Image | Sequence[Image.Image]) -> float:
     pixels = _pixels(images).astype(int)
     most, least = pixels.max(axis=1), pixels.min(axis=1)
     return float(((most >= 32) & (most - least > 0.95 * most)).mean())
+
+
+def detail(image: Image.Image) -> float:
+    """Return the mean absolute difference of neighbouring pixels, in both directions together, from 0 to 2."""
+    pixels = np.asarray(image.convert("RGB"), dtype=float) / 255
+    return float(np.abs(np.diff(pixels, axis=0)).mean() + np.abs(np.diff(pixels, axis=1)).mean())
 
 
 def psnr(image: Image.Image, original: Image.Image) -> float:

@@ -197,14 +197,15 @@ class Lab:
         Returns:
             A list with one estimate for each strength, by measure: ``changed``, the fraction of images with every
             attribute that the input lacked; ``adherence``; ``layout``, how well the building stayed in its place;
-            ``change``, the mean difference from the input; ``frechet``, the distance to renders.
+            ``detail``, beside that of a render; ``change``, the mean difference from the input; ``frechet``, the
+            distance to renders.
         """
         if not self.can_judge:
             images, prompts = [self.image] * count, [self.prompt] * count
             rows = []
             for strength in strengths:
                 made = run_in_batches(self.pipe, images, prompts, strength, num_inference_steps=num_inference_steps)
-                unknown = dict.fromkeys(("changed", "adherence", "layout", "frechet"), UNKNOWN)
+                unknown = dict.fromkeys(("changed", "adherence", "layout", "detail", "frechet"), UNKNOWN)
                 rows.append({"change": estimates.change(made, images), **unknown})
         else:
             trials, renders = draw_trials(task, count), reference(task, count)

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from decinb.metrics import detail
 from decinb.models import defaults_of
 from decinb.scenes import Scene, caption, estimates, random_scene, render, strokes
 from decinb.scenes.adherence import named_attributes
@@ -128,7 +129,8 @@ def measure(
     Returns:
         ``changed``, the fraction of images with every attribute that the input lacked; ``adherence``, of all that the
         prompt names; ``layout``, how well the building stayed in its place (at strength 1, by chance alone);
-        ``change``, the mean difference from the input; ``frechet``, the distance to the renders.
+        ``detail``, that of an image beside that of its target; ``change``, the mean difference from the input;
+        ``frechet``, the distance to the renders.
     """
     images, prompts = [trial.image for trial in trials], [trial.prompt for trial in trials]
     made = run_in_batches(pipe, images, prompts, strength, num_inference_steps=num_inference_steps)
@@ -143,6 +145,7 @@ def measure(
         "changed": estimates.fraction(changed),
         "adherence": estimates.mean([float(np.mean(list(right.values()))) for right in answers]),
         "layout": estimates.mean([house_kept(image, trial.target) for trial, image in pairs]),
+        "detail": estimates.mean([detail(image) / detail(render(trial.target)) for trial, image in pairs]),
         "change": estimates.change(made, images),
         "frechet": estimates.frechet(judge.features(made), judge.features(renders)),
     }

@@ -22,7 +22,7 @@ from PIL import Image
 from decinb.errors import InputError
 from decinb.images import load_image
 from decinb.loading import load_pipeline
-from decinb.metrics import clipped_fraction, mean_abs_difference, oversaturated, psnr, ssim
+from decinb.metrics import clipped_fraction, detail, mean_abs_difference, oversaturated, psnr, ssim
 from decinb.models import MODELS
 from decinb.pipeline import DeciDiffusionImg2ImgPipeline
 from decinb.runtimes import openvino
@@ -114,7 +114,7 @@ def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
     """
     judge, prompts = Judge.load(), draw_prompts(count)
     renders = [render(scene) for scene in draw_scenes("reference", count)]
-    features, edges = judge.features(renders), np.mean([_gradient(image) for image in renders])
+    features, edges = judge.features(renders), np.mean([detail(image) for image in renders])
     report = {}
     for scale in GUIDANCES:
         made = run_in_batches(pipe, [_GREY] * count, prompts, 1.0, scale)
@@ -130,7 +130,7 @@ def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
             "clipped": estimates.mean([clipped_fraction(image) for image in made]),
             "oversaturated": estimates.mean([oversaturated(image) for image in made]),
             "frechet": estimates.frechet(judge.features(made), features),
-            "gradients": estimates.mean([_gradient(image) / edges for image in made]),
+            "gradients": estimates.mean([detail(image) / edges for image in made]),
         }
     return report
 
@@ -169,11 +169,6 @@ def evaluate_prompts(pipe: DeciDiffusionImg2ImgPipeline, count: int, **how: Any)
         "frechet": estimates.frechet(judge.features(made), renders),
         "spread": _spread(pipe, prompts, made, **how),
     }
-
-
-def _gradient(image: Image.Image) -> float:
-    pixels = np.asarray(image, dtype=float)
-    return float(np.abs(np.diff(pixels, axis=0)).mean() + np.abs(np.diff(pixels, axis=1)).mean())
 
 
 def evaluate_steps(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from decinb.errors import InputError
-from decinb.metrics import clipped_fraction, mean_abs_difference, oversaturated, psnr, ssim
+from decinb.metrics import clipped_fraction, detail, mean_abs_difference, oversaturated, psnr, ssim
 from decinb.scenes import Scene, render
 
 
@@ -42,6 +42,14 @@ def test_ssim_depends_on_structure_more_than_on_brightness():
 def test_images_of_different_sizes_are_refused(measure):
     with pytest.raises(InputError, match=r"\(16, 16\) and \(24, 16\)"):
         measure(plain(0), plain(0, size=(24, 16)))
+
+
+def test_detail_is_the_difference_of_neighbours():
+    stripes = np.zeros((8, 8, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert detail(Image.fromarray(stripes)) == 1.0
+    assert detail(Image.new("RGB", (8, 8), "red")) == 0.0
+    assert detail(Image.fromarray(stripes).resize((4, 4), Image.Resampling.BOX)) == 0.0  # blurred away
 
 
 def test_clipped_fraction_counts_pixels_with_a_channel_at_a_limit():

@@ -85,7 +85,7 @@ def test_images_of_many_prompts_are_compared_with_as_many_renders(tiny):
 @pytest.mark.slow
 def test_curves_have_one_estimate_for_each_strength(tiny, judge):
     curves = decinb.Lab(tiny).curves("day to night", [0.3, 1.0], count=2, num_inference_steps=4)
-    assert {"changed", "adherence", "layout", "change", "frechet"} == set(curves)
+    assert {"changed", "adherence", "layout", "detail", "change", "frechet"} == set(curves)
     assert all(len(points) == 2 for points in curves.values())
     blind = decinb.Lab(tiny, can_judge=False).curves("day to night", [1.0], count=2, num_inference_steps=4)
     assert set(blind) == set(curves) and blind["change"][0]["value"] > 0 and blind["layout"] == [UNKNOWN]
