@@ -93,9 +93,11 @@ def test_the_measurement_runs_and_can_be_stored(tiny, judge, monkeypatch):
     assert report["steps"].keys() == evaluate.SAMPLERS.keys()
     text = evaluate.table(report)
     assert "strokes to painting" in text and "MISSED" in text
-    missed = {goal.name for goal in evaluate.goals(report) if not goal.met}
-    report["vae"]["all"]["psnr"]["value"] = 33.1
-    assert missed - {goal.name for goal in evaluate.goals(report) if not goal.met} == {"VAE, PSNR in dB"}
+    missed = {}
+    for value in (32.9, 33.1):
+        report["vae"]["all"]["psnr"]["value"] = value
+        missed[value] = {goal.name for goal in evaluate.goals(report) if not goal.met}
+    assert missed[32.9] - missed[33.1] == {"VAE, PSNR in dB"}
 
 
 def test_parts_are_measured_one_after_another_into_one_file(tiny, judge, monkeypatch, tmp_path):
