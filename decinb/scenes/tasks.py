@@ -6,6 +6,7 @@ A trial of a task is an input, a prompt, and the scene asked for.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,12 @@ def run_in_batches(
     return made
 
 
+@lru_cache(maxsize=512)
+def _drawn(scene: Scene, size: int) -> Image.Image:
+    """Render a scene once for all strengths that are compared with it."""
+    return render(scene, size)
+
+
 def house_kept(image: Image.Image, target: Scene) -> float:
     """Return how much of the building of ``target`` an image shows in its place, from 0 to 1, without the judge.
 
@@ -101,7 +108,7 @@ def house_kept(image: Image.Image, target: Scene) -> float:
     """
     pixels, with_house, without = (
         np.asarray(one, dtype=float)
-        for one in (image, render(target, image.width), render(replace(target, house=None), image.width))
+        for one in (image, _drawn(target, image.width), _drawn(replace(target, house=None), image.width))
     )
     visible = np.abs(with_house - without).sum(axis=-1) > 30
     found = np.abs(pixels - with_house).sum(axis=-1) < 2 / 3 * np.abs(pixels - without).sum(axis=-1)
@@ -145,7 +152,7 @@ def measure(
         "changed": estimates.fraction(changed),
         "adherence": estimates.mean([float(np.mean(list(right.values()))) for right in answers]),
         "layout": estimates.mean([house_kept(image, trial.target) for trial, image in pairs]),
-        "detail": estimates.mean([detail(image) / detail(render(trial.target)) for trial, image in pairs]),
+        "detail": estimates.mean([detail(image) / detail(_drawn(trial.target, image.width)) for trial, image in pairs]),
         "change": estimates.change(made, images),
         "frechet": estimates.frechet(judge.features(made), judge.features(renders)),
     }

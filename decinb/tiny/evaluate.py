@@ -109,7 +109,7 @@ def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
 
     Reported by scale: the fraction right of every attribute, and ``all`` of a prompt at once; ``spread``, the mean
     difference of two images of one prompt from different seeds; ``clipped`` and ``oversaturated`` pixels; ``frechet``,
-    the distance to renders of other scenes; ``gradients``, the mean difference of neighbouring pixels beside that of
+    the distance to renders of other scenes; ``detail``, the mean difference of neighbouring pixels beside that of
     those renders.
     """
     judge, prompts = Judge.load(), draw_prompts(count)
@@ -130,7 +130,7 @@ def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
             "clipped": estimates.mean([clipped_fraction(image) for image in made]),
             "oversaturated": estimates.mean([oversaturated(image) for image in made]),
             "frechet": estimates.frechet(judge.features(made), features),
-            "gradients": estimates.mean([detail(image) / edges for image in made]),
+            "detail": estimates.mean([detail(image) / edges for image in made]),
         }
     return report
 
@@ -339,7 +339,7 @@ def goals(report: dict[str, Any]) -> list[Goal]:
         strong[key]["value"] / max(usual[key]["value"], 1e-9) for key in ("clipped", "oversaturated", "frechet")
     )
     asked("burning at 20 beside 7.5", burnt, 1.5)
-    asked("gradients beside renders, guidance 5", guidance["5"]["gradients"]["value"], 0.95, 1.05)
+    asked("detail beside renders, guidance 5", guidance["5"]["detail"]["value"], 0.95, 1.05)
     rows = tasks["strokes to painting"]
     least = 1.5 * rows["1"]["frechet"]["value"]
     sweet = [rows[key]["layout"]["value"] for key in ("0.4", "0.5", "0.6") if rows[key]["frechet"]["value"] <= least]

@@ -89,7 +89,7 @@ def train_vae(
     """
     torch.manual_seed(seed)
     vae = begin or make_vae()
-    if compiled:
+    if compiled:  # not by `compile_network`, which copies of a network, such as those that draw samples, would share
         vae.encoder.compile(dynamic=False)
         vae.decoder.compile(dynamic=False)
     stage = Stage("vae", {"vae": vae}, minutes, learning_rate, folder, device, dtype)

@@ -257,8 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, help="processes that draw scenes (default: one for each core)")
     given = vars(parser.parse_args(arguments))
-    parts = train(device=torch.device(given.pop("device")), **given)
-    print(table(measure(parts, given["begin"], given["folder"] / "depth.json")))
+    device = given.pop("device")
+    parts = train(device=torch.device(device), **given)
+    print(table(measure(parts, given["begin"], given["folder"] / "depth.json", device=device)))
     print(f"wrote {parts}")
 
 

@@ -3,7 +3,7 @@
 Their files prove nothing: they have no seal, and their keys do not cover all that decides an image. So a sweep in such
 a folder makes its images again, and says so. ``tests/fixtures/sweep_v0`` was written by that version with the calls
 below. Records contain a hash of the bundled model's weights, so after training that model again, these tests fail until
-``tests/fixtures/make_sweep_v0.py`` has saved new files.
+``tests.fixtures.make_sweep_v0`` has saved new files.
 """
 
 import shutil

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -222,11 +223,16 @@ def test_a_small_vae_learns(tmp_path):
     assert error() < 0.85 * before
 
 
-@needs_muon
-def test_the_whole_run_leaves_a_folder_that_loads_and_resumes(tmp_path, monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """A whole run trains small networks."""
     monkeypatch.setattr(train, "make_vae", lambda: networks.make_vae((8, 8, 8, 16)))
     monkeypatch.setattr(train, "make_unet", lambda: networks.make_unet(SMALL))
     monkeypatch.setattr(train, "make_text_encoder", lambda tokenizer: networks.make_text_encoder(tokenizer, width=32))
+
+
+@needs_muon
+def test_the_whole_run_leaves_a_folder_that_loads_and_resumes(small, tmp_path):
     given = {"scenes": 16, "vae_minutes": 0.5 * SECONDS, "seed": 0, "device": CPU, "batch": 4, "workers": 1}
     model = train.train(tmp_path, unet_minutes=0.5 * SECONDS, **given)
     made = decinb.load_pipeline(model, device="cpu")
@@ -240,6 +246,19 @@ def test_the_whole_run_leaves_a_folder_that_loads_and_resumes(tmp_path, monkeypa
         train.train(tmp_path, unet_minutes=SECONDS, **{**given, "scenes": 17})
     with pytest.raises(InputError, match="vae_minutes and unet_minutes must be above 0"):
         train.train(tmp_path, unet_minutes=0, **given)
+
+
+@needs_muon
+def test_a_compiled_run_draws_samples_and_leaves_a_folder_that_loads(small, tmp_path, monkeypatch):
+    # `aot_eager` traces forward and backward passes as the default does, and needs no compiler
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    given = {"scenes": 8, "seed": 0, "device": CPU, "vae_batch": 2, "batch": 2, "workers": 1, "dtype": torch.float32}
+    model = train.train(tmp_path, vae_minutes=SECONDS, unet_minutes=SECONDS, compiled=True, **given)
+    assert graphs["unique_graphs"] == 3, "encoder, decoder and U-Net, each for one size"
+    assert (tmp_path / "samples" / "100.png").exists() and decinb.load_pipeline(model, device="cpu").image_size == 128
+    torch._dynamo.reset()
 
 
 @needs_muon

@@ -17,7 +17,7 @@ from decinb.tiny import evaluate, evaluate_depth, train_judge
 MISSED = {
     "attributes right, guidance 1, mean",
     "burning at 20 beside 7.5",
-    "gradients beside renders, guidance 5",
+    "detail beside renders, guidance 5",
 }
 """What was asked of the model and is not reached; the card shows by how much."""
 
