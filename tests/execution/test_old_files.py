@@ -17,16 +17,9 @@ import decinb
 from decinb import Link, load_sweep, replay, run_chain, run_sweep
 from decinb.benchmark.counting import count_unet_calls
 from decinb.images import read_input, read_record
+from tests.helpers.old_sweep import CELLS, OLD, PROMPT, TEXT_CELLS
 
-OLD = Path(__file__).parents[1] / "fixtures" / "sweep_v0"
 ONE_LEVEL = 1  # of 255: another processor rounds differently
-PROMPT = "a red house on snow at night"
-CELLS = [
-    {"strength": 0.5, "num_inference_steps": 4},
-    {"strength": 1.0, "num_inference_steps": 2, "guidance_scale": 3.0, "negative_prompt": "trees", "seed": 7},
-    {"strength": 0.7, "num_inference_steps": 3, "guidance_scale": 1.0, "prompt": "a sketch of mountains"},
-]
-TEXT_CELLS = [{"num_inference_steps": 2, "guidance_scale": 4.0}]
 
 
 @pytest.fixture
