@@ -8,7 +8,8 @@ import inspect
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import NoneType
 from typing import Any
@@ -102,7 +103,7 @@ class _DeciDiffusion:
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """Encode a prompt as diffusers does, but silently: the call has already warned if it is too long."""
-        with quiet():
+        with quiet(), _text_model(self.text_encoder):
             return super().encode_prompt(*args, **kwargs)
 
     def to_json_string(self) -> str:
@@ -149,6 +150,14 @@ class _DeciDiffusion:
         if not isinstance(arguments["cross_attention_kwargs"], (dict, NoneType)):
             given = validation.short_repr(arguments["cross_attention_kwargs"])
             raise InputError(f"cross_attention_kwargs must be a dict such as {{'scale': 0.5}}, got {given}")
+        for name in ("callback", "callback_on_step_end"):
+            if arguments.get(name) is not None and not callable(arguments[name]):
+                raise InputError(f"{name} must be a function, got {validation.short_repr(arguments[name])}")
+        name, allowed = "callback_on_step_end_tensor_inputs", self._callback_tensor_inputs
+        wanted = arguments.get(name)
+        if wanted is not None and not (isinstance(wanted, (list, tuple)) and set(wanted) <= set(allowed)):
+            given = validation.short_repr(wanted)
+            raise InputError(f"{name} must be a list of some of {', '.join(allowed)}, got {given}")
         if arguments.get("callback") is not None:
             valid["callback_steps"] = validation.count(arguments.get("callback_steps") or 1, "callback_steps")
         return valid | self._validate_prompts(arguments)
@@ -177,6 +186,9 @@ class _DeciDiffusion:
     def _validate_prompts(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return the prompts that are given as lists, and the embeddings that are given as tensors."""
         valid: dict[str, Any] = {}
+        for name in ("prompt", "negative_prompt"):
+            if arguments[name] is not None and arguments[f"{name}_embeds"] is not None:
+                raise InputError(f"{name} and {name}_embeds are two ways to give one text: leave out one of them")
         if arguments["prompt"] is not None or arguments["prompt_embeds"] is None:
             valid["prompt"] = validation.texts(arguments["prompt"], "prompt")
         if arguments["negative_prompt"] is not None:
@@ -448,6 +460,19 @@ def is_decidiffusion(pipe: DiffusionPipeline) -> bool:
 def _custom_schedule(arguments: dict[str, Any]) -> Any:
     """Return the timesteps or sigmas that a call gives; None if it leaves the schedule to the scheduler."""
     return arguments.get("sigmas") if arguments.get("timesteps") is None else arguments["timesteps"]
+
+
+@contextmanager
+def _text_model(text_encoder: nn.Module | None) -> Iterator[None]:
+    """Give a text encoder of transformers 5 the attribute ``text_model``, where diffusers looks for its last norm."""
+    if text_encoder is None or hasattr(text_encoder, "text_model") or not hasattr(text_encoder, "final_layer_norm"):
+        yield
+        return
+    vars(text_encoder)["text_model"] = text_encoder  # not a module inside itself
+    try:
+        yield
+    finally:
+        del vars(text_encoder)["text_model"]
 
 
 def _repeat(values: Any, size: int) -> Any:

@@ -92,9 +92,10 @@ class Sweep:
 
     def to_csv(self, file: str | Path) -> Path:
         """Write the records as a UTF-8 CSV file with a header and one row per image; return its path."""
-        file = Path(file)
+        file = validation.path(file, "file")
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.to_dataframe().map(spreadsheet_cell).to_csv(file, index=False)
+        text = self.to_dataframe().map(spreadsheet_cell).rename(columns=spreadsheet_cell).to_csv(index=False)
+        write_atomically(file, text.encode())
         return file
 
     def plot(self, *args: Any, **kwargs: Any) -> None:
@@ -141,9 +142,9 @@ class Sweep:
         Raises:
             InputError: the sweep is empty, or scores do not fit its images.
         """
-        file = Path(file)
-        fragment = viewer.viewer(self.images, self.records, self.image, scores, lossless=True)
+        file = validation.path(file, "file")
         file.parent.mkdir(parents=True, exist_ok=True)
+        fragment = viewer.viewer(self.images, self.records, self.image, scores, lossless=True)
         write_atomically(file, viewer.page(self.prompt or file.stem, fragment).encode())
         return file
 

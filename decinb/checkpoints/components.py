@@ -55,6 +55,7 @@ ALLOWED_CLASSES = (ModelMixin, PreTrainedModel, SchedulerMixin, *PROCESSORS)
 """Base classes of a component. transformers' Auto classes have none of these: they can load code from a repository."""
 
 SIZED = (CLIPImageProcessor, DPTImageProcessor)  # image processors whose numbers are all sizes of images, or small
+MAX_CONFIG = 500_000  # bytes of a configuration; libraries copy one several times
 MAX_PIXELS = 8192  # height and width that a configuration may name
 MAX_LEVELS = 8  # of a network that halves the size of its input from level to level
 
@@ -260,14 +261,14 @@ def check_tokenizers(components: Mapping[str, Any], where: str) -> None:
             )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
+def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
+    """Read a JSON object from a file of at most ``limit`` bytes.
 
     Raises:
-        ModelError: the file is not valid JSON, or not a JSON object.
+        ModelError: the file is too large, not valid JSON, or not a JSON object.
     """
     with as_model_error(f"{path} is not valid JSON"):
-        value = safe_files.read_json(path)
+        value = safe_files.read_json(path, limit)
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object but {validation.short_repr(value)}")
     return value
@@ -417,7 +418,7 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
 
 def _shards(index: Path) -> list[str]:
     with as_model_error(f"{index} lists no shards"):
-        return sorted({str(name) for name in read_json(index)["weight_map"].values()})
+        return sorted({str(name) for name in read_json(index, safe_files.MAX_JSON)["weight_map"].values()})
 
 
 def _configuration(files: Files, folder: str, cls: type) -> list[str]:

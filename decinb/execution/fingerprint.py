@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from decinb.utils import validation
+from decinb.utils.origins import OURS, is_installed, module_of
 
 CHUNK = 2**17  # words of 8 bytes that are hashed at once: they stay in the cache of a processor
-
-OURS = "decinb"  # the hooks of this package only observe
 
 # Attributes that do not decide what a network computes.
 BOOKKEEPING = {
@@ -77,6 +76,8 @@ NEUTRAL_HOOKS = {  # of accelerate and diffusers: they move tensors between devi
     "LazyPrefetchGroupOffloadingHook",
 }
 PLAIN_HOOKS = {"LayerwiseCastingHook", "PeftInputAutocastDisableHook"}  # their attributes say all that they do
+METHODS = ("forward", "__call__", "step", "set_timesteps")
+"""The methods of a class that compute; another function in their place is code of the user."""
 SAME_ATTENTION = {  # different orders of the same sums
     "AttnProcessor",
     "AttnProcessor2_0",
@@ -148,6 +149,29 @@ def tensor_hash(tensor: Tensor) -> str:
 def _factors(device: torch.device) -> Tensor:
     words = np.random.Generator(np.random.PCG64(0)).integers(-(2**63), 2**63, CHUNK, dtype=np.int64) | 1
     return torch.from_numpy(words).to(device)
+
+
+def scheduler_code(scheduler: SchedulerMixin) -> list[str]:
+    """Return the class of a scheduler, in words, if its name does not tell what it computes."""
+    hasher = _Hasher()
+    hasher.add(type(scheduler), "scheduler")
+    return hasher.unknown
+
+
+def stamp(pipe: DiffusionPipeline) -> list[Any]:
+    """Return what changes when somebody changes a pipeline, most of the time; it costs far less than a fingerprint."""
+    modules = [module for part in pipe.components.values() if isinstance(part, nn.Module) for module in part.modules()]
+    found: list[Any] = [id(part) for part in pipe.components.values() if not isinstance(part, SchedulerMixin)]
+    for module in modules:
+        own = vars(module)
+        found += [
+            id(own.get("forward")),
+            id(own.get("processor")),
+            [*own["_forward_hooks"], *own["_forward_pre_hooks"]],
+        ]
+        for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+            found += [id(tensor), 0 if tensor is None or tensor.is_inference() else tensor._version]
+    return found
 
 
 @torch.no_grad()
@@ -234,6 +258,7 @@ class _Hasher:
             self.add(value.serialized_model_proto(), where)
         elif type(value).__name__ in SAME_ATTENTION and type(value).__module__.startswith("diffusers."):
             self.token("attention")
+            self._check_methods(type(value), where)
         elif hasattr(value, "__dict__"):
             self._add_name(type(value), where)
             self._add_attributes(value, where, set())
@@ -254,16 +279,25 @@ class _Hasher:
         self.add({name: one for name, one in vars(value).items() if name not in ignored}, where)
 
     def _add_name(self, value: Any, where: str) -> None:
-        """Add a class or function that can be imported, by its name; what was typed in a notebook can change."""
+        """Add a class or function of an installed package, by its name; what the user wrote can change."""
         module, name = getattr(value, "__module__", None) or "builtins", getattr(value, "__qualname__", "")
         found: Any = sys.modules.get(module)
         for part in name.split("."):
             found = getattr(found, part, None)
         same = found is value or getattr(found, "__wrapped__", found) is value
-        if module == "__main__" or not same:
+        if not same or not is_installed(module):
             self._cannot(where, validation.short_repr(name or value))
         else:
             self.token(module, name)
+            if isinstance(value, type):
+                self._check_methods(value, where)
+
+    def _check_methods(self, cls: type, where: str) -> None:
+        """Note the methods of a class that somebody has replaced."""
+        for name in METHODS:
+            method = getattr(cls, name, None)
+            if isinstance(method, FunctionType) and not is_installed(module_of(method)):
+                self._cannot(where, f"another {cls.__name__}.{name}")
 
     def _add_function(self, value: Any, where: str) -> None:
         value = getattr(value, "_torchdynamo_orig_callable", value)
@@ -349,7 +383,8 @@ def _leads_to(forward: Any, original: Callable, wrapped: bool) -> bool:
     while forward is not None:
         if getattr(forward, "__func__", None) is original:
             return True
-        beneath = getattr(forward, "__wrapped__", None) if wrapped else None
+        of_hooks = wrapped and module_of(forward).partition(".")[0] in ("accelerate", "diffusers")
+        beneath = getattr(forward, "__wrapped__", None) if of_hooks else None
         forward = getattr(forward, "_torchdynamo_orig_callable", beneath)
     return False
 

@@ -25,13 +25,13 @@ from torch import nn
 
 from decinb.designs import Cell
 from decinb.errors import InputError
-from decinb.execution.fingerprint import fingerprint, sampled_hash
+from decinb.execution.fingerprint import fingerprint, sampled_hash, scheduler_code
 from decinb.images import OUTPUT_HASH, Saved
 from decinb.loading import is_here
 from decinb.models import MODELS
 from decinb.runtimes.openvino import RUNTIMES, precision
 from decinb.sampling.base import Adapter
-from decinb.sampling.jobs import Job
+from decinb.sampling.jobs import Job, scheduler_changes
 from decinb.utils import validation
 from decinb.utils.environment import versions
 from decinb.utils.labels import ARGUMENTS
@@ -61,6 +61,15 @@ KEY_FIELDS = (
     "decides",
 )
 """The fields that decide a sweep's image; ``decides`` holds what the other arguments come to in its pipeline."""
+
+TYPES: dict[str, tuple[type, ...]] = {
+    "image_hash": (str, type(None)),
+    "scheduler": (str,),
+    "seconds": (int, float, type(None)),
+    "unknown": (list,),
+    "versions": (dict,),
+}
+"""The types of fields that are used without looking at what they hold."""
 
 LINK_ARGUMENTS = (
     "prompt",
@@ -145,7 +154,7 @@ def pipeline_record(pipe: DiffusionPipeline) -> ImageRecord:
         "weights": key(**found.components),
         "components": found.components,
         "adapters": active_adapters(pipe),
-        "unknown": found.unknown + callables,
+        "unknown": found.unknown + callables + scheduler_code(pipe.scheduler) + scheduler_changes(pipe.scheduler),
         "scheduler": type(pipe.scheduler).__name__,
         "scheduler_config": config,
         "dtype": precision(pipe),
@@ -265,6 +274,8 @@ def image_hash(image: Image.Image) -> str:
 def mismatch(saved: Saved) -> str | None:
     """Return how the images in a file differ from what its record says of them; None if they do not."""
     record = saved.record
+    if wrong := _malformed(record):
+        return wrong
     try:
         if saved.input_image is not None and image_hash(saved.input_image) != record["image_hash"]:
             return "the input image in it is another one than the record names"
@@ -274,6 +285,15 @@ def mismatch(saved: Saved) -> str | None:
             return "the record does not match its own key"
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         return f"the record is damaged ({type(error).__name__}: {error})"
+    return None
+
+
+def _malformed(record: ImageRecord) -> str | None:
+    """Return which field of a stranger's record has a type that no record of decinb has; None if none has."""
+    for part in (record, *(record[CHAIN] if isinstance(record.get(CHAIN), list) else [])):
+        for name, types in TYPES.items() if isinstance(part, dict) else ():
+            if name in part and not isinstance(part[name], types):
+                return f"the record is damaged: {name} is {validation.short_repr(part[name])}"
     return None
 
 

@@ -10,7 +10,8 @@ from time import perf_counter
 from PIL import Image
 
 from decinb.errors import InputError
-from decinb.execution.provenance import unknown_parts
+from decinb.execution.fingerprint import stamp
+from decinb.execution.provenance import MADE_BY, pipeline_record, scheduler_config, unknown_parts
 from decinb.execution.results import Results
 from decinb.execution.store import open_image
 from decinb.figures.live import LiveGrid, progress_bar
@@ -97,6 +98,7 @@ class Runner:
         self._calls: dict[int, int] = {}  # U-Net calls made for each cell that was started
         self._pending: list[tuple[str, Result]] = []  # results of the last step that have not been added yet
         self._preview = Preview(adapter, self.plan.image) if adapter.exposes_latents else None
+        self._stamp = stamp(adapter.pipe)  # of the pipeline that the plan describes
         self._grid: LiveGrid | None = None
         if show:
             with self._only_display():
@@ -118,6 +120,7 @@ class Runner:
                     if store is not None and (unknown := unknown_parts(self.plan.records[0])):
                         print(f"decinb: {unknown[0]} cannot be compared, so every image is computed again")
                 yield self._load_saved()  # now, because waiting for the folder may have changed it
+                self._check_unchanged(scheduler=True)
                 missing = self.results.missing
                 if missing and self.adapter.note and is_first():
                     print(f"decinb: {self.adapter.note}")
@@ -150,6 +153,8 @@ class Runner:
         with progress_bar(len(jobs), total_rows, self.progress) as bar:
             try:
                 for step in steps:
+                    if step.results:
+                        self._check_unchanged()
                     rows_done += step.rows
                     left = (total_rows - rows_done) * (perf_counter() - started) / rows_done if rows_done else None
                     states = self._take(step, keys, calls, left)
@@ -203,6 +208,28 @@ class Runner:
     def _cell(self, key: str) -> int:
         """Return the number of the first cell that an image is for."""
         return self.results.cells_of[key][0]
+
+    def _check_unchanged(self, scheduler: bool = False) -> None:
+        """Refuse a pipeline that was changed after planning: its images would be saved as those of the one planned.
+
+        Args:
+            scheduler: compare the scheduler too. Once a run has begun, it uses its own.
+
+        Raises:
+            InputError: it was changed.
+        """
+        now = stamp(self.adapter.pipe)
+        config = scheduler and scheduler_config(self.adapter.pipe.scheduler)
+        planned = self.plan.records[0]
+        if now == self._stamp and (not scheduler or config == planned["scheduler_config"]):
+            return
+        found, self._stamp = pipeline_record(self.adapter.pipe), now
+        names = [name for name in MADE_BY if scheduler or not name.startswith("scheduler")]
+        if changed := [name for name in names if found[name] != planned[name]]:
+            raise InputError(
+                f"pipe was changed while its sweep was unfinished ({' and '.join(changed)}): "
+                "what is finished was kept; start the sweep again"
+            )
 
     # --- display ---
 

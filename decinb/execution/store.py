@@ -23,7 +23,7 @@ from decinb.utils.labels import ARGUMENTS, SHORT, plain
 from decinb.utils.locks import file_lock
 
 MANIFEST = "sweep.json"
-MAX_MANIFEST = 50_000_000  # bytes: some 300,000 cells
+MAX_MANIFEST = 8_000_000  # bytes: some 50,000 cells; parsed, they take up to twenty times as much memory
 LOCK = ".lock"
 
 
@@ -47,11 +47,17 @@ class Images(Sequence):
 
 
 def open_image(source: Image.Image | Path) -> Image.Image:
-    """Return an image that is in memory, or in a PNG file."""
+    """Return an image that is in memory, or in a PNG file.
+
+    Raises:
+        InputError: the file is no longer there, or was changed.
+    """
     if isinstance(source, Image.Image):
         return source
-    with Image.open(source, formats=("PNG",)) as image:
-        return image.convert("RGB")
+    saved = read_saved(source)
+    if wrong := mismatch(saved):
+        raise InputError(f"{str(source)!r}: {wrong}")
+    return saved.image
 
 
 def file_name(record: ImageRecord) -> str:
@@ -97,7 +103,9 @@ class Store:
         except InputError:  # missing, incomplete, changed, or not written by decinb
             return None
         made = saved.record
-        if not saved.sealed or mismatch(saved) or made["key"] != record["key"] or unknown_parts(made):
+        if not saved.sealed or mismatch(saved) or made["key"] != record["key"]:
+            return None
+        if unknown_parts(record) or unknown_parts(made):  # equal keys do not tell whether it would be made again
             return None
         return made
 
@@ -182,10 +190,12 @@ class Store:
             raise InputError(f"folder {str(self.folder)!r} holds no sweep: there is no {MANIFEST} in it")
         paths, records, first = [], [], None
         refused, outdated = [], 0
-        for entry in self._entries():
-            path = self.folder / Path(str(entry["file"])).name  # only the name: it must not lead out of the folder
-            if not path.exists():
+        there = {path.name for path in self.folder.iterdir()}
+        # Only the names, since a file must not lead out of the folder; each once.
+        for name in dict.fromkeys(Path(entry["file"]).name for entry in self._entries()):
+            if name not in there:
                 continue
+            path = self.folder / name
             try:
                 saved = read_saved(path)
                 if wrong := mismatch(saved) or _lacking(saved.record):
@@ -215,7 +225,10 @@ class Store:
             return []
         try:
             entries = read_json(file, MAX_MANIFEST)["cells"]
-            return [entry for entry in entries if entry["file"] and isinstance(entry["cell"], dict)]
+            listed = [entry for entry in entries if entry["file"] and isinstance(entry["cell"], dict)]
+            if strange := [entry["file"] for entry in listed if not isinstance(entry["file"], str)]:
+                raise ValueError(f"a file is called {validation.short_repr(strange[0])}")
+            return listed
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{MANIFEST} in {str(self.folder)!r} is damaged: {error}; move it away") from error
 

@@ -133,7 +133,7 @@ def _facts(record: Mapping[str, Any]) -> list[list[str]]:
 def _code(record: Mapping[str, Any], axes: Mapping[str, Any]) -> str:
     """Return the lines that make one image again, with its own scheduler and sample where images differ in them."""
     lines = []
-    if "scheduler" in axes:
+    if "scheduler" in axes and record["scheduler"].isidentifier():  # a stranger's record may hold code
         lines += ["import diffusers", ""]
         lines.append(f"pipe.scheduler = diffusers.{record['scheduler']}.from_config(pipe.scheduler.config)")
     arguments = {name: record[name] for name in ("prompt", "negative_prompt", *SHORT) if record.get(name) is not None}

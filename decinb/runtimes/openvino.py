@@ -79,9 +79,17 @@ def runtime_of(network: nn.Module | None) -> str:
 
 
 def precision(pipe: DiffusionPipeline) -> str:
-    """Return the number format that decides a pipeline's pixels: its dtype, or a runtime that computes in another."""
+    """Return the number format that decides a pipeline's pixels: its dtype, or a runtime that computes in another.
+
+    Inside ``torch.autocast``, the dtype that it converts to is named too.
+    """
     runtime = runtime_of(getattr(pipe, "unet", None))
-    return runtime if runtime == "openvino-bfloat16" else str(pipe.dtype).removeprefix("torch.")
+    if runtime == "openvino-bfloat16":
+        return runtime
+    names = [pipe.dtype]
+    if torch.is_autocast_enabled(pipe.device.type):
+        names.append(torch.get_autocast_dtype(pipe.device.type))
+    return ", autocast to ".join(str(name).removeprefix("torch.") for name in names)
 
 
 class _Forward:

@@ -28,9 +28,10 @@ from decinb.errors import InputError, ModelError
 from decinb.models import image_size
 from decinb.sampling.base import Adapter, Output
 from decinb.sampling.batched import BatchedAdapter
-from decinb.sampling.jobs import Conditioning, Job
+from decinb.sampling.jobs import Conditioning, Job, scheduler_changes
 from decinb.sampling.sequential import SequentialAdapter
 from decinb.utils import validation
+from decinb.utils.origins import is_installed
 from decinb.utils.quiet import quiet
 
 
@@ -271,8 +272,15 @@ BATCHED: dict[type[DiffusionPipeline], type[BatchedAdapter]] = {
 }
 
 
+DYNAMIC = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
+STAGES = ("__call__", "prepare_latents", "get_timesteps", "prepare_extra_step_kwargs", "decode_latents")
+"""The methods of a pipeline that the adapters do not call, because they do the same for many jobs."""
+
+
 def adapter_of(pipe: DiffusionPipeline) -> Adapter:
     """Return the adapter of a pipeline: batched for Stable Diffusion and its subclasses, else sequential.
+
+    A pipeline whose user has replaced something that batching relies on is sequential too: see ``must_run_alone``.
 
     Raises:
         InputError: ``pipe`` is not a diffusers pipeline, or lacks a component.
@@ -282,8 +290,28 @@ def adapter_of(pipe: DiffusionPipeline) -> Adapter:
     for name in ("vae", "unet", "scheduler"):
         if name in pipe.components and pipe.components[name] is None:
             raise InputError(f"pipe.{name} is None: load the pipeline again")
-    adapter = next((adapter for cls, adapter in BATCHED.items() if isinstance(pipe, cls)), SequentialAdapter)
-    return adapter(pipe)
+    adapter = next((adapter for cls, adapter in BATCHED.items() if isinstance(pipe, cls)), None)
+    return SequentialAdapter(pipe) if adapter is None or must_run_alone(pipe) else adapter(pipe)
+
+
+def must_run_alone(pipe: DiffusionPipeline) -> bool:
+    """Return whether a user's own code makes a call of the pipeline differ from a row of a batch.
+
+    That is so for a stage or a scheduler's method that was replaced, for a scheduler's table that its configuration
+    does not give, and for layers that mix the rows of a batch: attention processors of one's own, and dynamic
+    quantisation, which takes its range from the whole batch.
+    """
+    stock = next(cls for cls in type(pipe).__mro__ if is_installed(cls.__module__))
+    if any(name in vars(pipe) or getattr(type(pipe), name, None) is not getattr(stock, name, None) for name in STAGES):
+        return True
+    if scheduler_changes(pipe.scheduler):
+        return True
+    for module in pipe.unet.modules():
+        if not is_installed(type(vars(module).get("processor")).__module__):
+            return True
+        if type(module).__module__.startswith(DYNAMIC):
+            return True
+    return False
 
 
 def decode(vae: AutoencoderKL, latents: Tensor, in_full: bool = False) -> Tensor:

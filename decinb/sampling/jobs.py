@@ -1,6 +1,7 @@
 """The vocabulary of sampling: a job asks for one image, and steps and results report the progress of many."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +49,24 @@ class Job:
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
         return scheduler, scheduler.timesteps[begin:]
+
+
+TABLES = ("betas", "alphas_cumprod", "final_alpha_cumprod")  # what a scheduler makes of its configuration
+
+
+def scheduler_changes(scheduler: SchedulerMixin) -> list[str]:
+    """Return what of a scheduler its class and configuration do not tell, in words."""
+    own = vars(scheduler)
+    methods = [
+        name for name, value in own.items() if callable(value) and callable(getattr(type(scheduler), name, None))
+    ]
+    changes = [f"scheduler.{name} of its own" for name in methods]
+    with suppress(Exception):  # some cannot be made from their own configuration
+        fresh = vars(type(scheduler).from_config(scheduler.config))
+        for name in TABLES:
+            if isinstance(tensor := own.get(name), Tensor) and not torch.equal(tensor.cpu(), fresh[name].cpu()):
+                changes.append(f"scheduler.{name}")
+    return changes
 
 
 class Conditioning(NamedTuple):

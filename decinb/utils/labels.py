@@ -45,7 +45,7 @@ def printable(text: str) -> str:
 
 def spreadsheet_cell(value: Any) -> Any:
     """Return a value for a CSV file: a text that a spreadsheet would run as a formula gets an apostrophe in front."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(FORMULA_STARTS) else value
 
 
 def wrap(text: str, fits: Callable[[str], bool], most: int | None = None, end: bool = False) -> list[str]:

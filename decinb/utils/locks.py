@@ -1,13 +1,16 @@
 """Locks: on a pipeline among the threads of a process, on a file among processes."""
 
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from filelock import FileLock, Timeout
+
+from decinb.utils.files import NEW_FILE
 
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _creating = threading.Lock()
@@ -34,6 +37,11 @@ def file_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
         lock_file: an empty file beside what is to be locked. It is created if need be, and stays.
         waiting: a line to print before waiting.
     """
+    with suppress(OSError):  # it is there, or cannot be made
+        os.close(os.open(lock_file, NEW_FILE, 0o666))
+    if not lock_file.is_file() or lock_file.is_symlink():  # a folder that cannot be written to, or a link to elsewhere
+        yield
+        return
     # A soft lock would outlive a killed process. The thread that releases the lock may be another (see `Steps`).
     lock = FileLock(lock_file, fallback_to_soft=False, thread_local=False)
     try:

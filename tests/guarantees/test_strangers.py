@@ -1,0 +1,293 @@
+"""What an outsider tried who had not read the other tests: each attempt here once succeeded."""
+
+import functools
+import json
+import os
+import sys
+import time
+from importlib import reload
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image
+
+import decinb
+from decinb import InputError, Link, load_sweep, replay, run_chain, run_sweep, steps
+from decinb.images import read_record, read_saved, save_image
+from decinb.sampling.adapters import adapter_of
+
+PROMPT = "a red house at night"
+CELLS = [{"strength": 1.0, "num_inference_steps": 2, "guidance_scale": scale} for scale in (3, 5)]
+IMAGE = Image.new("RGB", (64, 64), (90, 120, 200))
+
+
+@pytest.fixture
+def pipe():
+    """A pipeline that a test may break."""
+    made = decinb.load_pipeline("tiny", device="cpu")
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def sweep(pipe, folder=None, cells=CELLS):
+    return run_sweep(pipe, IMAGE, PROMPT, cells, folder=folder, progress=False)
+
+
+def levels(one, other) -> int:
+    """Return the largest difference of two images, in levels of 255."""
+    return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
+
+
+def assert_fresh(pipe, folder):
+    """Check that a folder of another pipeline does not decide what this one makes, and keeps what it made."""
+    fresh, resumed = sweep(pipe), sweep(pipe, folder)
+    for made, expected in zip(resumed.images, fresh.images, strict=True):
+        assert levels(made, expected) <= 1
+
+
+class DDIMScheduler(diffusers.DDIMScheduler):
+    """A scheduler of one's own, called like the one of diffusers."""
+
+    def step(self, model_output, *args, **kwargs):
+        return super().step(model_output * 0.5, *args, **kwargs)
+
+
+class Halving(AttnProcessor2_0):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs) * 0.5
+
+
+def own_class(pipe):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+
+
+def own_step(pipe):
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda output, *args, **kwargs: step(output * 0.5, *args, **kwargs)
+
+
+def own_table(pipe):
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod**2
+
+
+def own_processor(pipe):
+    pipe.unet.set_attn_processor(Halving())
+
+
+def wrapped_under_a_hook(pipe):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    add_hook_to_module(pipe.unet, AlignDevicesHook(execution_device="cpu"))
+    original = pipe.unet.forward
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        return (original(*args, **kwargs)[0] * 0.5,)
+
+    pipe.unet.forward = forward
+
+
+@pytest.mark.parametrize("change", [own_class, own_step, own_table, own_processor, wrapped_under_a_hook])
+def test_code_of_ones_own_is_never_taken_for_the_stock_code(pipe, tmp_path, change):
+    sweep(pipe, tmp_path)
+    change(pipe)
+    assert_fresh(pipe, tmp_path)
+
+
+@pytest.mark.parametrize("change", [own_step, own_table, own_processor])
+def test_a_sweep_makes_what_a_call_makes_whatever_was_replaced(pipe, change):
+    change(pipe)
+    for cell, image in zip(CELLS, sweep(pipe).images, strict=True):
+        alone = pipe(PROMPT, IMAGE, generator=torch.Generator().manual_seed(0), **cell).images[0]
+        assert levels(image, alone) <= 1
+
+
+def test_a_pipeline_with_a_stage_of_its_own_is_called_one_by_one(pipe):
+    class Mine(type(pipe)):
+        def prepare_latents(self, *args, **kwargs):
+            return super().prepare_latents(*args, **kwargs) * 0.5
+
+    mine = Mine(**pipe.components)
+    assert "not packed" in str(adapter_of(mine).note) and adapter_of(pipe).note is None
+
+
+def test_a_processor_in_a_module_that_is_edited(pipe, tmp_path, monkeypatch):
+    module = tmp_path / "my_processor.py"
+    text = "from diffusers.models.attention_processor import AttnProcessor2_0\nclass Mine(AttnProcessor2_0):\n"
+    text += "    def __call__(self, *a, **k):\n        return super().__call__(*a, **k) * {}\n"
+    module.write_text(text.format("0.5"))
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = __import__("my_processor")
+    pipe.unet.set_attn_processor(mine.Mine())
+    sweep(pipe, tmp_path / "folder")
+    module.write_text(text.format("0.25  # edited"))
+    pipe.unet.set_attn_processor(reload(mine).Mine())
+    assert_fresh(pipe, tmp_path / "folder")
+    del sys.modules["my_processor"]
+
+
+def test_a_method_that_was_replaced_in_a_class_of_diffusers(pipe, tmp_path, monkeypatch):
+    sweep(pipe, tmp_path)
+    original = AttnProcessor2_0.__call__
+    monkeypatch.setattr(AttnProcessor2_0, "__call__", lambda *args, **kwargs: original(*args, **kwargs) * 0.5)
+    assert_fresh(pipe, tmp_path)
+
+
+def test_autocast_is_part_of_the_key(pipe, tmp_path):
+    with torch.autocast("cpu", torch.bfloat16):
+        made = sweep(pipe, tmp_path)
+    assert read_record(made.images.sources[0])["dtype"] == "float32, autocast to bfloat16"
+    assert_fresh(pipe, tmp_path)
+    with pytest.raises(InputError, match="was made in 'float32, autocast to bfloat16', but pipe is in float32"):
+        replay(made.images.sources[0], pipe)
+
+
+def test_a_chain_keeps_the_image_that_it_returns(pipe, tmp_path):
+    links = [Link(pipe, PROMPT, strength=1.0, num_inference_steps=2)]
+    run_chain(links, IMAGE, folder=tmp_path)
+    own_class(pipe)
+    made = run_chain(links, IMAGE, folder=tmp_path)
+    (file,) = tmp_path.glob("link-*.png")
+    assert levels(read_saved(file).image, made.images[-1]) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("when", [0, 1])
+def test_a_pipeline_that_changes_under_a_sweep_saves_nothing(pipe, tmp_path, when):
+    running = steps(pipe, IMAGE, PROMPT, CELLS, folder=tmp_path)
+    for _ in range(2 * when):
+        next(running)
+    weights = pipe.unet.conv_out.weight
+    weights *= 0.5
+    with pytest.raises(InputError, match="pipe was changed while its sweep was unfinished"):
+        for _ in running:
+            pass
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_scheduler_may_be_replaced_between_steps(pipe, tmp_path):
+    expected = sweep(pipe)
+    running = steps(pipe, IMAGE, PROMPT, CELLS, folder=tmp_path)
+    next(running), next(running)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    for _ in running:
+        pass
+    assert all(levels(*pair) <= 1 for pair in zip(running.sweep.images, expected.images, strict=True))
+
+
+def test_a_file_that_was_replaced_after_loading_is_refused(tiny, tmp_path):
+    loaded = load_sweep(sweep(tiny, tmp_path).folder)
+    loaded.images.sources[0].unlink()
+    Image.new("RGB", (64, 64)).save(loaded.images.sources[1])
+    for index in range(2):
+        with pytest.raises(InputError, match="is not a PNG that decinb saved"):
+            loaded.images[index]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.skipif(os.name == "nt", reason="makes links")
+def test_a_lock_that_is_a_link_is_not_followed(tiny, tmp_path, exists):
+    victim = tmp_path / "victim"
+    if exists:
+        victim.write_text("precious")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(victim)
+    assert len(sweep(tiny, folder)) == 2
+    assert victim.read_text() == "precious" if exists else not victim.exists()
+
+
+def with_record(folder, number, **changes):
+    """Seal a changed record into a file of a folder, as a stranger can."""
+    path = sorted(folder.glob("*.png"))[number]
+    saved = read_saved(path)
+    save_image(saved.image, path, {**saved.record, **changes}, saved.input_image)
+
+
+def test_a_record_puts_no_code_into_the_viewer(tiny, tmp_path):
+    from decinb.execution.provenance import record_key
+
+    sweep(tiny, tmp_path)
+    path = sorted(tmp_path.glob("*.png"))[0]
+    record = {**read_saved(path).record, "scheduler": "DDIMScheduler; __import__('os').system('true') #"}
+    with_record(tmp_path, 0, **{**record, "key": record_key(record)})
+    assert "__import__" not in load_sweep(tmp_path).explore().html.split('"code"')[1]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"unknown": 5}, {"image_hash": [1]}, {"versions": [1]}, {"scheduler": ["a"]}, {"seconds": "x"}],
+    ids=str,
+)
+def test_a_record_of_odd_types_is_left_out(tiny, tmp_path, field):
+    sweep(tiny, tmp_path)
+    with_record(tmp_path, 0, **field)
+    with pytest.warns(UserWarning, match="left out"):
+        assert len(load_sweep(tmp_path)) == 1
+    assert len(sweep(tiny, tmp_path)) == 2
+
+
+def test_a_table_runs_no_formula_and_follows_no_link(tiny, tmp_path, monkeypatch):
+    done = sweep(tiny)
+    done.records[0]["=HYPERLINK()"] = "\n=1+1"
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "table.csv").symlink_to(victim)
+    text = done.to_csv(tmp_path / "table.csv").read_text()
+    assert victim.read_text() == "precious" and "'=HYPERLINK()" in text and "'\n=1+1" in text
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert done.to_csv("~/home.csv") == tmp_path / "home.csv" and not (tmp_path / "~").exists()
+
+
+def test_a_manifest_lists_a_file_once_and_stays_small(tiny, tmp_path):
+    sweep(tiny, tmp_path)
+    manifest = tmp_path / "sweep.json"
+    entries = json.loads(manifest.read_text())["cells"]
+    manifest.write_text(json.dumps({"cells": entries * 10_000}))
+    started = time.perf_counter()
+    assert len(load_sweep(tmp_path)) == 2
+    assert time.perf_counter() - started < 5
+    manifest.write_text(json.dumps({"cells": [], "more": [[]] * 3_000_000}))
+    with pytest.raises(InputError, match=r"sweep.json in .* is damaged"):
+        load_sweep(tmp_path)
+    manifest.write_text(json.dumps({"cells": [{"file": 5, "cell": {}}, {"file": "a" * 300, "cell": {}}]}))
+    with pytest.raises(InputError, match="a file is called 5"):
+        load_sweep(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["text_encoder/config.json", "scheduler/scheduler_config.json"])
+def test_a_huge_configuration_is_refused_at_once(tiny, tmp_path, name):
+    tiny.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps({**config, "more": [[]] * 1_000_000}))
+    started = time.perf_counter()
+    with pytest.raises(decinb.ModelError, match=r"at most 500,000 are allowed"):
+        decinb.load_pipeline(tmp_path, device="cpu")
+    assert time.perf_counter() - started < 5
+
+
+def test_clip_skip_works(tiny):
+    arguments = {"num_inference_steps": 2, "strength": 1.0, "output_type": "np"}
+    images = [
+        tiny(PROMPT, IMAGE, clip_skip=skip, generator=torch.Generator().manual_seed(0), **arguments).images
+        for skip in (None, 0, 1)
+    ]
+    assert np.abs(images[0] - images[1]).max() < 1e-4 < np.abs(images[0] - images[2]).max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"callback_on_step_end": 5}, "callback_on_step_end must be a function, got 5"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "callback_on_step_end_tensor_inputs must be a list of"),
+        ({"callback_on_step_end_tensor_inputs": ["nope"]}, "callback_on_step_end_tensor_inputs must be a list of"),
+        ({"prompt_embeds": torch.zeros(1, 4, 96)}, "prompt and prompt_embeds are two ways to give one text"),
+    ],
+)
+def test_arguments_are_refused_before_the_first_unet_call(tiny, arguments, message):
+    with pytest.raises(InputError, match=message):
+        tiny(PROMPT, IMAGE, **arguments)
