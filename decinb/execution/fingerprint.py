@@ -54,6 +54,7 @@ OF_MODULES = {
     "_diffusers_hook",
     "_hf_hook",
     "_old_forward",  # accelerate's hooks
+    "_output_capturing_hooks_installed",  # of the observer below
     "forward",
     "peft_config",  # what peft made its layers from, which are covered themselves
 } - {"training"}
@@ -76,6 +77,7 @@ NEUTRAL_HOOKS = {  # of accelerate and diffusers: they move tensors between devi
     "LazyPrefetchGroupOffloadingHook",
 }
 PLAIN_HOOKS = {"LayerwiseCastingHook", "PeftInputAutocastDisableHook"}  # their attributes say all that they do
+OBSERVER = "transformers.utils.output_capturing"  # its hooks stay after a call that asks for hidden states
 METHODS = ("forward", "__call__", "step", "set_timesteps")
 """The methods of a class that compute; another function in their place is code of the user."""
 SAME_ATTENTION = {  # different orders of the same sums
@@ -354,7 +356,8 @@ class _Hasher:
             self.add(child, f"{where}.{name}")
 
     def _add_torch_hook(self, hook: Any, where: str) -> None:
-        if (getattr(hook, "__module__", None) or "").partition(".")[0] != OURS:
+        module = getattr(hook, "__module__", None) or ""
+        if module.partition(".")[0] != OURS and module != OBSERVER:
             self._cannot(where, f"a hook, {getattr(hook, '__qualname__', type(hook).__name__)}")
 
     def _add_forward(self, module: nn.Module, where: str) -> None:

@@ -86,9 +86,9 @@ def precision(pipe: DiffusionPipeline) -> str:
     runtime = runtime_of(getattr(pipe, "unet", None))
     if runtime == "openvino-bfloat16":
         return runtime
-    names = [pipe.dtype]
-    if torch.is_autocast_enabled(pipe.device.type):
-        names.append(torch.get_autocast_dtype(pipe.device.type))
+    names, device = [pipe.dtype], pipe._execution_device.type  # which an offloaded pipeline has too
+    if torch.is_autocast_enabled(device):
+        names.append(torch.get_autocast_dtype(device))
     return ", autocast to ".join(str(name).removeprefix("torch.") for name in names)
 
 

@@ -122,7 +122,6 @@ OTHER = [
     scaling_factor,
     dropout_on,
     epsilon,
-    processor,
     resampling,
     special_token,
     lambda pipe: pipe.vae.enable_tiling(),
@@ -196,9 +195,16 @@ def own_class(pipe):
     pipe.unet.set_attn_processor(Local())
 
 
-@pytest.mark.parametrize("change", [hook, pre_hook, own_forward, own_method, own_class], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "change", [hook, pre_hook, own_forward, own_method, own_class, processor], ids=lambda one: one.__name__
+)
 def test_what_cannot_be_hashed_is_named(pipe, change):
     change(pipe)
-    where = {"own_method": "pipeline.encode_prompt", "hook": "unet.mid_block (a hook, ", "pre_hook": "vae (a hook"}
+    where = {
+        "own_method": "pipeline.encode_prompt",
+        "hook": "unet.mid_block (a hook, ",
+        "pre_hook": "vae (a hook",
+        "processor": "vae",
+    }
     (first, *_) = fingerprint(pipe).unknown
     assert first.startswith(where.get(change.__name__, "unet"))
