@@ -73,8 +73,8 @@ def run_row(row: str, python: str, instead: Iterable[str], tests: list[str], fol
     """
     wanted = specifications(row) | {canonicalize_name(Requirement(one).name): one for one in instead}
     inside = _new_environment(folder / row, python)
-    _pip(inside, "install", *wanted.values())
-    _pip(inside, "install", "--no-deps", "--editable", str(ROOT))
+    _pip(inside, "install", "--quiet", *wanted.values())
+    _pip(inside, "install", "--quiet", "--no-deps", "--editable", str(ROOT))
     run = subprocess.run([inside, "-m", "pytest", "-q", *tests], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(run.stdout)
     listed = {one["name"]: one["version"] for one in json.loads(_pip(inside, "list", "--format", "json"))}
@@ -100,7 +100,7 @@ def _new_environment(folder: Path, python: str) -> Path:
 
 
 def _pip(inside: Path, *arguments: str) -> str:
-    command = [inside, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    command = [inside, "-m", "pip", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
@@ -164,14 +164,14 @@ def _requirements_of(inside: Path, name: str, version: str) -> list[str]:
     """Return what a version in the index requires; nothing for a build that is not there, such as a machine's torch."""
     if "+" in version:
         return []
-    arguments = ["install", "--dry-run", "--no-deps", "--ignore-installed", "--report", "-"]
+    arguments = ["install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed", "--report", "-"]
     (found,) = json.loads(_pip(inside, *arguments, f"{name}=={version}"))["install"]
     return [line for line in found["metadata"].get("requires_dist", []) if "extra ==" not in line]
 
 
 def _dry_run(inside: Path, *wanted: str) -> dict[str, str]:
     """Return the version of every package that pip would install."""
-    report = json.loads(_pip(inside, "install", "--dry-run", "--report", "-", *wanted))
+    report = json.loads(_pip(inside, "install", "--quiet", "--dry-run", "--report", "-", *wanted))
     names = [(one["metadata"]["name"], one["metadata"]["version"]) for one in report["install"]]
     return {canonicalize_name(name): version for name, version in names}
 

@@ -18,7 +18,7 @@ from papermill.exceptions import PapermillExecutionError
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "demo"
-COUNT = 8  # images for each number that the notebooks measure; 32 where they are read
+COUNT = 4  # images for each number that the notebooks measure; 32 where they are read
 QUIET_KERNEL = ["--IPKernelApp.log_level=40"]  # ipykernel warns of TCP at every start; errors still show
 ALONE = ("06_latency_vs_sd15", "12_runtime_options", "14_fewer_steps")  # a neighbour would change what they measure
 AT_ONCE = min(2, os.cpu_count() or 1)
@@ -28,6 +28,7 @@ def main() -> int:
     os.environ.setdefault("DECINB_MODEL", "tiny")
     os.environ.setdefault("DECINB_COUNT", str(COUNT))
     os.environ.setdefault("DECINB_MAX_ROWS", "2")  # of the U-Net calls that notebook 06 times
+    os.environ.setdefault("DECINB_SIZE", "16")  # of the latents in these calls
     FOLDER.mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT / "docs" / "maps", ROOT / "runs" / "docs" / "maps", dirs_exist_ok=True)  # notebooks show them
     shutil.copytree(ROOT / "notebooks" / "solutions", FOLDER / "solutions", dirs_exist_ok=True)  # and link to these

@@ -181,7 +181,7 @@ def test_a_wheel_in_an_empty_folder_runs_notebook_02(wheel, environment, tmp_pat
     folder.mkdir()
     shutil.copy(wheel, folder)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    clean |= {"PIP_NO_INDEX": "1", "DECINB_MODEL": "tiny", "HF_HUB_OFFLINE": "1"}
+    clean |= {"PIP_NO_INDEX": "1", "DECINB_MODEL": "tiny", "HF_HUB_OFFLINE": "1", "DECINB_COUNT": "2"}
 
     def run(*code: str) -> subprocess.CompletedProcess:
         return subprocess.run([environment, *code], cwd=folder, env=clean, capture_output=True, text=True)

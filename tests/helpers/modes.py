@@ -1,6 +1,7 @@
 """Ways to run the same networks: compiled, offloaded, laid out or computed in another order."""
 
 import accelerate
+import diffusers
 import torch
 from diffusers.hooks import apply_group_offloading
 
@@ -57,5 +58,9 @@ MODES = [
     offloaded,
     offloaded_and_compiled,
     offloaded_by_model,
-    offloaded_in_groups,
 ]
+
+# diffusers 0.39 offloads in groups only where torch has an accelerator.
+IN_GROUPS = torch.accelerator.is_available() or not diffusers.__version__.startswith("0.39.")
+if IN_GROUPS:
+    MODES.append(offloaded_in_groups)
