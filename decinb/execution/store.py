@@ -54,10 +54,7 @@ def open_image(source: Image.Image | Path) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return source
-    saved = read_saved(source)
-    if wrong := mismatch(saved):
-        raise InputError(f"{str(source)!r}: {wrong}")
-    return saved.image
+    return read_saved(source).image
 
 
 def file_name(record: ImageRecord) -> str:

@@ -1,6 +1,7 @@
 """Locks: on a pipeline among the threads of a process, on a file among processes."""
 
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +28,14 @@ def pipeline_lock(pipe: Any) -> Any:
         return _locks.setdefault(pipe if unet is None else unet, threading.RLock())
 
 
+def _is_own(lock_file: Path) -> bool:
+    """Return whether a lock is an ordinary file under this name only: not a link, which leads to another file."""
+    with suppress(OSError):  # the folder cannot be written to
+        status = os.lstat(lock_file)
+        return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+    return False
+
+
 @contextmanager
 def file_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
     """Hold a lock on a file inside the ``with`` block; wait while another process or thread holds it.
@@ -39,7 +48,7 @@ def file_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
     """
     with suppress(OSError):  # it is there, or cannot be made
         os.close(os.open(lock_file, NEW_FILE, 0o666))
-    if not lock_file.is_file() or lock_file.is_symlink():  # a folder that cannot be written to, or a link to elsewhere
+    if not _is_own(lock_file):
         yield
         return
     # A soft lock would outlive a killed process. The thread that releases the lock may be another (see `Steps`).
