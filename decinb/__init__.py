@@ -11,11 +11,11 @@ from decinb.utils.threads import limit_spinning
 limit_spinning()  # before torch is loaded
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")  # diffusers reads it when it is imported
 
-# When diffusers imports image processors, transformers logs that torchvision, which nothing here needs, is missing, or
-# that diffusers calls them by old names.
-_of_others = ("torchvision", "suffix for image processors")
+# When diffusers imports image processors, transformers logs that torchvision is missing, which nothing here needs, and
+# in some versions that diffusers uses old names.
+_noise = ("torchvision", "suffix for image processors")
 logging.getLogger("transformers.utils.import_utils").addFilter(
-    lambda record: not any(words in record.getMessage() for words in _of_others)
+    lambda record: not any(words in record.getMessage() for words in _noise)
 )
 
 # Each name is imported when it is first used, so that `import decinb` is cheap: it loads neither torch nor diffusers.

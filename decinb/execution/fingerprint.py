@@ -79,7 +79,7 @@ NEUTRAL_HOOKS = {  # of accelerate and diffusers: they move tensors between devi
 PLAIN_HOOKS = {"LayerwiseCastingHook", "PeftInputAutocastDisableHook"}  # their attributes say all that they do
 OBSERVER = "transformers.utils.output_capturing"  # its hooks stay after a call that asks for hidden states
 METHODS = ("forward", "__call__", "step", "set_timesteps")
-"""The methods of a class that compute; another function in their place is code of the user."""
+"""The methods that compute. A function of the user in place of one of them is noted."""
 SAME_ATTENTION = {  # different orders of the same sums
     "AttnProcessor",
     "AttnProcessor2_0",
@@ -164,7 +164,7 @@ def scheduler_code(scheduler: SchedulerMixin) -> list[str]:
 
 
 def stamp(pipe: DiffusionPipeline) -> list[Any]:
-    """Return what changes when somebody changes a pipeline, most of the time; it costs far less than a fingerprint."""
+    """Return values that most changes of a pipeline change too: a check that costs far less than a fingerprint."""
     modules = [module for part in pipe.components.values() if isinstance(part, nn.Module) for module in part.modules()]
     found: list[Any] = [id(part) for part in pipe.components.values() if not isinstance(part, SchedulerMixin)]
     for module in modules:

@@ -69,7 +69,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "unknown": (list,),
     "versions": (dict,),
 }
-"""The types of fields that are used without looking at what they hold."""
+"""The types of fields that are read without another check."""
 
 LINK_ARGUMENTS = (
     "prompt",
@@ -289,7 +289,7 @@ def mismatch(saved: Saved) -> str | None:
 
 
 def _malformed(record: ImageRecord) -> str | None:
-    """Return which field of a stranger's record has a type that no record of decinb has; None if none has."""
+    """Return which field of a record has a wrong type; None if none has."""
     for part in (record, *(record[CHAIN] if isinstance(record.get(CHAIN), list) else [])):
         for name, types in TYPES.items() if isinstance(part, dict) else ():
             if name in part and not isinstance(part[name], types):

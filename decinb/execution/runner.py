@@ -11,11 +11,12 @@ from PIL import Image
 
 from decinb.errors import InputError
 from decinb.execution.fingerprint import stamp
-from decinb.execution.provenance import MADE_BY, pipeline_record, scheduler_config, unknown_parts
+from decinb.execution.provenance import pipeline_record, scheduler_config, unknown_parts
 from decinb.execution.results import Results
 from decinb.execution.store import open_image
 from decinb.figures.live import LiveGrid, progress_bar
 from decinb.figures.preview import Preview
+from decinb.runtimes.openvino import precision
 from decinb.sampling.base import Adapter
 from decinb.sampling.jobs import Progress, Result, Step
 from decinb.utils import validation
@@ -213,19 +214,18 @@ class Runner:
         """Refuse a pipeline that was changed after planning: its images would be saved as those of the one planned.
 
         Args:
-            scheduler: compare the scheduler too. Once a run has begun, it uses its own.
+            scheduler: compare the configuration of its scheduler too. Once a run has begun, it uses copies.
 
         Raises:
             InputError: it was changed.
         """
-        now = stamp(self.adapter.pipe)
-        config = scheduler and scheduler_config(self.adapter.pipe.scheduler)
-        planned = self.plan.records[0]
-        if now == self._stamp and (not scheduler or config == planned["scheduler_config"]):
-            return
-        found, self._stamp = pipeline_record(self.adapter.pipe), now
-        names = [name for name in MADE_BY if scheduler or not name.startswith("scheduler")]
-        if changed := [name for name in names if found[name] != planned[name]]:
+        pipe, planned = self.adapter.pipe, self.plan.records[0]
+        found = {"dtype": precision(pipe)}
+        if scheduler:
+            found["scheduler_config"] = scheduler_config(pipe.scheduler)
+        if (now := stamp(pipe)) != self._stamp:
+            self._stamp, found["weights"] = now, pipeline_record(pipe)["weights"]
+        if changed := [name for name, value in found.items() if value != planned[name]]:
             raise InputError(
                 f"pipe was changed while its sweep was unfinished ({' and '.join(changed)}): "
                 "what is finished was kept; start the sweep again"

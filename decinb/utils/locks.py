@@ -30,10 +30,11 @@ def pipeline_lock(pipe: Any) -> Any:
 
 def _is_own(lock_file: Path) -> bool:
     """Return whether a lock is an ordinary file under this name only: not a link, which leads to another file."""
-    with suppress(OSError):  # the folder cannot be written to
+    try:
         status = os.lstat(lock_file)
-        return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
-    return False
+    except OSError:  # the folder cannot be written to
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 @contextmanager

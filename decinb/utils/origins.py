@@ -1,4 +1,4 @@
-"""Where code comes from: an installed package says by its name what it does, other code may change at any time."""
+"""Tell the code of installed packages, which a name identifies, from the user's own, which may change at any time."""
 
 import functools
 import sys
@@ -25,7 +25,7 @@ def is_installed(module: str) -> bool:
 
 
 def module_of(function: Any) -> str:
-    """Return the name of the module whose code a function runs; ``functools.wraps`` does not change it."""
+    """Return the module in which a function was written, also if ``functools.wraps`` gave it the name of another."""
     while isinstance(function, functools.partial):
         function = function.func
     function = getattr(function, "__func__", function)

@@ -168,6 +168,16 @@ def test_a_pipeline_that_changes_under_a_sweep_saves_nothing(pipe, tmp_path, whe
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_a_configuration_or_autocast_between_planning_and_the_first_step_is_refused(pipe):
+    running = steps(pipe, IMAGE, PROMPT, CELLS)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match=r"unfinished \(dtype\)"):
+        list(running)
+    running = steps(pipe, IMAGE, PROMPT, CELLS)
+    pipe.scheduler.register_to_config(beta_end=0.02)
+    with pytest.raises(InputError, match=r"unfinished \(scheduler_config\)"):
+        list(running)
+
+
 def test_a_scheduler_may_be_replaced_between_steps(pipe, tmp_path):
     expected = sweep(pipe)
     running = steps(pipe, IMAGE, PROMPT, CELLS, folder=tmp_path)
