@@ -115,7 +115,7 @@ class Observed:
         assert case in GUARANTEES, f"{case} is not one of the guarantees"
         outcome = " ".join(str(outcome).split()).replace("|", "\\|")
         outcome = re.sub(r"(127\.0\.0\.1|localhost):\d+", r"\1", outcome)  # the port differs in every run
-        outcome = re.sub(r"(?<![\w:/.])(/[\w.-]+)+/", "", outcome)  # and so does the folder
+        outcome = re.sub(r"(?<![\w:/.])(/[\w.-]+)+/(popen-gw\w*…[\w.-]*/)?", "", outcome)  # and so does the folder
         self.outcomes.append((case, outcome, test.partition("::")[0]))
 
     def write(self, file: Path = TABLE) -> None:
