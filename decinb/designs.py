@@ -6,6 +6,7 @@ Designs are plain lists: join them with ``+``, filter them with a comprehension,
 import itertools
 import math
 import random
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,8 +66,13 @@ def one_at_a_time(base: Cell, **axes: Sequence[Any]) -> list[Cell]:
     if missing := [name for name in lists if name not in base]:
         raise InputError(f"base must name {missing[0]}, which is to be changed, got {validation.short_repr(base)}")
     _check_number(sum(map(len, lists.values())))
-    changed = [{**base, name: value} for name, values in lists.items() for value in values]
-    return [dict(base), *(cell for cell in changed if cell != base)]
+    changed = [
+        {**base, name: value}
+        for name, values in lists.items()
+        for value in values
+        if not validation.equal(value, base[name])
+    ]
+    return [dict(base), *changed]
 
 
 def random_design(n: int, seed: int = 0, **axes: Sequence[Any]) -> list[Cell]:
@@ -76,10 +82,13 @@ def random_design(n: int, seed: int = 0, **axes: Sequence[Any]) -> list[Cell]:
     seed of the cells, use ``seeds=[...]``, because ``seed`` is that of the draw.
 
     Raises:
-        InputError: ``n`` is not from 1 to the number of combinations; an axis is not a list of values, or is empty.
+        InputError: ``n`` is not from 1 to the number of combinations, or there are more than 2**63 - 1; an axis is not
+            a list of values, or is empty.
     """
     lists = _lists({("seed" if name == "seeds" else name): values for name, values in axes.items()})
     total = math.prod(len(values) for values in lists.values())
+    if total > sys.maxsize:
+        raise InputError(f"random_design draws from at most {sys.maxsize:,} combinations, got {total:,}")
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
         raise InputError(f"n must be an integer from 1 to {total} (all combinations), got {validation.short_repr(n)}")
     _check_number(n)

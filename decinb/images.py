@@ -46,8 +46,8 @@ SAMPLES: dict[str, tuple[Scene, int]] = {
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64_000_000  # more than a phone photo; checked in the header, before anything is decoded
 MAX_FILE = 250_000_000  # bytes, of that many pixels without compression
-MAX_SAVED_PIXELS = 32_000_000  # of an image that decinb saved; models make at most 4 million by themselves
-MAX_SAVED_FILE = 100_000_000  # bytes, of that many pixels without compression
+MAX_SAVED_PIXELS = 4096 * 4096  # of an image that decinb saved; models make at most a quarter by themselves
+MAX_SAVED_FILE = 64_000_000  # bytes, of that many pixels without compression, and an input
 MAX_BATCH = 1000  # images in one call
 ROUNDING = 1e-4  # floats may lie this far below 0 or above 1
 MAX_ASPECT = 4  # models are not trained on longer images
@@ -238,7 +238,7 @@ def read_saved(path: str | Path) -> Saved:
             if not isinstance(record, dict):
                 raise ValueError("the record is not a dict")
             own = {chunk[0]: chunk[1] for chunk in image.private_chunks}
-            image = image.convert("RGB")
+            image = image if image.mode == "RGB" else image.convert("RGB")
         input_image = _decode_input(own[INPUT]) if INPUT in own else None
     except InputError:
         raise
@@ -272,14 +272,19 @@ def _shown(path: str | os.PathLike[str]) -> str:
 def _sealed(png: bytes) -> bytes:
     """Return a PNG file with a seal before its last chunk."""
     before = png.removesuffix(END)
-    seal = hashlib.sha256(before).digest()
-    return before + struct.pack(">I", len(seal)) + SEAL + seal + struct.pack(">I", zlib.crc32(SEAL + seal)) + END
+    return before + _seal(before)
 
 
 def _has_seal(png: bytes) -> bool:
     """Return whether a PNG file ends with its seal, and the seal is right."""
-    before = png[: -len(END) - 44]  # the length, type and checksum of the chunk around 32 bytes
-    return len(before) > 0 and _sealed(before + END) == png
+    end = len(END) + 44  # the length, type and checksum of the chunk around 32 bytes
+    return len(png) > end and _seal(memoryview(png)[:-end]) == png[-end:]
+
+
+def _seal(before: bytes | memoryview) -> bytes:
+    """Return the end of a PNG file: the chunk with the seal of what comes before it, and the last chunk."""
+    seal = hashlib.sha256(before).digest()
+    return struct.pack(">I", len(seal)) + SEAL + seal + struct.pack(">I", zlib.crc32(SEAL + seal)) + END
 
 
 @functools.lru_cache(8)

@@ -21,7 +21,7 @@ from decinb.figures.viewer import Fragment
 from decinb.images import load_image, read_input
 from decinb.utils import validation
 from decinb.utils.environment import in_notebook
-from decinb.utils.labels import describe, plain, printable, wrap
+from decinb.utils.labels import SELECTABLE, describe, plain, printable, wrap
 
 if TYPE_CHECKING:
     from decinb.execution.chains import Chain
@@ -155,6 +155,7 @@ def plot_sweep(
     if where is not None and not isinstance(where, Mapping):
         raise InputError(f"where must be a dict such as {{'seed': 0}}, got {where!r}")
     if where:
+        validation.known(where, SELECTABLE)
         all_cells, sweep = sweep, sweep.select(**where)
         if not len(sweep):
             values = "; ".join(f"{name} is {either(record[name] for record in all_cells.records)}" for name in where)
@@ -300,6 +301,8 @@ def _check(images: Sequence[Image.Image], labels: Sequence[Any], name: str) -> t
     labels = validation.bounded_list(labels, name, MAX_IMAGES)
     if not len(images):
         raise InputError("images is empty: there is nothing to show")
+    if strange := [one for one in images if not isinstance(one, Image.Image)]:
+        raise InputError(f"images must be PIL images, got {validation.short_repr(strange[0])}")
     if len(images) != len(labels):
         raise InputError(f"{name} must have one entry for each image: got {len(labels)} for {len(images)} images")
     return images, labels

@@ -4,6 +4,7 @@
 folder, and ``replay`` makes one again from its file.
 """
 
+import numbers
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from decinb.designs import Cell
+from decinb.designs import MAX_CELLS, Cell
 from decinb.errors import InputError, Stopped, SweepError, reason
 from decinb.execution.plan import make_plan
 from decinb.execution.provenance import ImageRecord, distinguish_inputs
@@ -30,7 +30,7 @@ from decinb.sampling.adapters import adapter_of
 from decinb.sampling.base import Adapter
 from decinb.utils import validation
 from decinb.utils.files import write_atomically
-from decinb.utils.labels import ARGUMENTS, spreadsheet_cell
+from decinb.utils.labels import ARGUMENTS, SELECTABLE, spreadsheet_cell
 from decinb.utils.locks import pipeline_lock
 
 if TYPE_CHECKING:
@@ -65,9 +65,8 @@ class Sweep:
         Raises:
             InputError: an argument is not known.
         """
-        validation.known(where, [*ARGUMENTS, "steps_run"])
-        several = (list, tuple, set, range, np.ndarray)
-        wanted = {name: list(value) if isinstance(value, several) else [value] for name, value in where.items()}
+        validation.known(where, SELECTABLE)
+        wanted = {name: _several(value, name) for name, value in where.items()}
         kept = [
             i
             for i, record in enumerate(self.records)
@@ -92,7 +91,7 @@ class Sweep:
 
     def to_csv(self, file: str | Path) -> Path:
         """Write the records as a UTF-8 CSV file with a header and one row per image; return its path."""
-        file = validation.path(file, "file")
+        file = validation.file(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         text = self.to_dataframe().map(spreadsheet_cell).rename(columns=spreadsheet_cell).to_csv(index=False)
         write_atomically(file, text.encode())
@@ -142,7 +141,7 @@ class Sweep:
         Raises:
             InputError: the sweep is empty, or scores do not fit its images.
         """
-        file = validation.path(file, "file")
+        file = validation.file(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         fragment = viewer.viewer(self.images, self.records, self.image, scores, lossless=True)
         write_atomically(file, viewer.page(self.prompt or file.stem, fragment).encode())
@@ -390,8 +389,17 @@ def _flatten(record: ImageRecord) -> dict[str, Any]:
     return {**plain, **{f"{name}_version": version for name, version in record.get("versions", {}).items()}}
 
 
+def _several(value: Any, name: str) -> list[Any]:
+    """Return the values that ``select`` was given: one, or those of a list, an array, a Series or a generator."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy, torch and pandas
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
+        return [value]
+    return list(validation.bounded_list(value, name, MAX_CELLS))
+
+
 def _is_among(value: Any, wanted: Iterable[Any]) -> bool:
     """Return whether a value is one of those wanted; floats may differ by rounding."""
     if not isinstance(value, float):
-        return any(value == one for one in wanted)
-    return any(abs(value - one) < 1e-6 if isinstance(one, (int, float)) else value == one for one in wanted)
+        return any(validation.equal(value, one) for one in wanted)
+    close = (abs(value - one) < 1e-6 for one in wanted if isinstance(one, numbers.Real))
+    return any(close)

@@ -29,6 +29,7 @@ def main() -> int:
     os.environ.setdefault("DECINB_COUNT", str(COUNT))
     os.environ.setdefault("DECINB_MAX_ROWS", "2")  # of the U-Net calls that notebook 06 times
     os.environ.setdefault("DECINB_SIZE", "16")  # of the latents in these calls
+    os.environ.setdefault("DECINB_STEPS", "6")  # of the images that notebook 12 times
     FOLDER.mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT / "docs" / "maps", ROOT / "runs" / "docs" / "maps", dirs_exist_ok=True)  # notebooks show them
     shutil.copytree(ROOT / "notebooks" / "solutions", FOLDER / "solutions", dirs_exist_ok=True)  # and link to these

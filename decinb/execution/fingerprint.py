@@ -78,6 +78,7 @@ NEUTRAL_HOOKS = {  # of accelerate and diffusers: they move tensors between devi
 }
 PLAIN_HOOKS = {"LayerwiseCastingHook", "PeftInputAutocastDisableHook"}  # their attributes say all that they do
 OBSERVER = "transformers.utils.output_capturing"  # its hooks stay after a call that asks for hidden states
+PLAIN = (bool, str, bytes, type(None))
 METHODS = ("forward", "__call__", "step", "set_timesteps")
 """The methods that compute. A function of the user in place of one of them is noted."""
 SAME_ATTENTION = {  # different orders of the same sums
@@ -88,7 +89,13 @@ SAME_ATTENTION = {  # different orders of the same sums
 }
 
 
-_encode = json.JSONEncoder(default=str).encode  # made once, since it is called thousands of times
+_json = json.JSONEncoder(default=str)
+
+
+@functools.lru_cache(maxsize=2**14, typed=True)
+def _encode(*words: Any) -> bytes:
+    """Return words as JSON; most of the thousands in a pipeline are equal to earlier ones."""
+    return _json.encode(words).encode()
 
 
 class Fingerprint(NamedTuple):
@@ -120,12 +127,19 @@ def fingerprint(pipe: DiffusionPipeline) -> Fingerprint:
         *nn.modules.module._global_forward_hooks.values(),
     ]
     hashes, unknown = {}, ["a hook on all modules"] if everywhere else []
+    unknown += [f"another torch.nn.functional.{name}" for name in _patched()]
     for name, part in parts.items():
         hasher = _Hasher()
         hasher.add(part, name)
         hashes[name] = hasher.digest.hexdigest()[:16]
         unknown += hasher.unknown
     return Fingerprint(hashes, list(dict.fromkeys(unknown)))
+
+
+def _patched() -> list[str]:
+    """Return the functions of ``torch.nn.functional`` that somebody has replaced."""
+    functions = vars(nn.functional).items()
+    return [name for name, one in functions if isinstance(one, FunctionType) and not is_installed(module_of(one))]
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -136,24 +150,28 @@ def tensor_hash(tensor: Tensor) -> str:
     word always shows, any other with a probability of at least 1 - 2**-31.
     """
     data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
-    whole = len(data) // 8 * 8
-    rest = bytes(data[whole:].tolist()).hex()
+    whole = data.numel() // 8 * 8
+    rest = bytes(data[whole:].tolist()).hex() if whole < data.numel() else ""
     if not whole:
         return rest
     if data.storage_offset() % 8:  # words must be aligned
         data = data.clone()
+    words: Any = data[:whole].view(torch.int64)
+    words = words.numpy() if words.device.type == "cpu" else words  # its calls cost less, and most tensors are small
     factors = _factors(data.device)
-    # High bits reach the lower ones first, because the highest survives a multiplication only as a parity.
-    pieces = data[:whole].view(torch.int64).split(CHUNK)
-    sums = torch.stack([((piece ^ (piece >> 32)) * factors[: len(piece)]).sum() for piece in pieces])
-    sums ^= sums >> 32
-    return f"{int((sums * factors[: len(sums)]).sum()) % 2**64:016x}{rest}"
+    total = 0
+    for i in range(0, len(words), CHUNK):
+        piece = words[i : i + CHUNK]
+        # High bits reach the lower ones first, because the highest survives a multiplication only as a parity.
+        part = int(((piece ^ (piece >> 32)) * factors[: len(piece)]).sum())
+        total += (part ^ (part >> 32)) * int(factors[i // CHUNK])
+    return f"{total % 2**64:016x}{rest}"
 
 
 @cache
-def _factors(device: torch.device) -> Tensor:
+def _factors(device: torch.device) -> Any:
     words = np.random.Generator(np.random.PCG64(0)).integers(-(2**63), 2**63, CHUNK, dtype=np.int64) | 1
-    return torch.from_numpy(words).to(device)
+    return words if device.type == "cpu" else torch.from_numpy(words).to(device)
 
 
 def scheduler_code(scheduler: SchedulerMixin) -> list[str]:
@@ -174,7 +192,8 @@ def stamp(pipe: DiffusionPipeline) -> list[Any]:
             id(own.get("processor")),
             [*own["_forward_hooks"], *own["_forward_pre_hooks"]],
         ]
-        for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+        # Compiled by TorchScript, it has no tensors among its attributes.
+        for tensor in (*own.get("_parameters", {}).values(), *own.get("_buffers", {}).values()):
             found += [id(tensor), 0 if tensor is None or tensor.is_inference() else tensor._version]
     return found
 
@@ -201,14 +220,20 @@ class _Hasher:
         self._inside: set[int] = set()  # ids of the objects that are being added, since objects may form circles
 
     def token(self, *words: Any) -> None:
-        self.digest.update(_encode(words).encode())
+        self.digest.update(_encode(*words))
 
     def add(self, value: Any, where: str) -> None:
         """Add a value; ``where`` is what to call it if that fails."""
+        if type(value) in PLAIN:  # most are
+            self.token(type(value).__name__, str(value))
+            return
+        if type(value) in (int, float):
+            self.token("number", repr(_plain_number(value)))
+            return
         value = getattr(value, "_orig_mod", value) if isinstance(value, nn.Module) else value  # of torch.compile
         if isinstance(value, Enum):
             self.token(type(value).__name__, value.name)
-        elif isinstance(value, (bool, str, bytes, type(None))):
+        elif isinstance(value, PLAIN):
             self.token(type(value).__name__, str(value))
         elif isinstance(value, (numbers.Number, np.generic)):
             self.token("number", repr(_plain_number(value)))
@@ -236,7 +261,7 @@ class _Hasher:
             self._add_tensor(value, where)
         elif isinstance(value, np.ndarray) and value.dtype != object:
             self.token("array", value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).hexdigest())
-        elif isinstance(value, Mapping):
+        elif isinstance(value, (dict, Mapping)):
             counted = sorted((key for key in value if key not in BOOKKEEPING), key=str)
             self._add_names(counted, where)
             for key in counted:
@@ -278,7 +303,7 @@ class _Hasher:
         """Add the keys of a mapping or the items of a set; an object's words may hold its address."""
         if not all(isinstance(name, (str, int, float, tuple, type(None), torch.dtype)) for name in names):
             self._cannot(where, "its keys are objects")
-        self.token("names", list(map(str, names)))
+        self.token("names", tuple(map(str, names)))
 
     def _add_attributes(self, value: Any, where: str, ignored: set[str]) -> None:
         self.add({name: one for name, one in vars(value).items() if name not in ignored}, where)
@@ -321,14 +346,15 @@ class _Hasher:
         try:
             if hasattr(value, "to_str"):
                 text = json.loads(value.to_str())
-                self.token({name: part for name, part in text.items() if name not in ("truncation", "padding")})
+                counted = {name: part for name, part in text.items() if name not in ("truncation", "padding")}
+                self.digest.update(_json.encode([counted]).encode())
             else:
                 self.token(type(value).__name__, str(value.__getstate__()))
         except Exception:
             self._cannot(where, type(value).__name__)
 
     def _add_tensor(self, tensor: Tensor, where: str) -> None:
-        self.token(str(tensor.dtype), list(tensor.shape))
+        self.token(str(tensor.dtype), tuple(tensor.shape))
         try:
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):  # quantised: some say more in their attributes
                 self._add_name(type(tensor), where)
@@ -342,6 +368,8 @@ class _Hasher:
 
     def _add_module(self, module: nn.Module, where: str) -> None:
         own = vars(module)
+        if isinstance(module, torch.jit.ScriptModule):  # its code and its tensors are not in its attributes
+            return self._cannot(where, type(module).__name__)
         self._add_name(type(module), where)
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             for hook in own[kind].values():

@@ -63,11 +63,13 @@ def is_shared() -> bool:
     """Return whether this is one of several processes, as ``accelerate launch`` and ``torchrun`` start them.
 
     Raises:
-        InputError: the environment variable ``WORLD_SIZE`` is not a number.
+        InputError: the environment variable ``WORLD_SIZE`` is not a number, or is left over from a launcher.
     """
     given = os.environ.get("WORLD_SIZE") or "1"
     if not given.isdecimal():
         raise InputError(f"WORLD_SIZE in the environment must be a number of processes, got {given!r}: unset it")
+    if int(given) > 1 and not os.environ.get("RANK"):
+        raise InputError(f"WORLD_SIZE is {given} in the environment, but RANK is not set: no launcher runs; unset it")
     return int(given) > 1
 
 
@@ -146,8 +148,8 @@ class Runner:
     def _compute(self, keys: Sequence[str]) -> Iterator[list[State]]:
         if not keys:
             return
-        jobs = [self.plan.jobs[self._cell(key)] for key in keys]
-        calls = self.adapter.count_calls(jobs)
+        cells = [self._cell(key) for key in keys]
+        jobs, calls = [self.plan.jobs[cell] for cell in cells], [self.plan.calls_of[cell] for cell in cells]
         total_rows = sum(number * self.adapter.rows(job) for number, job in zip(calls, jobs, strict=True))
         steps = self.adapter.run(jobs, self.max_rows, self.plan.guidance_rescale)
         rows_done, started = 0, perf_counter()

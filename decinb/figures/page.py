@@ -330,9 +330,7 @@ def finish(figure: Figure, file: str | Path | None = None, alt: str = "") -> Non
 
 def figure_file(file: str | Path) -> Path:
     """Validate the path of a figure; without an ending it is a PNG."""
-    path = validation.path(file, "file")
-    if not path.name or path.is_dir():
-        raise InputError(f"file must name a file, got {validation.short_repr(str(file))}")
+    path = validation.file(file)
     return path if path.suffix else path.with_suffix(".png")
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from decinb.errors import InputError
 from decinb.images import SAMPLES
+from decinb.utils import validation
 from decinb.utils.labels import ARGUMENTS, SHORT, describe, label, plain
 
 FACTS = (*ARGUMENTS, "scheduler", "steps_run", "seconds")
@@ -60,9 +61,7 @@ def viewer(
     """
     if not records:
         raise InputError("a viewer needs at least one image: the sweep is empty")
-    for score, values in (scores or {}).items():
-        if len(values) != len(records):
-            raise InputError(f"scores[{score!r}] must have one value per image, {len(records)}, got {len(values)}")
+    scores = _check_scores(scores, len(records))
     root = f"decinb-{uuid4().hex[:8]}"
     axes = _axes(records)
     names = [", ".join(describe(axis, record[axis]) for axis in axes) or label(record) for record in records]
@@ -79,7 +78,7 @@ def viewer(
         "cells": [
             {
                 "at": {axis: values.index(record[axis]) for axis, values in axes.items()},
-                "facts": _facts(record) + [[score, plain(values[i])] for score, values in (scores or {}).items()],
+                "facts": _facts(record) + [[score, plain(values[i])] for score, values in scores.items()],
                 "file": re.sub(r"[^\w.=-]+", "_", f"{i:03d}_{names[i]}") + ".webp",
                 "code": _code(record, axes),
             }
@@ -109,6 +108,21 @@ def page(title: str, body: str) -> str:
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{html.escape(title)}</title>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def _check_scores(scores: Any, number: int) -> dict[str, Sequence[Any]]:
+    """Return scores as lists, by name; none if there are none."""
+    if scores is None:
+        return {}
+    if not isinstance(scores, Mapping):
+        raise InputError(f"scores must be a dict such as {{'adherence': [...]}}, got {validation.short_repr(scores)}")
+    lists = {}
+    for name, values in scores.items():
+        listed = validation.bounded_list(values, f"scores[{name!r}]", number)
+        if len(listed) != number:
+            raise InputError(f"scores[{name!r}] must have one value per image, {number}, got {len(listed)}")
+        lists[str(name)] = listed
+    return lists
 
 
 def _axes(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

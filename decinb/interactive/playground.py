@@ -1,9 +1,10 @@
 """The playground: controls, a canvas to draw on, and an image that appears step by step, in a notebook.
 
-The page asks for each step. When it has shown the image of one step, it sends one message, which makes the kernel take
-the next step and send its image. There is no thread and no timer. A click on Stop therefore takes effect after at most
-one step, however the kernel handles messages: one after another in its main thread, in subshells (JupyterLab with
-ipykernel 7), or on Colab. Nothing is computed that is not shown.
+The page asks for each step. When it has shown an image, it sends one message, which makes the kernel take the next step
+and send its image; several steps, if a preview takes longer than a step. There is no thread and no timer. A click on
+Stop therefore takes effect after at most one step and its preview, however the kernel handles messages: one after
+another in its main thread, in subshells (JupyterLab with ipykernel 7), or on Colab. No preview is computed that is not
+shown.
 
 Only widgets that ipywidgets 7.7 and 8 both have are used. The HTML widget runs no ``<script>``, so ``playground.js`` is
 the ``onload`` of an image.
@@ -86,6 +87,7 @@ class Playground:
         self._previews: dict[int, Image.Image] = {}
         self._asks = 0  # how often there was nothing new to show
         self._turn = 0
+        self._preview_seconds = 0.0  # what the last preview took
         self._shown = 0  # which image of the result is in view
         self._widgets: dict[str, Any] | None = None
 
@@ -142,12 +144,19 @@ class Playground:
             self._advance()
 
     def _advance(self) -> None:
-        """Take one step and show it; the page then asks for the next."""
+        """Take the next step and show it; the page then asks for the one after it.
+
+        Where a preview takes longer than a step, several steps are taken, until they took as long: previews cost at
+        most half of the time.
+        """
         if not self._session.is_running:
             return
-        started = perf_counter()
+        started, latest = perf_counter(), {}
         try:
-            states = self._session.advance()
+            while self._session.is_running:
+                latest |= {state.cell: state for state in self._session.advance()}
+                if perf_counter() - started >= self._preview_seconds:
+                    break
         except Busy as busy:
             self._say(str(busy))
             self._ask_again()
@@ -156,7 +165,7 @@ class Playground:
             self._set_running(False)
             raise
         if self._session.is_running:
-            self._show_progress(states, perf_counter() - started)
+            self._show_progress(list(latest.values()), perf_counter() - started)
         else:
             self._set_running(False)
             self._show_result()
@@ -166,14 +175,12 @@ class Playground:
         if not states:
             self._ask_again()
             return
-        started = perf_counter()
-        for _ in states:
+        started, shown = perf_counter(), 0
+        while shown < len(states) and (not shown or perf_counter() - started <= budget):
             state = states[self._turn % len(states)]
-            self._turn += 1
+            self._turn, shown = self._turn + 1, shown + 1
             if (image := state.predicted) is not None:
                 self._previews[state.cell] = image
-            if perf_counter() - started > budget:
-                break
         state = max(states, key=lambda one: one.steps - one.step)
         left = "" if state.seconds_left is None else f", {state.seconds_left:.1f} s left"
         text = f"step {state.step} of {state.steps}{left}"
@@ -184,6 +191,7 @@ class Playground:
         else:
             self._ask_again(text)
         self._view["progress"].max, self._view["progress"].value = state.steps, state.step
+        self._preview_seconds = (perf_counter() - started) / shown
 
     def _montage(self) -> Image.Image:
         """Return the preview of an image, or those of a sweep side by side."""

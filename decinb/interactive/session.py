@@ -93,8 +93,8 @@ class Session:
     """
 
     def __init__(self, pipe: DiffusionPipeline, folder: str | Path | None = None):
-        self.pipe, self.folder = pipe, folder
         self.adapter = adapter_of(pipe)
+        self.pipe, self.folder = pipe, None if folder is None else validation.folder(folder)
         self.takes_image = self.adapter.task == IMAGE_TO_IMAGE
         self.size = image_size(pipe)
         self.schedulers = _schedulers(pipe.scheduler, self.adapter.fixed_scheduler)

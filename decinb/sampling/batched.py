@@ -132,10 +132,10 @@ class BatchedAdapter(Adapter):
     def _try(self, scheduler: SchedulerMixin, timesteps: Tensor) -> None:
         """Run a scheduler on noise alone, since some that are made for other pipelines fail only in the middle."""
         generator = torch.Generator().manual_seed(0)
+        dtype = self.pipe.unet.dtype  # looked for in all modules
 
         def noise(channels: int) -> Tensor:
-            values = torch.randn(1, channels, 2, 2, generator=generator)
-            return values.to(self.device, self.pipe.unet.dtype)
+            return torch.randn(1, channels, 2, 2, generator=generator).to(self.device, dtype)
 
         channels, predicted = self.pipe.vae.config.latent_channels, self.pipe.unet.config.out_channels
         latents = self.add_noise(scheduler, noise(channels), noise(channels), timesteps[:1])

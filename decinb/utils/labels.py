@@ -12,6 +12,9 @@ SHORT = {"strength": "strength", "guidance_scale": "guidance", "num_inference_st
 ARGUMENTS = ("image", "prompt", "negative_prompt", *SHORT)
 """The arguments of a cell. If two share a side of a grid, the earlier one here changes more slowly."""
 
+SELECTABLE = (*ARGUMENTS, "steps_run")
+"""The fields of a record by which images can be selected."""
+
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 

@@ -11,8 +11,10 @@ from weakref import WeakKeyDictionary
 
 from filelock import FileLock, Timeout
 
+from decinb.errors import InputError
 from decinb.utils.files import NEW_FILE
 
+_held: dict[Path, int] = {}  # locked files of this process, with the thread that locked each
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _creating = threading.Lock()
 
@@ -46,7 +48,15 @@ def file_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
     Args:
         lock_file: an empty file beside what is to be locked. It is created if need be, and stays.
         waiting: a line to print before waiting.
+
+    Raises:
+        InputError: this thread holds it already, and would wait for itself.
     """
+    place = Path(os.path.realpath(lock_file))
+    if _held.get(place) == threading.get_ident():
+        raise InputError(
+            f"folder {str(lock_file.parent)!r} is in use by a sweep that is not finished: close() it first"
+        )
     with suppress(OSError):  # it is there, or cannot be made
         os.close(os.open(lock_file, NEW_FILE, 0o666))
     if not _is_own(lock_file):
@@ -62,7 +72,9 @@ def file_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
         lock.acquire()
     except (OSError, NotImplementedError):
         pass  # a read-only folder, or a network drive without locks: go on without
+    _held[place] = threading.get_ident()
     try:
         yield
     finally:
+        del _held[place]
         lock.release()  # does nothing if it is not held

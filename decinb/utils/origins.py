@@ -20,6 +20,11 @@ def is_installed(module: str) -> bool:
     file = getattr(sys.modules.get(module), "__file__", None) or getattr(sys.modules.get(top), "__file__", None)
     if top == "__main__" or file is None:
         return False
+    return _is_in_packages(file)
+
+
+@functools.cache
+def _is_in_packages(file: str) -> bool:
     path = Path(file)
     return bool(INSTALLED & set(path.parts)) or path.is_relative_to(sysconfig.get_path("stdlib"))
 

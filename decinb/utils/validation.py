@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from decinb.errors import InputError, reason
@@ -25,6 +26,7 @@ MULTIPLE = 8  # a latent pixel stands for 8 x 8 image pixels, with most VAEs
 MIN_SIDE = MULTIPLE
 MAX_SCHEDULER_NUMBER = 100_000  # in its configuration; nearly all have 1,000 training timesteps
 MAX_NAME = 255  # bytes of the name of a file or folder
+MAX_PATH = 4_000  # bytes; Linux has room for 4,096, with what is appended
 MAX_REPR = 80  # characters of a value that an error message repeats
 
 
@@ -194,8 +196,18 @@ def path(value: Any, name: str) -> Path:
         found = Path(text).expanduser()
     except (TypeError, ValueError, RuntimeError):  # not a path, not to be encoded, or there is no such user
         raise InputError(f"{name} must be a path, got {short_repr(value)}") from None
+    if len(os.fsencode(text)) > MAX_PATH:
+        raise InputError(f"{name} must be a path of at most {MAX_PATH:,} bytes, got {len(os.fsencode(text)):,}")
     if longest > MAX_NAME:
         raise InputError(f"{name} must have names of at most {MAX_NAME} bytes, got {longest} in {short_repr(text)}")
+    return found
+
+
+def file(value: Any, name: str = "file") -> Path:
+    """Validate a path to a file that is to be written; a folder in its place is refused."""
+    found = path(value, name)
+    if found.is_dir():
+        raise InputError(f"{name} must name a file, got the folder {short_repr(value)}")
     return found
 
 
@@ -234,6 +246,13 @@ def choice(value: Any, name: str, allowed: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise InputError(f"{name} must be one of {', '.join(allowed)}, got {short_repr(value)}")
     return value
+
+
+def flag(value: Any, name: str) -> bool:
+    """Validate True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise InputError(f"{name} must be True or False, got {short_repr(value)}")
+    return bool(value)
 
 
 def steps_run(steps: int, strength: float, where: str = "") -> int:
@@ -321,6 +340,14 @@ def warn(note: str) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "decinb":
         frame, level = frame.f_back, level + 1
     warnings.warn(note, stacklevel=level)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Return whether two values of any kind are equal; arrays are where all of their values are."""
+    try:
+        return bool(np.all(one == other))
+    except Exception:  # arrays of other shapes, and whatever a class may raise
+        return False
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

@@ -534,7 +534,7 @@ def test_figures_are_saved_in_the_home_folder_and_in_other_formats(own_folder, m
     [
         ("grid.exe", "file must end in one of .*png.*, got 'grid.exe'"),
         ("", "file must be a path, got ''"),
-        (".", "file must name a file, got '.'"),
+        (".", "file must name a file, got the folder '.'"),
         (3, "file must be a path, got 3"),
         ("x" * 300 + ".png", "at most 255 bytes"),
         ("/dev/null/grid.png", "'/dev/null/grid.png' cannot be written: .*dev/null"),

@@ -92,5 +92,6 @@ def test_two_processes_share_a_sweep(script, tmp_path, happened):
 
 def test_processes_that_share_a_sweep_need_a_folder(tiny, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(decinb.InputError, match="folder must be given when several processes share"):
         decinb.run_sweep(tiny, "day", "night", [{"strength": 0.1}], progress=False)

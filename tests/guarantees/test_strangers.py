@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import subprocess
 import sys
 import time
 from importlib import reload
@@ -302,3 +303,98 @@ def test_clip_skip_works(tiny):
 def test_arguments_are_refused_before_the_first_unet_call(tiny, arguments, message):
     with pytest.raises(InputError, match=message):
         tiny(PROMPT, IMAGE, **arguments)
+
+
+def test_a_function_of_torch_that_was_replaced(pipe, tmp_path, monkeypatch):
+    sweep(pipe, tmp_path)
+    silu = torch.nn.functional.silu
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda x, inplace=False: silu(x) * 0.9)
+    assert_fresh(pipe, tmp_path)
+
+
+def test_a_traced_decoder_is_computed_again(pipe, tmp_path, capsys):
+    decoder = torch.jit.trace(pipe.vae.decoder, torch.zeros(1, pipe.vae.config.latent_channels, 8, 8))
+    pipe.vae.decoder = decoder
+    first = sweep(pipe, tmp_path)
+    second = sweep(pipe, tmp_path)
+    assert "cannot be compared, so every image is computed again" in capsys.readouterr().out
+    assert all(levels(one, other) <= 1 for one, other in zip(first.images, second.images, strict=True))
+
+
+def test_a_sweep_in_the_folder_of_an_unfinished_one_does_not_wait_for_itself(pipe, tmp_path):
+    running = steps(pipe, IMAGE, PROMPT, CELLS, folder=tmp_path)
+    next(running)
+    with pytest.raises(InputError, match=r"is in use by a sweep that is not finished: close\(\) it first"):
+        sweep(pipe, tmp_path)
+    running.close()
+    assert len(sweep(pipe, tmp_path)) == 2
+
+
+def test_a_leftover_world_size_does_not_wait_for_other_processes(pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE is 2 in the environment, but RANK is not set"):
+        sweep(pipe, tmp_path)
+
+
+def test_a_large_file_costs_little_memory(tmp_path):
+    side = 4096
+    save_image(Image.effect_noise((side, side), 80).convert("RGB"), tmp_path / "large.png", {"output_hash": "0"})
+    code = (
+        "import resource, sys; from decinb.images import read_saved\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "read_saved(sys.argv[1])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "large.png")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(run.stdout.split()[-1]) / 1024 < 200, "MiB"
+    save_image(Image.new("RGB", (side, side + 8)), tmp_path / "larger.png", {"output_hash": "0"})
+    with pytest.raises(InputError, match="it has too many pixels"):
+        read_saved(tmp_path / "larger.png")
+
+
+def test_values_are_selected_whatever_holds_them(tiny):
+    import pandas
+
+    made = run_sweep(tiny, IMAGE, PROMPT, CELLS, progress=False)
+    scales = [3.0, 4.0]
+    for given in (scales, np.array(scales), pandas.Series(scales), iter(scales), torch.tensor(scales)):
+        assert len(made.select(guidance_scale=given)) == 1
+    assert len(made.select(guidance_scale=np.float32(5))) == len(made.select(guidance_scale=np.array(5.0))) == 1
+    assert len(made.select(prompt=np.array(["a", PROMPT]))) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda made, tmp: made.explore(scores=5), "scores must be a dict such as"),
+        (lambda made, tmp: made.explore(scores={"a": 5}), r"scores\['a'\] must be a list of values, got 5"),
+        (lambda made, tmp: made.explore(scores={"a": [1]}), "must have one value per image, 2, got 1"),
+        (lambda made, tmp: made.plot(where={5: 1}), "5"),
+        (lambda made, tmp: made.to_csv(None), "file must be a path, got None"),
+        (lambda made, tmp: made.to_csv(""), "file must be a path, got ''"),
+        (lambda made, tmp: made.to_csv("/"), "file must name a file, got the folder '/'"),
+        (lambda made, tmp: made.to_html(tmp), "file must name a file, got the folder"),
+        (lambda made, tmp: made.to_csv(tmp / "/".join(["a" * 200] * 30)), "file must be a path of at most 4,000 bytes"),
+        (lambda made, tmp: decinb.plot_grid([5], ["a"]), "images must be PIL images, got 5"),
+        (lambda made, tmp: decinb.show_gallery([5], ["a"]), "images must be PIL images, got 5"),
+        (lambda made, tmp: decinb.random_design(3, a=range(10**12), b=range(10**12)), "draws from at most"),
+        (lambda made, tmp: decinb.load_pipeline("tiny", compile="x"), "compile must be True or False, got 'x'"),
+    ],
+)
+def test_odd_arguments_get_one_clear_line(tiny, tmp_path, call, message):
+    made = run_sweep(tiny, IMAGE, PROMPT, CELLS, progress=False)
+    with pytest.raises(InputError, match=message) as caught:
+        call(made, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_playground_needs_a_folder_that_can_be_one(tiny):
+    with pytest.raises(InputError, match="folder must be a path, got 5"):
+        decinb.playground(tiny, folder=5)
+
+
+def test_one_at_a_time_takes_arrays():
+    cells = decinb.one_at_a_time({"strength": np.array([0.5])}, strength=[np.array([0.5]), np.array([0.7])])
+    assert len(cells) == 2
+    assert len(decinb.random_design(3, a=range(10**12))) == 3

@@ -1,6 +1,8 @@
 """The playground without a page: what it makes is what the package makes, whatever happens between two steps."""
 
+import re
 import threading
+import time
 
 import pytest
 from PIL import Image
@@ -266,19 +268,45 @@ def test_kept_images_are_saved_with_their_inputs(tiny, tmp_path):
     assert "play.image" in session.code()
 
 
-def test_only_a_page_that_was_given_an_image_can_ask_for_a_step(tiny):
-    play = decinb.playground(tiny, strength=1.0, num_inference_steps=3)
+def test_previews_cost_at_most_half_of_the_time(tiny):
+    play = decinb.playground(tiny, strength=1.0, num_inference_steps=100)
     widgets = play._view
+    widgets["generate"].click()
+    stepping = play._session.advance
+    taken = []
+
+    def slow_steps():
+        taken.append(1)
+        time.sleep(0.05)
+        return stepping()
+
+    play._session.advance = slow_steps
+    play._preview_seconds = 0.0  # faster than a step
+    widgets["ask"].click()
+    assert len(taken) == 1
+    play._preview_seconds = 0.4  # slower than a step, but not than eight
+    widgets["ask"].click()
+    assert 2 <= len(taken) - 1 <= 8
+    widgets["stop"].click()
+
+
+def test_only_a_page_that_was_given_an_image_can_ask_for_a_step(tiny):
+    play = decinb.playground(tiny, strength=1.0, num_inference_steps=30)
+    widgets = play._view
+
+    def step():
+        return int(re.search(r"step (\d+) of 30", widgets["output"].value)[1])
+
     widgets["ask"].click()
     assert play.result is None and "no image yet" in widgets["output"].value
     widgets["generate"].click()
-    assert "step 1 of 3" in widgets["output"].value and not widgets["stop"].disabled
+    assert step() == 1 and not widgets["stop"].disabled
     play._asked = False
     widgets["ask"].click()
-    assert "step 1 of 3" in widgets["output"].value, "a second page asks for the same step"
+    assert step() == 1, "a second page asks for the same step"
     play._asked = True
     widgets["ask"].click()
-    assert "step 2 of 3" in widgets["output"].value
+    assert 1 < step() < 30
     widgets["stop"].click()
     widgets["ask"].click()
     assert "stopped; 0 images" in widgets["status"].value and not widgets["generate"].disabled
