@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from filelock import FileLock, Timeout
 
 from decinb.errors import InputError
+from decinb.utils import validation
 from decinb.utils.files import NEW_FILE
 
 _held: dict[Path, int] = {}  # locked files of this process, with the thread that locked each
@@ -54,9 +55,8 @@ def file_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
     """
     place = Path(os.path.realpath(lock_file))
     if _held.get(place) == threading.get_ident():
-        raise InputError(
-            f"folder {str(lock_file.parent)!r} is in use by a sweep that is not finished: close() it first"
-        )
+        folder = validation.short_repr(str(lock_file.parent))
+        raise InputError(f"folder {folder} is in use by a sweep that is not finished: close() it first")
     with suppress(OSError):  # it is there, or cannot be made
         os.close(os.open(lock_file, NEW_FILE, 0o666))
     if not _is_own(lock_file):
@@ -76,5 +76,5 @@ def file_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        del _held[place]
+        _held.pop(place, None)
         lock.release()  # does nothing if it is not held
