@@ -1,26 +1,26 @@
 """Distil a bundled model into one that needs few steps: ``python -m decinb.tiny.train_lcm``.
 
-The student learns to jump from any noise level to the image that its teacher would reach in many guided steps. It is a
-latent consistency model: guidance is built in, so that it is called with a guidance scale of 1 and one row a step.
+The path from noise to an image is cut into four segments. From any point of a segment, the student learns to jump to
+where the segment ends: there it lands where its teacher lands after several guided steps. It is a multistep latent
+consistency model: guidance is built in, so that it is called with a guidance scale of 1 and one row a step, and four
+steps with an ordinary scheduler make an image.
 
 The learning rate follows a budget of minutes, a checkpoint is saved every minute, and the same command resumes it.
 
-Source: Song et al. (2023), arXiv:2303.01469 (consistency distillation); Luo et al. (2023), arXiv:2310.04378 (LCM:
-skipped timesteps, guided teacher); Song & Dhariwal (2023), arXiv:2310.14189 (the student as its own target, and the
-pseudo-Huber loss).
+Source: Heek et al. (2024), arXiv:2403.06807 (multistep consistency); Luo et al. (2023), arXiv:2310.04378 (a latent
+consistency model of a guided teacher); Salimans & Ho (2022), arXiv:2202.00512 (a step as the sum of the teacher's).
 """
 
 import argparse
 import copy
 import json
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import DDIMScheduler
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,17 +36,18 @@ from decinb.unet_nas import UNetNAS
 from decinb.utils.environment import environment
 from decinb.utils.quiet import quiet
 
-GUIDANCE = 4.0
+GUIDANCE = 7.5
 """The guidance scale of the teacher, which the student has built in."""
 
-TEACHER_STEPS = 50
-"""Steps in which the teacher goes from pure noise to an image; the student learns at their timesteps."""
+SEGMENTS, STEPS_OF_SEGMENT = 4, 5
+"""The segments of the path, each crossed in one step by the student, and in several by the teacher.
 
-SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of diffusers' LCMScheduler
+Their product divides 1,000: only then does each step of diffusers' DDIM end where the next one begins.
+"""
 
 INDEX = {
     "_class_name": "StableDiffusionImg2ImgPipeline",
-    "scheduler": ["diffusers", "LCMScheduler"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
     "unet": ["decinb.unet_nas", "UNetNAS"],
 }
 """The index of the folder: the new parts only."""
@@ -54,13 +55,13 @@ INDEX = {
 Denoiser = Callable[..., UNet2DConditionOutput]
 
 
-def make_lcm_scheduler() -> LCMScheduler:
-    """Make the scheduler that samples from a student, with the noise levels of its teacher."""
-    config = dict(make_scheduler().config)
-    return LCMScheduler.from_config(config, original_inference_steps=TEACHER_STEPS, timestep_scaling=TIMESTEP_SCALING)
+def teacher_timesteps(scheduler: DDIMScheduler) -> Tensor:
+    """Return the timesteps of the teacher's path from pure noise, (steps + 1,); the last, -1, is the image."""
+    scheduler.set_timesteps(SEGMENTS * STEPS_OF_SEGMENT)
+    return torch.cat([scheduler.timesteps, torch.tensor([-1])])
 
 
-def consistency_loss(
+def segment_loss(
     student: Denoiser,
     teacher: Denoiser,
     text_encoder: CLIPTextModel,
@@ -69,64 +70,84 @@ def consistency_loss(
     noise: Tensor,
     tokens: Tensor,
     empty: Tensor,
-    places: Tensor,
+    segments: Tensor,
+    points: Tensor,
     guidance: float = GUIDANCE,
 ) -> Tensor:
-    """Return how far the student's images from two neighbouring timesteps of the teacher's path are apart.
+    """Return how far the student's velocity is from the one that leads to the end of a segment in one step.
+
+    It is trained at the start of each row's segment, and at one of the later points on the teacher's path.
 
     Args:
         student, teacher: U-Nets that predict the velocity, of the dtype of ``text_encoder``.
         latents, noise: (rows, 4, height, width), float32.
         tokens: (rows, TOKENS).
         empty: tokens of the empty caption, (TOKENS,).
-        places: which of the ``TEACHER_STEPS`` each row starts at, (rows,), 0 for the least noise.
+        segments: of each row, (rows,), 0 for the one that starts in pure noise.
+        points: which later point of the segment is trained too, (rows,), 1 to ``STEPS_OF_SEGMENT - 1``.
         guidance: the teacher's guidance scale.
     """
-    skip = len(scheduler.alphas_cumprod) // TEACHER_STEPS
-    now = (places + 1) * skip - 1
-    before = (now - skip).clamp(min=0)
-    noisy = scheduler.add_noise(latents, noise, now)
+    timesteps, rows = teacher_timesteps(scheduler).to(latents.device), torch.arange(len(latents), device=latents.device)
+    first = segments * STEPS_OF_SEGMENT
     on_cpu = latents.device.type == "cpu"
     # On a CPU the backward pass of fused attention takes a fifth of a training step; that of plain attention is fast.
     with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
         with torch.no_grad():
-            told = torch.cat([tokens, empty[None]])
-            # Counting what is distinct would wait for a GPU, which encodes captions faster than that.
-            distinct, which = told.unique(dim=0, return_inverse=True) if on_cpu else (told, slice(None))
-            encoded = text_encoder(distinct)[0][which]
-            text, nothing = encoded[:-1], encoded[-1:].expand_as(encoded[:-1])
-            both = teacher(noisy.to(text.dtype).repeat(2, 1, 1, 1), now.repeat(2), torch.cat([text, nothing])).sample
-            conditional, unconditional = both.float().chunk(2)
-            velocity = unconditional + guidance * (conditional - unconditional)
-            nearer = ddim_step(scheduler, noisy, velocity, now, before)
-            target = consistency(student, scheduler, nearer, before, text)
-        predicted = consistency(student, scheduler, noisy, now, text)
-    distance = (predicted - target).square().sum(dim=(1, 2, 3))
-    soft = 0.00054 * math.sqrt(latents[0].numel())  # Song & Dhariwal (2023), section 3.3
-    return ((distance + soft**2).sqrt() - soft).mean()
+            text, nothing = encode_text(text_encoder, tokens, empty)
+            path = [scheduler.add_noise(latents, noise, timesteps[first])]
+            for step in range(STEPS_OF_SEGMENT):
+                now, after = timesteps[first + step], timesteps[first + step + 1]
+                velocity = guided_velocity(teacher, path[-1], now, text, nothing, guidance)
+                path.append(ddim_step(scheduler, path[-1], velocity, now, after))
+            noisy = torch.cat([path[0], torch.stack(path)[points, rows]])
+            now = torch.cat([timesteps[first], timesteps[first + points]])
+            target = velocity_to(scheduler, noisy, path[-1].repeat(2, 1, 1, 1), now, after.repeat(2))
+        predicted = student(noisy.to(text.dtype), now, text.repeat(2, 1, 1)).sample.float()
+    return (predicted - target).square().mean()
 
 
-def consistency(unet: Denoiser, scheduler: DDIMScheduler, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-    """Return the image that a consistency model sees in noisy latents: at timestep 0 the latents themselves."""
-    velocity = unet(noisy.to(text.dtype), timesteps, text).sample.float()
-    signal, spread = levels(scheduler, timesteps)
-    scaled = timesteps[:, None, None, None] * TIMESTEP_SCALING
-    keep = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
-    take = scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5
-    return keep * noisy + take * (signal * noisy - spread * velocity)
+def encode_text(text_encoder: CLIPTextModel, tokens: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the embeddings of captions and, as often, of the empty caption, each (rows, tokens, width)."""
+    told = torch.cat([tokens, empty[None]])
+    # Counting what is distinct would wait for a GPU, which encodes captions faster than that.
+    distinct, which = told.unique(dim=0, return_inverse=True) if told.device.type == "cpu" else (told, slice(None))
+    encoded = text_encoder(distinct)[0][which]
+    return encoded[:-1], encoded[-1:].expand_as(encoded[:-1])
 
 
-def ddim_step(scheduler: DDIMScheduler, noisy: Tensor, velocity: Tensor, now: Tensor, before: Tensor) -> Tensor:
-    """Return latents at an earlier timestep of each row, from the velocity at ``now``."""
+def guided_velocity(
+    unet: Denoiser, noisy: Tensor, timesteps: Tensor, text: Tensor, nothing: Tensor, guidance: float
+) -> Tensor:
+    """Return the velocity with classifier-free guidance."""
+    both = unet(noisy.to(text.dtype).repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([text, nothing])).sample
+    conditional, unconditional = both.float().chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def ddim_step(scheduler: DDIMScheduler, noisy: Tensor, velocity: Tensor, now: Tensor, after: Tensor) -> Tensor:
+    """Return latents at the next timestep of each row, from the velocity at ``now``."""
     signal, spread = levels(scheduler, now)
     image, noise = signal * noisy - spread * velocity, spread * noisy + signal * velocity
-    signal, spread = levels(scheduler, before)
+    signal, spread = levels(scheduler, after)
     return signal * image + spread * noise
 
 
+def velocity_to(scheduler: DDIMScheduler, noisy: Tensor, landing: Tensor, now: Tensor, after: Tensor) -> Tensor:
+    """Return the velocity with which one DDIM step leads to ``landing``: the inverse of ``ddim_step``."""
+    signal, spread = levels(scheduler, now)
+    signal_after, spread_after = levels(scheduler, after)
+    straight = signal_after * signal + spread_after * spread  # the cosine of the angle between the timesteps
+    turn = spread_after * signal - signal_after * spread  # minus its sine
+    return (landing - straight * noisy) / turn
+
+
 def levels(scheduler: DDIMScheduler, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how much of the image and of the noise is in latents at timesteps, each (rows, 1, 1, 1)."""
-    alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps][:, None, None, None]
+    """Return how much of the image and of the noise is in latents at timesteps, each (rows, 1, 1, 1).
+
+    At -1, the end of the path, they are those of the scheduler's last step.
+    """
+    alphas = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod[None]])
+    alphas = alphas.to(timesteps.device)[timesteps][:, None, None, None]
     return alphas.sqrt(), (1 - alphas).sqrt()
 
 
@@ -140,12 +161,15 @@ def distil(
     folder: Path,
     device: torch.device,
     seed: int = 0,
-    batch: int = 64,
+    batch: int = 32,
     guidance: float = GUIDANCE,
     learning_rate: float = 5e-4,
     dtype: torch.dtype = torch.float32,
 ) -> UNetNAS:
-    """Train a copy of a U-Net to reach in few steps what the U-Net reaches in many; arguments as for ``train_unet``."""
+    """Train a copy of a U-Net to reach in few steps what the U-Net reaches in many; arguments as for ``train_unet``.
+
+    ``batch`` counts the paths of a step, each of which gives two rows.
+    """
     student = copy.deepcopy(teacher)
     for frozen in (teacher, text_encoder):
         nn.Module.to(frozen, device, dtype).eval().requires_grad_(False)
@@ -156,9 +180,10 @@ def distil(
     def loss_of(step: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         _, latents, noise, tokens = draw_rows(moments, captions, batch, generator)
-        places = draw_numbers(TEACHER_STEPS, batch, generator)
-        return consistency_loss(
-            student, teacher, text_encoder, scheduler, latents, noise, tokens.long(), empty, places, guidance
+        segments = draw_numbers(SEGMENTS, batch, generator)
+        points = draw_numbers(STEPS_OF_SEGMENT - 1, batch, generator) + 1
+        return segment_loss(
+            student, teacher, text_encoder, scheduler, latents, noise, tokens.long(), empty, segments, points, guidance
         )
 
     stage.run(loss_of)
@@ -195,7 +220,7 @@ def train(
     if minutes <= 0 or guidance < 1:
         raise InputError(f"minutes must be above 0 and guidance at least 1, got {minutes:g} and {guidance:g}")
     check_torch()
-    batch, dtype = batch or (64 if device.type == "cpu" else 512), dtype or fast_dtype(device)
+    batch, dtype = batch or (32 if device.type == "cpu" else 512), dtype or fast_dtype(device)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"scenes": scenes, "seed": seed, "teacher": str(teacher), "guidance": guidance}
     check_same_run(folder / "settings.json", settings)
@@ -228,7 +253,7 @@ def save(folder: Path, student: UNetNAS) -> Path:
     """Save a student and its scheduler as a diffusers folder of fp16 safetensors; the teacher has the other parts."""
     with quiet():
         nn.Module.to(student, "cpu", torch.float16).save_pretrained(folder / "unet")
-    make_lcm_scheduler().save_pretrained(folder / "scheduler")
+    make_scheduler().save_pretrained(folder / "scheduler")
     tidy_configs(folder)
     (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
     return folder
@@ -247,19 +272,21 @@ pipeline_tag: image-to-image
 
 # {teacher} in four steps
 
-A latent consistency model ([arXiv:2310.04378](https://arxiv.org/abs/2310.04378)), distilled from `{teacher}` by
-`python -m decinb.tiny.train_lcm`. This folder holds the U-Net and the scheduler; the other parts are those of
-`{teacher}`. Load it with `decinb.load_pipeline("tiny-lcm")`.
+A multistep latent consistency model ([arXiv:2403.06807](https://arxiv.org/abs/2403.06807),
+[arXiv:2310.04378](https://arxiv.org/abs/2310.04378)), distilled from `{teacher}` by `python -m decinb.tiny.train_lcm`.
+This folder holds the U-Net and the scheduler; the other parts are those of `{teacher}`. Load it with
+`decinb.load_pipeline("tiny-lcm")`.
 
-- The student learns to jump from any of {TEACHER_STEPS} timesteps to the image at the end of its teacher's path.
+- The path from noise to an image has {SEGMENTS} segments. The student learns to jump from any point of a segment to its
+  end, where its teacher arrives after {STEPS_OF_SEGMENT} guided steps. So it is made for {SEGMENTS} steps; with fewer,
+  images are soft.
 - A guidance scale of {settings["guidance"]:g} is built in. Call it with a guidance scale of 1: the U-Net then runs
   once a step, on one row. A negative prompt has no effect.
 - Data: {settings["scenes"]:,} scenes of `decinb.scenes`, seed {settings["seed"]}, with the captions of the teacher.
 - Time: {last["minutes"]:.0f} minutes ({last["step"]} steps).
 - Machine: {machine["device"]}, {machine["threads"]} threads, {machine["dtype"]}, torch {machine["torch"]}.
 
-Its shapes are less clean than those of its teacher, and in image to image few steps leave few strengths to choose from.
-Figures of `python -m decinb.tiny.evaluate_lcm`:
+In image to image, few steps leave few strengths to choose from. Figures of `python -m decinb.tiny.evaluate_lcm`:
 
 <!-- evaluate -->
 not measured yet
@@ -277,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=40_000, help="how many to draw (default %(default)s)")
     parser.add_argument("--captions", type=int, default=8, help="captions a scene (default %(default)s)")
     parser.add_argument("--minutes", type=float, default=60, help="of training (default %(default)s)")
-    parser.add_argument("--batch", type=int, help="rows a step (default 64 on a CPU, 512 on a GPU)")
+    parser.add_argument("--batch", type=int, help="paths a step (default 32 on a CPU, 512 on a GPU)")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="to build in (default %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,11 +1,11 @@
-"""Distillation at toy size: the loss is that of a consistency model, it falls, and the student is an ordinary model."""
+"""Distillation at toy size: the student learns where its teacher arrives, and is an ordinary model."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import LCMScheduler
+from diffusers import DDIMScheduler
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 import decinb
@@ -30,6 +30,11 @@ class Text(torch.nn.Module):
         return (tokens[:, :1, None].float(),)
 
 
+def denoiser(predict):
+    """Return a function in the place of a U-Net."""
+    return lambda noisy, timesteps, text: UNet2DConditionOutput(sample=predict(noisy, timesteps, text))
+
+
 def perfect(latents):
     """Return a denoiser that knows the image: its velocity leads to ``latents`` from any noise."""
     scheduler = networks.make_scheduler()
@@ -37,61 +42,90 @@ def perfect(latents):
     def predict(noisy, timesteps, text):
         signal, spread = train_lcm.levels(scheduler, timesteps)
         image = latents.repeat(len(noisy) // len(latents), 1, 1, 1)
-        return UNet2DConditionOutput(sample=(signal * noisy - image) / spread.clamp(min=1e-6))
+        return (signal * noisy - image) / spread.clamp(min=1e-6)
 
-    return predict
+    return denoiser(predict)
 
 
-def test_a_student_that_always_sees_the_image_has_no_loss():
+def loss_of(student, teacher, latents, **changed):
+    given = {
+        "noise": torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1)),
+        "tokens": torch.ones(2, 3, dtype=torch.long),
+        "empty": torch.zeros(3, dtype=torch.long),
+        "segments": torch.tensor([0, 3]),
+        "points": torch.tensor([1, 3]),
+    }
+    scheduler = networks.make_scheduler()
+    return train_lcm.segment_loss(student, teacher, Text(), scheduler, latents, **(given | changed))
+
+
+def test_a_student_that_follows_a_straight_path_has_no_loss():
     torch.manual_seed(0)
-    latents, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
-    tokens, places = torch.ones(2, 3, dtype=torch.long), torch.tensor([10, 49])
-    unet, scheduler = perfect(latents), networks.make_scheduler()
-    loss = train_lcm.consistency_loss(
-        unet, unet, Text(), scheduler, latents, noise, tokens, torch.zeros(3, dtype=torch.long), places
-    )
-    assert loss < 1e-3
-    other = perfect(latents.flip(0))
-    assert loss < train_lcm.consistency_loss(
-        lambda noisy, t, text: UNet2DConditionOutput(
-            sample=other(noisy, t, text).sample * (t % 2)[:, None, None, None]
-        ),
-        unet,
-        Text(),
-        scheduler,
-        latents,
-        noise,
-        tokens,
-        torch.zeros(3, dtype=torch.long),
-        places,
-    )
+    latents = torch.randn(2, 4, 4, 4)
+    knows = perfect(latents)  # all of its steps are on one line, so a long step lands where short ones do
+    assert loss_of(knows, knows, latents) < 1e-6
+    assert loss_of(perfect(latents.flip(0)), knows, latents) > 0.1
 
 
-def test_steps_and_boundary_are_those_of_diffusers():
+def test_the_target_is_where_the_guided_teacher_arrives():
+    torch.manual_seed(0)
+    latents = torch.randn(2, 4, 4, 4)
+    # A teacher that curves with the timestep and the text: the path has to be walked.
+    teacher = denoiser(
+        lambda noisy, t, text: (0.3 * noisy.roll(1, -1) + t[:, None, None, None] / 1000) * (1 + text[..., None])
+    )
+    scheduler = networks.make_scheduler()
+    noise = torch.randn(2, 4, 4, 4)
+    seen = {}
+
+    def student(noisy, timesteps, text):
+        seen.update(noisy=noisy, timesteps=timesteps)
+        return torch.zeros_like(noisy)
+
+    loss = loss_of(denoiser(student), teacher, latents, noise=noise, guidance=3.0)
+    scheduler.set_timesteps(train_lcm.SEGMENTS * train_lcm.STEPS_OF_SEGMENT)
+    targets = []
+    for row, (segment, point) in enumerate([(0, 1), (3, 3)]):
+        steps = scheduler.timesteps[segment * train_lcm.STEPS_OF_SEGMENT :][: train_lcm.STEPS_OF_SEGMENT]
+        path = [scheduler.add_noise(latents[row : row + 1], noise[row : row + 1], steps[:1])]
+        for t in steps:
+            one, none = (teacher(path[-1], t[None], torch.full((1, 1, 1), text)).sample for text in (1.0, 0.0))
+            path.append(scheduler.step(none + 3.0 * (one - none), t, path[-1]).prev_sample)
+        for at, place in ((0, row), (point, 2 + row)):
+            torch.testing.assert_close(seen["noisy"][place], path[at][0], atol=ROUNDING, rtol=ROUNDING)
+            assert seen["timesteps"][place] == steps[at]
+        # A student with this velocity is at the end of the segment after one step of an ordinary scheduler.
+        end = torch.tensor([(999, 749, 499, 249, -1)[segment + 1]])
+        velocity = train_lcm.velocity_to(scheduler, path[0], path[-1], steps[:1], end)
+        coarse = networks.make_scheduler()
+        coarse.set_timesteps(train_lcm.SEGMENTS)
+        assert coarse.timesteps[segment] == steps[0]
+        landed = coarse.step(velocity, coarse.timesteps[segment], path[0]).prev_sample
+        torch.testing.assert_close(landed, path[-1], atol=1e-3, rtol=1e-3)
+        targets += [velocity, train_lcm.velocity_to(scheduler, path[point], path[-1], steps[point : point + 1], end)]
+    torch.testing.assert_close(loss, torch.cat(targets).square().mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_steps_are_those_of_diffusers_and_can_be_inverted():
     torch.manual_seed(0)
     scheduler = networks.make_scheduler()
     noisy, velocity = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 4)
-    scheduler.set_timesteps(train_lcm.TEACHER_STEPS)
-    now = scheduler.timesteps[3:4]
-    ours = train_lcm.ddim_step(scheduler, noisy, velocity, now, scheduler.timesteps[4:5])
-    torch.testing.assert_close(ours, scheduler.step(velocity, now[0], noisy).prev_sample, atol=ROUNDING, rtol=0)
-
-    lcm = train_lcm.make_lcm_scheduler()
-    lcm.set_timesteps(1)
-    image = lcm.step(velocity, lcm.timesteps[0], noisy).denoised
-    unet = lambda noisy, timesteps, text: UNet2DConditionOutput(sample=velocity)  # noqa: E731
-    seen = train_lcm.consistency(unet, scheduler, noisy, lcm.timesteps[:1], torch.zeros(1, 1, 1))
-    torch.testing.assert_close(seen, image, atol=ROUNDING, rtol=0)
-    at_zero = train_lcm.consistency(unet, scheduler, noisy, torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, 1))
-    assert torch.equal(at_zero, noisy)
+    timesteps = train_lcm.teacher_timesteps(scheduler)
+    assert len(timesteps) == train_lcm.SEGMENTS * train_lcm.STEPS_OF_SEGMENT + 1 and timesteps[0] == 999
+    for place in (0, 3, len(timesteps) - 2):
+        now, after = timesteps[place : place + 1], timesteps[place + 1 : place + 2]
+        ours = train_lcm.ddim_step(scheduler, noisy, velocity, now, after)
+        torch.testing.assert_close(ours, scheduler.step(velocity, now[0], noisy).prev_sample, atol=1e-4, rtol=0)
+        found = train_lcm.velocity_to(scheduler, noisy, ours, now, after)
+        torch.testing.assert_close(found, velocity, atol=1e-4, rtol=0)
 
 
-def test_sampling_uses_the_timesteps_of_training():
-    scheduler = train_lcm.make_lcm_scheduler()
-    skip = 1000 // train_lcm.TEACHER_STEPS
-    for steps in (1, 2, 4, 8):
+def test_four_and_eight_steps_use_the_ends_of_the_segments():
+    scheduler = networks.make_scheduler()
+    ends = set(train_lcm.teacher_timesteps(scheduler)[: -1 : train_lcm.STEPS_OF_SEGMENT].tolist())
+    for steps in (4, 8):
         scheduler.set_timesteps(steps)
-        assert len(scheduler.timesteps) == steps and all((int(t) + 1) % skip == 0 for t in scheduler.timesteps)
+        assert ends <= set(scheduler.timesteps.tolist())
 
 
 def test_only_the_new_parts_are_saved_and_the_others_are_those_of_tiny(tiny, tiny_lcm):
@@ -100,7 +134,7 @@ def test_only_the_new_parts_are_saved_and_the_others_are_those_of_tiny(tiny, tin
     unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
     assert files == {"model_index.json", "scheduler/scheduler_config.json", *unet}
     assert isinstance(tiny_lcm.unet, UNetNAS) and tiny_lcm.unet.dtype == torch.float32
-    assert isinstance(tiny_lcm.scheduler, LCMScheduler)
+    assert isinstance(tiny_lcm.scheduler, DDIMScheduler)
     for name in ("vae", "text_encoder"):
         ours, theirs = (getattr(pipe, name).state_dict() for pipe in (tiny_lcm, tiny))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -144,7 +178,7 @@ def test_every_image_of_a_packed_sweep_is_that_of_its_own_call_also_when_resumed
     with count_unet_calls(tiny_lcm) as counted:
         images = decinb.run_sweep(*sweep, folder=tmp_path / "sweep").images
     assert counted.calls <= 8, "packed: as many calls as the longest cell has steps"
-    for cell, shown in zip(CELLS, images, strict=True):  # the scheduler draws noise after every step but the last
+    for cell, shown in zip(CELLS, images, strict=True):
         arguments = {"prompt": "a red house", **cell}
         generator = torch.Generator().manual_seed(arguments.pop("seed", 0))
         assert same(shown, tiny_lcm(image=image, generator=generator, **arguments).images[0]), cell
@@ -170,15 +204,15 @@ def test_a_student_is_distilled_resumed_and_swept_as_any_other(tmp_path, monkeyp
     arguments = {"scenes": 4, "seed": 0, "device": CPU, "captions": 2, "batch": 2, "workers": 1, "dtype": torch.float32}
     for seconds in (1, 2):
         model = train_lcm.train(tmp_path, "tiny", minutes=seconds * SECONDS, **arguments)
-    assert "## " not in (card := (model / "README.md").read_text()) and "guidance scale of 4 is built in" in card
+    assert "## " not in (card := (model / "README.md").read_text()) and "guidance scale of 7.5 is built in" in card
     monkeypatch.setitem(MODELS, "tiny-lcm", replace(MODELS["tiny-lcm"], source=model))
     pipe = decinb.load_pipeline("tiny-lcm", "cpu")
-    assert isinstance(pipe.unet, UNetNAS) and isinstance(pipe.scheduler, LCMScheduler)
+    assert isinstance(pipe.unet, UNetNAS) and isinstance(pipe.scheduler, DDIMScheduler)
     pipe.set_progress_bar_config(disable=True)
     image = decinb.load_image("day")
     cells = decinb.grid(strength=[0.5, 1.0], guidance_scale=[1.0], num_inference_steps=[4])
     sweep = decinb.run_sweep(pipe, image, "a red house", cells, seed=3)
-    for cell, made in zip(cells, sweep.images, strict=True):  # its scheduler draws noise at each step
+    for cell, made in zip(cells, sweep.images, strict=True):
         alone = pipe("a red house", image, **cell, generator=torch.Generator().manual_seed(3)).images[0]
         assert same(made, alone)
     assert np.asarray(sweep.images[0]).std() > 0
@@ -187,5 +221,5 @@ def test_a_student_is_distilled_resumed_and_swept_as_any_other(tmp_path, monkeyp
 
 
 def test_bad_arguments_are_refused(tmp_path):
-    with pytest.raises(InputError, match="minutes must be above 0 and guidance at least 1, got 0 and 4"):
+    with pytest.raises(InputError, match="minutes must be above 0 and guidance at least 1, got 0 and 7.5"):
         train_lcm.train(tmp_path, "tiny", 4, 0.0, 0, CPU)
