@@ -21,7 +21,7 @@ from decinb.benchmark import compiled, few_steps, first_image, latency, neighbou
 from decinb.benchmark.latency import Measurement
 from decinb.loading import load_pipeline
 from decinb.runtimes.graph import is_installed
-from decinb.runtimes.openvino import RUNTIMES, TORCH
+from decinb.runtimes.openvino import EIGHT_BITS, RUNTIMES, TORCH
 from decinb.utils import acceleration
 from decinb.utils.device import choose_workload
 
@@ -85,7 +85,8 @@ def _measure_options(given: Given) -> Measurement:
 
 def _measure_runtimes(given: Given) -> Measurement:
     if given.model == "random":
-        return runtimes.compare_networks(size=given.size, repeats=given.rounds, runtimes=_runtimes())
+        names = (*RUNTIMES, EIGHT_BITS) if is_installed() else (TORCH,)
+        return runtimes.compare_networks(size=given.size, repeats=given.rounds, runtimes=names)
     designs = {name: runtimes.GUIDES[name] for name in given.designs or runtimes.GUIDES}
     return runtimes.compare(
         lambda runtime: load_pipeline(given.model, "cpu", runtime=runtime),

@@ -102,7 +102,7 @@ def compare_networks(
     size: int = 64,
     repeats: int = 4,
     networks: Mapping[str, Callable[[], nn.Module]] = NETWORKS,
-    runtimes: Sequence[str] = RUNTIMES,
+    runtimes: Sequence[str] = (*RUNTIMES, openvino.EIGHT_BITS),
     with_compiled: bool = True,
 ) -> Measurement:
     """Time calls of U-Nets with random weights on the CPU in each runtime, and in PyTorch compiled and in bfloat16.
@@ -112,7 +112,7 @@ def compare_networks(
         size: height and width of the latent.
         repeats: how often each call is timed.
         networks: functions that build the U-Nets, by name.
-        runtimes: as for ``load_pipeline``.
+        runtimes: as for ``load_pipeline``, and OpenVINO with weights of 8 bits.
         with_compiled: also time ``torch.compile``, where there is a compiler.
 
     Returns:

@@ -76,8 +76,14 @@ def read_graph(network: nn.Module, inputs: Mapping[str, Tensor]) -> "Model":
     return graph
 
 
-def fill(graph: "Model", network: nn.Module) -> None:
-    """Replace the inputs of a graph that are parameters of a network by their values, without a copy."""
+def fill(graph: "Model", network: nn.Module, eight_bits: bool = False) -> None:
+    """Replace the inputs of a graph that are parameters of a network by their values.
+
+    Args:
+        graph: from ``read_graph``.
+        network: whose values are taken, without a copy.
+        eight_bits: store the weights of layers as integers of 8 bits, with a factor for each output channel.
+    """
     import_openvino()
     from openvino import opset13
 
@@ -85,8 +91,14 @@ def fill(graph: "Model", network: nn.Module) -> None:
     for parameter in list(graph.get_parameters()):
         names = parameter.output(0).get_names() & values.keys()
         if names:
-            constant = opset13.constant(values[names.pop()].detach().numpy(), shared_memory=True)
-            parameter.output(0).replace(constant.output(0))
+            value = values[names.pop()].detach()
+            if eight_bits and value.ndim > 1:
+                factors = value.abs().amax(dim=tuple(range(1, value.ndim)), keepdim=True).clamp(min=1e-12) / 127
+                integers = opset13.constant((value / factors).round().to(torch.int8).numpy())
+                node = opset13.multiply(opset13.convert(integers, "f32"), opset13.constant(factors.numpy()))
+            else:
+                node = opset13.constant(value.numpy(), shared_memory=True)
+            parameter.output(0).replace(node.output(0))
             graph.remove_parameter(parameter)
     graph.validate_nodes_and_infer_types()
 

@@ -21,9 +21,12 @@ from decinb.utils import validation
 from decinb.utils.threads import most_threads
 
 TORCH = "torch"
-PRECISIONS = {"openvino": "f32", "openvino-bfloat16": "bf16"}
+EIGHT_BITS = "openvino-bfloat16, int8 weights"
+"""A runtime for ``attach`` alone, to compare: what it saves is memory."""
+
+PRECISIONS = {"openvino": "f32", "openvino-bfloat16": "bf16", EIGHT_BITS: "bf16"}
 NAMES = {"openvino": "OpenVINO", "openvino-bfloat16": "OpenVINO, bfloat16"}
-RUNTIMES = (TORCH, *PRECISIONS)
+RUNTIMES = (TORCH, *NAMES)
 """What a U-Net can run in. ``openvino-bfloat16`` multiplies in bfloat16 where the processor can, which shows."""
 
 
@@ -84,7 +87,7 @@ def precision(pipe: DiffusionPipeline) -> str:
     Inside ``torch.autocast``, the dtype that it converts to is named too.
     """
     runtime = runtime_of(getattr(pipe, "unet", None))
-    if runtime == "openvino-bfloat16":
+    if runtime not in (TORCH, "openvino"):
         return runtime
     names, device = [pipe.dtype], pipe._execution_device.type  # which an offloaded pipeline has too
     if torch.is_autocast_enabled(device):
@@ -182,7 +185,7 @@ class _Forward:
 
     def _compile(self, inputs: dict[str, Tensor]) -> Any:
         graph = read_graph(self.network, inputs)
-        fill(graph, self.network)
+        fill(graph, self.network, eight_bits=self.runtime == EIGHT_BITS)
         settings = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[self.runtime],
             "INFERENCE_NUM_THREADS": most_threads(),

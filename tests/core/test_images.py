@@ -112,7 +112,7 @@ def test_files_that_are_not_our_pngs_are_refused(tmp_path):
         ("list", "the record is not a dict"),
         ("pipe", "not an ordinary file"),
         ("zeros", "not an ordinary file"),
-        ("sparse", "at most 100,000,000 are allowed"),
+        ("sparse", "at most 64,000,000 are allowed"),
         ("missing", "No such file"),
     ]:
         with pytest.raises(InputError, match=f"{name}.png' is not a PNG that decinb saved, .*{message}") as caught:

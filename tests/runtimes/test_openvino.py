@@ -101,6 +101,19 @@ def test_predictions_are_those_of_pytorch_for_any_shape(build, arguments):
 
 
 @needs_openvino
+def test_weights_of_eight_bits_round_and_nothing_else():
+    torch.manual_seed(2)
+    unet = small_nas().eval()
+    openvino.attach(unet, openvino.EIGHT_BITS)
+    rounded = call(unet)
+    openvino.detach(unet)
+    error = (rounded - call(unet)).abs().max()
+    assert ROUNDING < error < 0.2
+    with pytest.raises(InputError, match="runtime must be one of"):
+        decinb.load_pipeline("tiny", "cpu", runtime=openvino.EIGHT_BITS)
+
+
+@needs_openvino
 def test_the_graph_is_exported_once_and_holds_no_weights(cache, monkeypatch):
     torch.manual_seed(1)
     unet = small_nas().eval()
