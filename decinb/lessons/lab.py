@@ -156,10 +156,11 @@ class Lab:
         Returns:
             A list with one estimate for each link, by measure: ``before`` and ``after``, the fraction of the images
             given to the link, and made by it, in which the judge reads the style of the link; ``things``, the fraction
-            of things read as in the painting; ``layout``, how well the building stayed in its place.
+            of things read as in the painting; ``layout``, how well the building stayed in its place; ``chance``, the
+            same for buildings that have nothing to do with each other.
         """
         if not self.can_judge:
-            return {name: [UNKNOWN] * len(styles) for name in ("before", "after", "things", "layout")}
+            return {name: [UNKNOWN] * len(styles) for name in ("before", "after", "things", "layout", "chance")}
         scenes = [trial.target for trial in draw_trials("strokes to painting", count)]
         paintings = images = [render(scene) for scene in scenes]
         rows = []
@@ -172,8 +173,12 @@ class Lab:
                 estimates.fraction([seen["style"] == style for seen in Judge.load().classify(each)])
                 for each in (given, images)
             )
-            stayed = estimates.mean([house_kept(*pair) for pair in zip(images, targets, strict=True)])
-            rows.append({"before": before, "after": after, "things": self.kept(images, paintings), "layout": stayed})
+            stayed, chance = (
+                estimates.mean([house_kept(*pair) for pair in zip(images, each, strict=True)])
+                for each in (targets, targets[1:] + targets[:1])
+            )
+            kept = {"things": self.kept(images, paintings), "layout": stayed, "chance": chance}
+            rows.append({"before": before, "after": after, **kept})
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def trial(self, task: str, number: int = 0) -> tuple[Image.Image, str]:

@@ -36,12 +36,14 @@ class Trial:
         image: the input.
         prompt: names every attribute of the target.
         target: the scene asked for; it has a building.
+        source: the scene that the input shows, at the same place; as strokes if it is the target itself.
         changed: the attributes in which the input differs from the target.
     """
 
     image: Image.Image
     prompt: str
     target: Scene
+    source: Scene
     changed: tuple[str, ...]
 
 
@@ -54,14 +56,15 @@ def draw_trials(task: str, count: int, purpose: str = "evaluate") -> list[Trial]
         weather = "clear" if scene.weather == "snowing" else scene.weather
         scene = replace(scene, style="painting", house=scene.house or "red", weather=weather)
         if task == "strokes to painting":
-            before, target, changed = strokes(scene), scene, ("style",)
+            source, target, changed = scene, scene, ("style",)
         elif task == "day to night":
-            before, target, changed = render(replace(scene, time="day")), replace(scene, time="night"), ("time",)
+            source, target, changed = replace(scene, time="day"), replace(scene, time="night"), ("time",)
         elif task == "grass to snow":
-            before, target, changed = render(replace(scene, ground="grass")), replace(scene, ground="snow"), ("ground",)
+            source, target, changed = replace(scene, ground="grass"), replace(scene, ground="snow"), ("ground",)
         else:
-            before, target, changed = render(replace(scene, style="sketch")), scene, ("style", "time", "ground")
-        trials.append(Trial(before, caption(target), target, changed))
+            source, target, changed = replace(scene, style="sketch"), scene, ("style", "time", "ground")
+        image = strokes(scene) if source == target else render(source)
+        trials.append(Trial(image, caption(target), target, source, changed))
     return trials
 
 
@@ -100,15 +103,26 @@ def _drawn(scene: Scene, size: int) -> Image.Image:
     return render(scene, size)
 
 
-def house_kept(image: Image.Image, target: Scene) -> float:
+def house_kept(image: Image.Image, target: Scene, source: Scene | None = None) -> float:
     """Return how much of the building of ``target`` an image shows in its place, from 0 to 1, without the judge.
 
-    A pixel shows it if its distance to the target drawn with the building is less than two thirds of that to the target
+    A pixel shows it if its distance to the scene drawn with the building is less than two thirds of that to the scene
     drawn without. Only pixels in which the two drawings differ clearly are counted.
+
+    Args:
+        image: made from an image of ``source``.
+        target: the scene asked for.
+        source: the same place before the change, such as by day. An image that still looks more like it is compared
+            with it: the building has its old colours there.
     """
-    pixels, with_house, without = (
-        np.asarray(one, dtype=float)
-        for one in (image, _drawn(target, image.width), _drawn(replace(target, house=None), image.width))
+    pixels = np.asarray(image, dtype=float)
+
+    def far(scene: Scene) -> float:
+        return float(np.abs(pixels - np.asarray(_drawn(scene, image.width), dtype=float)).mean())
+
+    scene = target if source is None else min(target, source, key=far)
+    with_house, without = (
+        np.asarray(_drawn(one, image.width), dtype=float) for one in (scene, replace(scene, house=None))
     )
     visible = np.abs(with_house - without).sum(axis=-1) > 30
     found = np.abs(pixels - with_house).sum(axis=-1) < 2 / 3 * np.abs(pixels - without).sum(axis=-1)
@@ -151,7 +165,7 @@ def measure(
     return {
         "changed": estimates.fraction(changed),
         "adherence": estimates.mean([float(np.mean(list(right.values()))) for right in answers]),
-        "layout": estimates.mean([house_kept(image, trial.target) for trial, image in pairs]),
+        "layout": estimates.mean([house_kept(image, trial.target, trial.source) for trial, image in pairs]),
         "detail": estimates.mean([detail(image) / detail(_drawn(trial.target, image.width)) for trial, image in pairs]),
         "change": estimates.change(made, images),
         "frechet": estimates.frechet(judge.features(made), judge.features(renders)),

@@ -106,7 +106,7 @@ def test_what_is_kept_is_counted_in_pairs(tiny, judge):
 def test_a_chain_of_styles_is_measured_link_by_link(tiny, judge):
     styles = ["watercolour", "sketch"]
     measured = decinb.Lab(tiny).style_chain(styles, 0.3, count=2, num_inference_steps=4)
-    assert set(measured) == {"before", "after", "things", "layout"}
+    assert set(measured) == {"before", "after", "things", "layout", "chance"}
     assert all(len(points) == len(styles) for points in measured.values())
     assert 0 <= measured["layout"][0]["value"] <= 1
     blind = decinb.Lab(tiny, can_judge=False).style_chain(styles, 0.3)

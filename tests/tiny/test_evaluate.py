@@ -71,6 +71,9 @@ def test_a_house_is_found_where_it_stands():
         assert tasks.house_kept(render(replace(trial.target, house=None)), trial.target) == 0
         elsewhere = replace(trial.target, layout=trial.target.layout + 1)
         assert tasks.house_kept(render(elsewhere), trial.target) < 0.8
+        assert tasks.house_kept(trial.image, trial.target) < 0.9, "its colours are those of the day"
+        assert tasks.house_kept(trial.image, trial.target, trial.source) == 1
+        assert tasks.house_kept(render(trial.target), trial.target, trial.source) == 1
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
