@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -74,7 +75,9 @@ def test_a_sweep_killed_five_times_ends_like_an_undisturbed_one(script, tmp_path
 def test_two_processes_share_a_sweep(script, tmp_path, happened):
     # "--multi_gpu" is how accelerate spells several processes on one machine; without a GPU they use the CPU.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    more = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # of a free one: accelerate 1.1 does not look for one itself
+    more = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
     run = subprocess.run(
         [sys.executable, *launch, *more, script, str(tmp_path / "shared")], capture_output=True, text=True, timeout=240
     )
