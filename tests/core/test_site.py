@@ -59,7 +59,7 @@ def test_pages_and_slides_fit_a_phone_follow_the_theme_and_fetch_nothing(tmp_pat
     monkeypatch.setattr(make_slides, "FOLDER", tmp_path / "slides")
     assert make_site.build(tmp_path / "source", tmp_path / "html") == 0
     make_slides.main()
-    notebook = sorted(ROOT.glob("notebooks/*.ipynb"))[1].stem
+    notebook = sorted(ROOT.glob("notebooks/*.ipynb"))[2].stem
     with browser.sync_playwright() as playwright:
         chromium = next((path for path in ("/usr/bin/chromium", "/usr/bin/google-chrome") if Path(path).exists()), None)
         if chromium is None:
@@ -78,6 +78,11 @@ def test_pages_and_slides_fit_a_phone_follow_the_theme_and_fetch_nothing(tmp_pat
             page.wait_for_selector("#search-results li")
             page.goto((tmp_path / "slides" / f"{notebook}.html").as_uri())
             page.wait_for_selector(".reveal.ready")
+        wide = window.new_page(viewport={"width": 1280, "height": 800})
+        wide.goto((tmp_path / f"html/notebooks/{notebook}.html").as_uri())
+        figures = wide.locator(".cell_output img")
+        assert figures.count() > 3
+        assert all(figures.evaluate_all("all => all.map(one => one.width <= one.parentElement.clientWidth + 1)"))
         window.close()
     assert colours["light"] != colours["dark"] and not faults
     assert not [url for url in fetched if not re.match(r"file:|data:|blob:", url)]
