@@ -131,8 +131,7 @@ def plot_ratios(
         ax.annotate(f"{middle:.2f}", (middle, place), (0, 6), textcoords="offset points", ha="center", fontsize=9)
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_yticks(range(len(names)), [f"{name}, estimated" if name in estimated else name for name in names])
-    ax.invert_yaxis()
-    ax.margins(y=0.25)
+    ax.set_ylim(len(names) - 0.5, -0.8)  # from the top down, with room for the first number
     ax.set_xlabel(xlabel)
     ax.spines[["top", "right"]].set_visible(False)
     finish(figure)
