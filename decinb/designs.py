@@ -88,7 +88,7 @@ def random_design(n: int, seed: int = 0, **axes: Sequence[Any]) -> list[Cell]:
     lists = _lists({("seed" if name == "seeds" else name): values for name, values in axes.items()})
     total = math.prod(len(values) for values in lists.values())
     if total > sys.maxsize:
-        raise InputError(f"random_design draws from at most {sys.maxsize:,} combinations, got {total:,}")
+        raise InputError("random_design draws from at most 2**63 - 1 combinations, got more")
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
         raise InputError(f"n must be an integer from 1 to {total} (all combinations), got {validation.short_repr(n)}")
     _check_number(n)
@@ -104,6 +104,11 @@ def random_design(n: int, seed: int = 0, **axes: Sequence[Any]) -> list[Cell]:
 
 def _lists(axes: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
     lists = {name: validation.bounded_list(values, name, MAX_CELLS) for name, values in axes.items()}
+    for name, values in lists.items():
+        try:
+            len(values)
+        except OverflowError:  # a range of more than 2**63 values
+            raise InputError(f"{name} has more than {MAX_CELLS:,} values") from None
     if empty := [name for name, values in lists.items() if not len(values)]:
         raise InputError(f"{empty[0]} is an empty list: give at least one value")
     return lists

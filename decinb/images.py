@@ -173,8 +173,10 @@ def save_image(image: Image.Image, path: Path, record: dict[str, Any], input_ima
         input_image: the image that it was made from; saved without loss.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or the image is too large to be read again.
     """
+    if image.width * image.height > MAX_SAVED_PIXELS:
+        raise OSError(f"an image of {image.width} x {image.height} pixels is too large to be saved with its record")
     info = PngInfo()
     info.add_itxt(RECORD, json.dumps(record, allow_nan=False))
     if input_image is not None:
@@ -230,7 +232,9 @@ def read_saved(path: str | Path) -> Saved:
     try:
         with open_regular(validation.path(path, "path"), MAX_SAVED_FILE) as file:
             data = file.read()
+        sealed = _has_seal(data)
         with _open(io.BytesIO(data), "PNG") as image:
+            del data  # a large file and its pixels need not be in memory together
             if image.width * image.height > MAX_SAVED_PIXELS:
                 raise ValueError("it has too many pixels")
             image.load()
@@ -238,14 +242,13 @@ def read_saved(path: str | Path) -> Saved:
             if not isinstance(record, dict):
                 raise ValueError("the record is not a dict")
             own = {chunk[0]: chunk[1] for chunk in image.private_chunks}
-            image = image if image.mode == "RGB" else image.convert("RGB")
+        image = image.convert("RGB")
         input_image = _decode_input(own[INPUT]) if INPUT in own else None
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders may raise anything on damaged data
         why = getattr(error, "strerror", None) or reason(error)
         raise InputError(f"{_shown(path)} is not a PNG that decinb saved, or is damaged: {why}") from error
-    sealed = _has_seal(data)
     if not sealed and (SEAL in own or OUTPUT_HASH in record):
         raise InputError(f"{_shown(path)} was changed after decinb saved it")
     return Saved(image, record, input_image, sealed)

@@ -4,12 +4,12 @@
 folder, and ``replay`` makes one again from its file.
 """
 
-import numbers
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -389,17 +389,19 @@ def _flatten(record: ImageRecord) -> dict[str, Any]:
     return {**plain, **{f"{name}_version": version for name, version in record.get("versions", {}).items()}}
 
 
-def _several(value: Any, name: str) -> list[Any]:
+def _several(value: Any, name: str) -> Sequence[Any]:
     """Return the values that ``select`` was given: one, or those of a list, an array, a Series or a generator."""
     value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy, torch and pandas
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
         return [value]
-    return list(validation.bounded_list(value, name, MAX_CELLS))
+    return validation.bounded_list(value, name, MAX_CELLS)
 
 
-def _is_among(value: Any, wanted: Iterable[Any]) -> bool:
+def _is_among(value: Any, wanted: Sequence[Any]) -> bool:
     """Return whether a value is one of those wanted; floats may differ by rounding."""
+    if isinstance(wanted, range):  # which may be long, and looks at all of it for a float
+        return isinstance(value, (int, float)) and value == int(value) and int(value) in wanted
     if not isinstance(value, float):
         return any(validation.equal(value, one) for one in wanted)
-    close = (abs(value - one) < 1e-6 for one in wanted if isinstance(one, numbers.Real))
-    return any(close)
+    numbers = [validation.real(float(one) if isinstance(one, Decimal) else one) for one in wanted]
+    return any(abs(value - one) < 1e-6 for one in numbers if one is not None)

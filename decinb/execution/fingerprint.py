@@ -17,7 +17,6 @@ import numbers
 import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
-from functools import cache
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -89,6 +88,9 @@ SAME_ATTENTION = {  # different orders of the same sums
 }
 
 
+_FUNCTIONS = {
+    name: one for name, one in vars(nn.functional).items() if isinstance(one, (FunctionType, BuiltinFunctionType))
+}
 _json = json.JSONEncoder(default=str)
 
 
@@ -138,8 +140,10 @@ def fingerprint(pipe: DiffusionPipeline) -> Fingerprint:
 
 def _patched() -> list[str]:
     """Return the functions of ``torch.nn.functional`` that somebody has replaced."""
-    functions = vars(nn.functional).items()
-    return [name for name, one in functions if isinstance(one, FunctionType) and not is_installed(module_of(one))]
+    now = vars(nn.functional)
+    return [
+        name for name, one in _FUNCTIONS.items() if now.get(name) is not one or not module_of(one).startswith("torch")
+    ]
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -157,21 +161,25 @@ def tensor_hash(tensor: Tensor) -> str:
     if data.storage_offset() % 8:  # words must be aligned
         data = data.clone()
     words: Any = data[:whole].view(torch.int64)
-    words = words.numpy() if words.device.type == "cpu" else words  # its calls cost less, and most tensors are small
+    on_cpu = words.device.type == "cpu"
+    words = words.numpy() if on_cpu else words  # NumPy's calls cost less, and most tensors are small
     factors = _factors(data.device)
-    total = 0
-    for i in range(0, len(words), CHUNK):
-        piece = words[i : i + CHUNK]
-        # High bits reach the lower ones first, because the highest survives a multiplication only as a parity.
-        part = int(((piece ^ (piece >> 32)) * factors[: len(piece)]).sum())
-        total += (part ^ (part >> 32)) * int(factors[i // CHUNK])
+    pieces = [words[i : i + CHUNK] for i in range(0, len(words), CHUNK)]
+    # High bits reach the lower ones first, because the highest survives a multiplication only as a parity.
+    sums = [((piece ^ (piece >> 32)) * factors[: len(piece)]).sum() for piece in pieces]
+    parts = list(map(int, sums)) if on_cpu else torch.stack(sums).tolist()  # waiting for a GPU once
+    total = sum((part ^ (part >> 32)) * int(factor) for part, factor in zip(parts, _random_words(), strict=False))
     return f"{total % 2**64:016x}{rest}"
 
 
-@cache
+@functools.cache
+def _random_words() -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(0)).integers(-(2**63), 2**63, CHUNK, dtype=np.int64) | 1
+
+
+@functools.cache
 def _factors(device: torch.device) -> Any:
-    words = np.random.Generator(np.random.PCG64(0)).integers(-(2**63), 2**63, CHUNK, dtype=np.int64) | 1
-    return words if device.type == "cpu" else torch.from_numpy(words).to(device)
+    return _random_words() if device.type == "cpu" else torch.from_numpy(_random_words()).to(device)
 
 
 def scheduler_code(scheduler: SchedulerMixin) -> list[str]:

@@ -33,7 +33,7 @@ class Plan:
     Attributes:
         image, prompt: of all cells that do not name their own.
         cells: as they were given.
-        records, jobs, calls_of: of every cell: its record so far, its validated arguments, and its U-Net calls.
+        records, jobs, cell_calls: of every cell: its record so far, its validated arguments, and its U-Net calls.
         found: the files of images that the folder holds already, by key.
         calls: U-Net calls left, if every image were made alone.
         rows: rows left in these calls; guidance takes two per call.
@@ -47,7 +47,7 @@ class Plan:
     cells: list[Cell]
     records: list[ImageRecord]
     jobs: list[Job]
-    calls_of: list[int]
+    cell_calls: list[int]
     found: dict[str, Path]
     calls: int
     rows: int
@@ -156,7 +156,7 @@ def make_plan(
         cells=list(cells),
         records=records,
         jobs=jobs,
-        calls_of=calls,
+        cell_calls=calls,
         found=found,
         calls=sum(calls[i] for i in missing),
         rows=rows,

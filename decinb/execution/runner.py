@@ -20,6 +20,7 @@ from decinb.runtimes.openvino import precision
 from decinb.sampling.base import Adapter
 from decinb.sampling.jobs import Progress, Result, Step
 from decinb.utils import validation
+from decinb.utils.locks import pipeline_lock
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class Runner:
         """
         store = self.results.store
         try:
-            with store.locked() if store is not None and is_first() else nullcontext():  # the first locks it for all
+            pipeline = pipeline_lock(self.adapter.pipe)
+            with store.locked(pipeline) if store is not None and is_first() else nullcontext():  # the first, for all
                 if is_first():
                     self.results.list_cells()
                     if store is not None and (unknown := unknown_parts(self.plan.records[0])):
@@ -149,7 +151,7 @@ class Runner:
         if not keys:
             return
         cells = [self._cell(key) for key in keys]
-        jobs, calls = [self.plan.jobs[cell] for cell in cells], [self.plan.calls_of[cell] for cell in cells]
+        jobs, calls = [self.plan.jobs[cell] for cell in cells], [self.plan.cell_calls[cell] for cell in cells]
         total_rows = sum(number * self.adapter.rows(job) for number, job in zip(calls, jobs, strict=True))
         steps = self.adapter.run(jobs, self.max_rows, self.plan.guidance_rescale)
         rows_done, started = 0, perf_counter()

@@ -165,12 +165,18 @@ class Store:
         except InputError:
             return False
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Keep other processes out of the folder inside the ``with`` block; wait first if one is using it."""
+    def locked(self, owner: Any = None) -> AbstractContextManager[None]:
+        """Keep other processes out of the folder inside the ``with`` block; wait first if one is using it.
+
+        Args:
+            owner: as for ``file_lock``.
+        """
         with suppress(OSError):  # a folder that cannot be written to needs no lock
             self.folder.mkdir(parents=True, exist_ok=True)
         return file_lock(
-            self.folder / LOCK, f"folder {str(self.folder)!r} is in use by another process: waiting until it is done"
+            self.folder / LOCK,
+            f"folder {str(self.folder)!r} is in use by another process: waiting until it is done",
+            owner,
         )
 
     def read(self) -> tuple[list[Path], list[ImageRecord], Image.Image | None]:

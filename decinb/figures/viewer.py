@@ -118,7 +118,8 @@ def _check_scores(scores: Any, number: int) -> dict[str, Sequence[Any]]:
         raise InputError(f"scores must be a dict such as {{'adherence': [...]}}, got {validation.short_repr(scores)}")
     lists = {}
     for name, values in scores.items():
-        listed = validation.bounded_list(values, f"scores[{name!r}]", number)
+        most = len(values) if hasattr(values, "__len__") else number
+        listed = validation.bounded_list(values, f"scores[{name!r}]", most)
         if len(listed) != number:
             raise InputError(f"scores[{name!r}] must have one value per image, {number}, got {len(listed)}")
         lists[str(name)] = listed

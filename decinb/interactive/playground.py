@@ -1,10 +1,10 @@
 """The playground: controls, a canvas to draw on, and an image that appears step by step, in a notebook.
 
 The page asks for each step. When it has shown an image, it sends one message, which makes the kernel take the next step
-and send its image; several steps, if a preview takes longer than a step. There is no thread and no timer. A click on
-Stop therefore takes effect after at most one step and its preview, however the kernel handles messages: one after
-another in its main thread, in subshells (JupyterLab with ipykernel 7), or on Colab. No preview is computed that is not
-shown.
+and send its image; if a preview takes longer than a step, several steps, for at most a quarter of a second. There is no
+thread and no timer. A click on Stop therefore takes effect at the next preview, however the kernel handles messages:
+one after another in its main thread, in subshells (JupyterLab with ipykernel 7), or on Colab. No preview is computed
+that is not shown.
 
 Only widgets that ipywidgets 7.7 and 8 both have are used. The HTML widget runs no ``<script>``, so ``playground.js`` is
 the ``onload`` of an image.
@@ -41,6 +41,7 @@ CONTROLS = {
     "num_inference_steps": ("IntSlider", *LIMITS["num_inference_steps"], 1),
     "seed": ("BoundedIntText", *LIMITS["seed"], 1),
 }
+LONGEST = 0.25  # seconds of steps between two previews, where a step is shorter
 TILE = 96  # pixels of the side of a preview while a sweep runs
 BLANK = "blank canvas"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -114,7 +115,7 @@ class Playground:
         self._start(self._view["axis"].value)
 
     def _start(self, axis: str | None) -> None:
-        self._previews, self._turn = {}, 0
+        self._previews, self._turn, self._preview_seconds = {}, 0, 0.0
         self._session.start(self._settings(), axis)
         self._set_running(True)
         self._say("; ".join(["running", *self._session.notes]))
@@ -146,8 +147,8 @@ class Playground:
     def _advance(self) -> None:
         """Take the next step and show it; the page then asks for the one after it.
 
-        Where a preview takes longer than a step, several steps are taken, until they took as long: previews cost at
-        most half of the time.
+        Where a preview takes longer than a step, several steps are taken, until they took as long. So previews cost
+        about half of the time at most.
         """
         if not self._session.is_running:
             return
@@ -155,7 +156,7 @@ class Playground:
         try:
             while self._session.is_running:
                 latest |= {state.cell: state for state in self._session.advance()}
-                if perf_counter() - started >= self._preview_seconds:
+                if perf_counter() - started >= min(self._preview_seconds, LONGEST):
                     break
         except Busy as busy:
             self._say(str(busy))
@@ -176,7 +177,7 @@ class Playground:
             self._ask_again()
             return
         started, shown = perf_counter(), 0
-        while shown < len(states) and (not shown or perf_counter() - started <= budget):
+        while not shown or (shown < len(states) and (perf_counter() - started) * (shown + 1) / shown <= budget):
             state = states[self._turn % len(states)]
             self._turn, shown = self._turn + 1, shown + 1
             if (image := state.predicted) is not None:
@@ -343,7 +344,7 @@ class Playground:
             return made
 
         view["generate"] = button("Generate", "make an image", self.generate, button_style="primary")
-        view["stop"] = button("Stop", "stop after this step", self.stop, disabled=True)
+        view["stop"] = button("Stop", "stop at the next preview", self.stop, disabled=True)
         view["keep"] = button("Keep", "add the image to those below", self.keep)
         view["axis"] = widgets.Dropdown(
             description="what to sweep",

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.images import SAMPLES, Source, load_image
+from decinb.metrics import clipped_fraction, oversaturated
 from decinb.models import draws_scenes, example, image_size
 from decinb.scenes import caption, estimates, random_scene, render
 from decinb.scenes.adherence import adherence, named_attributes
@@ -80,7 +81,7 @@ class Lab:
         prompt = prompt or self.prompt
         if not self._can_check(prompt):
             return UNKNOWN
-        return estimates.mean(adherence(list(images), prompt))
+        return estimates.mean_fraction(adherence(list(images), prompt))
 
     def shows(self, images: Sequence[Image.Image], words: str) -> Estimate:
         """Return the fraction of images that show everything some words name."""
@@ -119,7 +120,7 @@ class Lab:
         renders = judge.features([render(random_scene(rng)) for _ in images])
         shown = [adherence(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
         distance = estimates.frechet(judge.features(list(images)), renders)
-        return {"distance": distance, "adherence": estimates.mean(shown)}
+        return {"distance": distance, "adherence": estimates.mean_fraction(shown)}
 
     def spread(self, images: Sequence[Image.Image]) -> Estimate:
         """Return the mean difference of any two images."""
@@ -127,7 +128,9 @@ class Lab:
 
     def mean(self, function: Callable[[Image.Image], float], images: Sequence[Image.Image]) -> Estimate:
         """Return the mean of a measure over images."""
-        return estimates.mean([function(image) for image in images])
+        values = [function(image) for image in images]
+        is_fraction = function in (clipped_fraction, oversaturated)
+        return estimates.mean_fraction(values) if is_fraction else estimates.mean(values)
 
     def kept(self, images: Sequence[Image.Image], originals: Sequence[Image.Image]) -> Estimate:
         """Return which fraction of ``THINGS`` the judge reads alike in an image and in its original, on average.
@@ -139,7 +142,8 @@ class Lab:
         if not self.can_judge:
             return UNKNOWN
         pairs = zip(*(Judge.load().classify(list(each)) for each in (images, originals)), strict=True)
-        return estimates.mean([sum(seen[name] == was[name] for name in THINGS) / len(THINGS) for seen, was in pairs])
+        kept = [sum(seen[name] == was[name] for name in THINGS) / len(THINGS) for seen, was in pairs]
+        return estimates.mean_fraction(kept)
 
     def style_chain(
         self, styles: Sequence[str], strength: float, count: int = COUNT, num_inference_steps: int = STEPS
@@ -174,10 +178,14 @@ class Lab:
                 for each in (given, images)
             )
             stayed, chance = (
-                estimates.mean([house_kept(*pair) for pair in zip(images, each, strict=True)])
+                estimates.mean_fraction([house_kept(*pair) for pair in zip(images, each, strict=True)])
                 for each in (targets, targets[1:] + targets[:1])
             )
-            kept = {"things": self.kept(images, paintings), "layout": stayed, "chance": chance}
+            kept = {
+                "things": self.kept(images, paintings),
+                "layout": stayed,
+                "chance": chance if count > 1 else UNKNOWN,
+            }
             rows.append({"before": before, "after": after, **kept})
         return {name: [row[name] for row in rows] for name in rows[0]}
 

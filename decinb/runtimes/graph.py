@@ -81,8 +81,9 @@ def fill(graph: "Model", network: nn.Module, eight_bits: bool = False) -> None:
 
     Args:
         graph: from ``read_graph``.
-        network: whose values are taken, without a copy.
-        eight_bits: store the weights of layers as integers of 8 bits, with a factor for each output channel.
+        network: whose values are taken, without a copy where they stay as they are.
+        eight_bits: store the matrices as integers of 8 bits, with a factor for each output. OpenVINO would expand the
+            weights of convolutions again.
     """
     import_openvino()
     from openvino import opset13
@@ -92,8 +93,8 @@ def fill(graph: "Model", network: nn.Module, eight_bits: bool = False) -> None:
         names = parameter.output(0).get_names() & values.keys()
         if names:
             value = values[names.pop()].detach()
-            if eight_bits and value.ndim > 1:
-                factors = value.abs().amax(dim=tuple(range(1, value.ndim)), keepdim=True).clamp(min=1e-12) / 127
+            if eight_bits and value.ndim == 2:
+                factors = value.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
                 integers = opset13.constant((value / factors).round().to(torch.int8).numpy())
                 node = opset13.multiply(opset13.convert(integers, "f32"), opset13.constant(factors.numpy()))
             else:

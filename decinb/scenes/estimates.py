@@ -28,13 +28,16 @@ class Estimate(dict[str, float]):
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """Return the mean of some values. Of numbers from 0 to 1, such as fractions, the interval ends there too."""
+    """Return the mean of some values."""
     numbers = np.asarray(values, dtype=float)
     error = Z * numbers.std(ddof=1) / np.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
-    low, high = numbers.mean() - error, numbers.mean() + error
-    if ((numbers >= 0) & (numbers <= 1)).all():
-        low, high = max(0.0, low), min(1.0, high)
-    return _estimate(numbers.mean(), low, high)
+    return _estimate(numbers.mean(), numbers.mean() - error, numbers.mean() + error)
+
+
+def mean_fraction(values: Sequence[float]) -> Estimate:
+    """Return the mean of values from 0 to 1; its interval ends there too."""
+    found = mean(values)
+    return _estimate(found["value"], max(0.0, found["low"]), min(1.0, found["high"]))
 
 
 def fraction(answers: Sequence[bool]) -> Estimate:

@@ -97,7 +97,7 @@ def run_in_batches(
     return made
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=2048)
 def _drawn(scene: Scene, size: int) -> Image.Image:
     """Render a scene once for all strengths that are compared with it."""
     return render(scene, size)
@@ -164,8 +164,8 @@ def measure(
     ]
     return {
         "changed": estimates.fraction(changed),
-        "adherence": estimates.mean([float(np.mean(list(right.values()))) for right in answers]),
-        "layout": estimates.mean([house_kept(image, trial.target, trial.source) for trial, image in pairs]),
+        "adherence": estimates.mean_fraction([float(np.mean(list(right.values()))) for right in answers]),
+        "layout": estimates.mean_fraction([house_kept(image, trial.target, trial.source) for trial, image in pairs]),
         "detail": estimates.mean([detail(image) / detail(_drawn(trial.target, image.width)) for trial, image in pairs]),
         "change": estimates.change(made, images),
         "frechet": estimates.frechet(judge.features(made), judge.features(renders)),

@@ -127,8 +127,8 @@ def evaluate_guidance(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[st
             },
             "all": estimates.fraction([all(right.values()) for right in answers]),
             "spread": _spread(pipe, prompts, made, guidance_scale=scale),
-            "clipped": estimates.mean([clipped_fraction(image) for image in made]),
-            "oversaturated": estimates.mean([oversaturated(image) for image in made]),
+            "clipped": estimates.mean_fraction([clipped_fraction(image) for image in made]),
+            "oversaturated": estimates.mean_fraction([oversaturated(image) for image in made]),
             "frechet": estimates.frechet(judge.features(made), features),
             "detail": estimates.mean([detail(image) / edges for image in made]),
         }
@@ -165,7 +165,7 @@ def evaluate_prompts(pipe: DeciDiffusionImg2ImgPipeline, count: int, **how: Any)
     answers = [answer(*pair) for pair in zip(prompts, judge.classify(made), strict=True)]
     renders = judge.features([render(scene) for scene in draw_scenes("reference", count)])
     return {
-        "adherence": estimates.mean([float(np.mean(list(right.values()))) for right in answers]),
+        "adherence": estimates.mean_fraction([float(np.mean(list(right.values()))) for right in answers]),
         "frechet": estimates.frechet(judge.features(made), renders),
         "spread": _spread(pipe, prompts, made, **how),
     }
@@ -184,7 +184,7 @@ def evaluate_steps(pipe: DeciDiffusionImg2ImgPipeline, count: int) -> dict[str, 
                 made = run_in_batches(pipe, [_GREY] * count, prompts, 1.0, num_inference_steps=calls)
                 answers = [answer(*pair) for pair in zip(prompts, judge.classify(made), strict=True)]
                 report[name][str(calls)] = {
-                    "adherence": estimates.mean([float(np.mean(list(right.values()))) for right in answers]),
+                    "adherence": estimates.mean_fraction([float(np.mean(list(right.values()))) for right in answers]),
                     "frechet": estimates.frechet(judge.features(made), features),
                 }
     finally:

@@ -146,8 +146,8 @@ def levels(scheduler: DDIMScheduler, timesteps: Tensor) -> tuple[Tensor, Tensor]
 
     At -1, the end of the path, they are those of the scheduler's last step.
     """
-    alphas = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod[None]])
-    alphas = alphas.to(timesteps.device)[timesteps][:, None, None, None]
+    parts = (scheduler.alphas_cumprod, scheduler.final_alpha_cumprod[None])  # diffusers moves only one to a GPU
+    alphas = torch.cat([part.to(timesteps.device) for part in parts])[timesteps][:, None, None, None]
     return alphas.sqrt(), (1 - alphas).sqrt()
 
 
@@ -222,7 +222,13 @@ def train(
     check_torch()
     batch, dtype = batch or (32 if device.type == "cpu" else 512), dtype or fast_dtype(device)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"scenes": scenes, "seed": seed, "teacher": str(teacher), "guidance": guidance}
+    settings = {
+        "scenes": scenes,
+        "seed": seed,
+        "teacher": str(teacher),
+        "guidance": guidance,
+        "segments": [SEGMENTS, STEPS_OF_SEGMENT],
+    }
     check_same_run(folder / "settings.json", settings)
     drawn = draw_scenes(scenes, seed)
     images = draw_all(drawn, folder / f"scenes-{seed}-{scenes}.npy", workers=workers)

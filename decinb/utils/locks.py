@@ -15,7 +15,7 @@ from decinb.errors import InputError
 from decinb.utils import validation
 from decinb.utils.files import NEW_FILE
 
-_held: dict[Path, int] = {}  # locked files of this process, with the thread that locked each
+_held: list[tuple[Path, int, int, Any]] = []  # locked files: with the process, the thread and the owner of each lock
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _creating = threading.Lock()
 
@@ -41,7 +41,7 @@ def _is_own(lock_file: Path) -> bool:
 
 
 @contextmanager
-def file_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
+def file_lock(lock_file: Path, waiting: str | None = None, owner: Any = None) -> Iterator[None]:
     """Hold a lock on a file inside the ``with`` block; wait while another process or thread holds it.
 
     The lock of a killed process is released by the system.
@@ -49,14 +49,18 @@ def file_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
     Args:
         lock_file: an empty file beside what is to be locked. It is created if need be, and stays.
         waiting: a line to print before waiting.
+        owner: a lock that the caller holds now, and needs again before it can release this one.
 
     Raises:
-        InputError: this thread holds it already, and would wait for itself.
+        InputError: waiting would never end, because this thread or this owner has locked the file already.
     """
-    place = Path(os.path.realpath(lock_file))
-    if _held.get(place) == threading.get_ident():
-        folder = validation.short_repr(str(lock_file.parent))
-        raise InputError(f"folder {folder} is in use by a sweep that is not finished: close() it first")
+    mine = Path(os.path.realpath(lock_file)), os.getpid(), threading.get_ident(), owner
+    for place, process, thread, other in _held:
+        if (place, process) == mine[:2] and (thread == mine[2] or (owner is not None and other is owner)):
+            folder = validation.short_repr(str(lock_file.parent))
+            raise InputError(
+                f"folder {folder} is in use by a run that is not finished: finish it, or stop it with close()"
+            )
     with suppress(OSError):  # it is there, or cannot be made
         os.close(os.open(lock_file, NEW_FILE, 0o666))
     if not _is_own(lock_file):
@@ -72,9 +76,9 @@ def file_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
         lock.acquire()
     except (OSError, NotImplementedError):
         pass  # a read-only folder, or a network drive without locks: go on without
-    _held[place] = threading.get_ident()
+    _held.append(mine)
     try:
         yield
     finally:
-        _held.pop(place, None)
+        _held.remove(mine)
         lock.release()  # does nothing if it is not held

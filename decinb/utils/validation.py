@@ -71,7 +71,7 @@ def count(value: Any, name: str) -> int:
 
 def integer(value: Any, name: str, low: int, high: int) -> int:
     """Validate an integer between two bounds, both of them allowed."""
-    number = _real(value)
+    number = real(value)
     if number is None or not low <= number <= high or number != int(number):
         raise InputError(f"{name} must be an integer from {low} to {high}, got {short_repr(value)}")
     return int(number)
@@ -79,7 +79,7 @@ def integer(value: Any, name: str, low: int, high: int) -> int:
 
 def side(value: Any, name: str, multiple: int = MULTIPLE) -> int:
     """Validate the height or width of an image in pixels: a multiple of 8, or of what a VAE needs, up to 2048."""
-    number = _real(value)
+    number = real(value)
     if number is None or not multiple <= number <= MAX_SIDE or number % multiple:
         raise InputError(
             f"{name} must be a multiple of {multiple} from {multiple} to {MAX_SIDE}, got {short_repr(value)}"
@@ -207,7 +207,7 @@ def file(value: Any, name: str = "file") -> Path:
     """Validate a path to a file that is to be written; a folder in its place is refused."""
     found = path(value, name)
     if found.is_dir():
-        raise InputError(f"{name} must name a file, got the folder {short_repr(value)}")
+        raise InputError(f"{name} must name a file, got the folder {short_repr(str(found))}")
     return found
 
 
@@ -343,10 +343,15 @@ def warn(note: str) -> None:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Return whether two values of any kind are equal; arrays are where all of their values are."""
+    """Return whether two values of any kind are equal: arrays and tensors, if they agree in shape and in all values."""
+    if one is other:
+        return True
+    if tuple(getattr(one, "shape", ())) != tuple(getattr(other, "shape", ())):
+        return False
     try:
-        return bool(np.all(one == other))
-    except Exception:  # arrays of other shapes, and whatever a class may raise
+        same = one == other
+        return bool(same.all() if hasattr(same, "all") else same)
+    except Exception:  # whatever a class may raise
         return False
 
 
@@ -366,13 +371,13 @@ def short_repr(value: Any) -> str:
 
 
 def _number(value: Any, name: str, allowed: str) -> float:
-    number = _real(value)
+    number = real(value)
     if number is None or not math.isfinite(number):
         raise InputError(f"{name} must be a number {allowed}, got {short_repr(value)}")
     return round(float(number), 6)  # a list built by adding 0.05 ends in 1.0000000000000002
 
 
-def _real(value: Any) -> Any:
+def real(value: Any) -> Any:
     """Return a real number of Python, NumPy or torch; None for anything else, booleans included."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()

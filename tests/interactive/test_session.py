@@ -9,6 +9,7 @@ from PIL import Image
 
 import decinb
 from decinb import InputError
+from decinb.figures.preview import Preview
 from decinb.figures.viewer import data_url
 from decinb.images import read_record
 from decinb.interactive.playground import BLANK
@@ -268,26 +269,31 @@ def test_kept_images_are_saved_with_their_inputs(tiny, tmp_path):
     assert "play.image" in session.code()
 
 
-def test_previews_cost_at_most_half_of_the_time(tiny):
-    play = decinb.playground(tiny, strength=1.0, num_inference_steps=100)
-    widgets = play._view
-    widgets["generate"].click()
-    stepping = play._session.advance
-    taken = []
+@pytest.mark.parametrize("axis", [None, "seed"])
+def test_previews_cost_about_half_of_the_time_at_most(tiny, monkeypatch, axis):
+    spent = {"steps": 0.0, "previews": 0.0}
 
-    def slow_steps():
-        taken.append(1)
-        time.sleep(0.05)
-        return stepping()
+    def slow(name, function, seconds):
+        def run(*args):
+            started = time.perf_counter()
+            time.sleep(seconds)
+            found = function(*args)
+            spent[name] += time.perf_counter() - started
+            return found
 
-    play._session.advance = slow_steps
-    play._preview_seconds = 0.0  # faster than a step
-    widgets["ask"].click()
-    assert len(taken) == 1
-    play._preview_seconds = 0.4  # slower than a step, but not than eight
-    widgets["ask"].click()
-    assert 2 <= len(taken) - 1 <= 8
-    widgets["stop"].click()
+        return run
+
+    monkeypatch.setattr(Preview, "__call__", slow("previews", Preview.__call__, 0.1))
+    play = decinb.playground(tiny, strength=1.0, num_inference_steps=24)
+    monkeypatch.setattr(play._session, "advance", slow("steps", play._session.advance, 0.02))
+    for _ in range(2):  # a slow preview of one run must not take those of the next
+        spent.update(steps=0.0, previews=0.0)
+        if axis:
+            play._view["axis"].value = axis
+        play._view["sweep" if axis else "generate"].click()
+        while play._session.is_running:
+            play._view["ask"].click()
+        assert 0.1 < spent["previews"] < 1.5 * spent["steps"]
 
 
 def test_only_a_page_that_was_given_an_image_can_ask_for_a_step(tiny):

@@ -48,6 +48,12 @@ def test_the_interval_of_a_frechet_distance_holds_its_value():
     assert few["low"] == few["value"] == few["high"]
 
 
+def test_the_interval_of_fractions_ends_at_0_and_1():
+    values = [1.0] * 9 + [0.9]
+    assert estimates.mean(values)["high"] > 1 == estimates.mean_fraction(values)["high"]
+    assert estimates.mean_fraction([0.0] * 9 + [0.1])["low"] == 0
+
+
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 

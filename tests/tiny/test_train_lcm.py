@@ -1,6 +1,8 @@
 """Distillation at toy size: the student learns where its teacher arrives, and is an ordinary model."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +120,22 @@ def test_steps_are_those_of_diffusers_and_can_be_inverted():
         torch.testing.assert_close(ours, scheduler.step(velocity, now[0], noisy).prev_sample, atol=1e-4, rtol=0)
         found = train_lcm.velocity_to(scheduler, noisy, ours, now, after)
         torch.testing.assert_close(found, velocity, atol=1e-4, rtol=0)
+
+
+def test_noise_levels_are_found_on_any_device():
+    scheduler = networks.make_scheduler()
+    latents, timesteps = torch.zeros(1, 4, 2, 2, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    scheduler.add_noise(latents, latents, timesteps)  # moves a part of the scheduler to the device
+    assert all(one.device.type == "meta" for one in train_lcm.levels(scheduler, timesteps))
+
+
+def test_the_bundled_student_is_what_the_texts_say():
+    folder = Path(train_lcm.__file__).parent / "lcm"
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    card = (folder / "README.md").read_text()
+    assert scheduler["_class_name"] == "DDIMScheduler" and scheduler["timestep_spacing"] == "trailing"
+    assert f"guidance scale of {train_lcm.GUIDANCE:g} is built in" in card and "not measured yet" not in card
+    assert json.loads((folder / "model_index.json").read_text()) == train_lcm.INDEX
 
 
 def test_four_and_eight_steps_use_the_ends_of_the_segments():
