@@ -1,7 +1,7 @@
 """The playground: controls, a canvas to draw on, and an image that appears step by step, in a notebook.
 
 The page asks for each step. When it has shown an image, it sends one message, which makes the kernel take the next step
-and send its image; if a preview takes longer than a step, several steps, for at most a quarter of a second. There is no
+and send its image; if previews take long beside steps, several steps, for at most a quarter of a second. There is no
 thread and no timer. A click on Stop therefore takes effect at the next preview, however the kernel handles messages:
 one after another in its main thread, in subshells (JupyterLab with ipykernel 7), or on Colab. No preview is computed
 that is not shown.
@@ -147,8 +147,8 @@ class Playground:
     def _advance(self) -> None:
         """Take the next step and show it; the page then asks for the one after it.
 
-        Where a preview takes longer than a step, several steps are taken, until they took as long. So previews cost
-        about half of the time at most.
+        Where a preview takes longer than half a step, several steps are taken, until they took twice as long. So
+        previews cost about a third of the time at most.
         """
         if not self._session.is_running:
             return
@@ -156,7 +156,7 @@ class Playground:
         try:
             while self._session.is_running:
                 latest |= {state.cell: state for state in self._session.advance()}
-                if perf_counter() - started >= min(self._preview_seconds, LONGEST):
+                if perf_counter() - started >= min(2 * self._preview_seconds, LONGEST):
                     break
         except Busy as busy:
             self._say(str(busy))
@@ -166,13 +166,13 @@ class Playground:
             self._set_running(False)
             raise
         if self._session.is_running:
-            self._show_progress(list(latest.values()), perf_counter() - started)
+            self._show_progress(list(latest.values()), (perf_counter() - started) / 2)
         else:
             self._set_running(False)
             self._show_result()
 
     def _show_progress(self, states: list[State], budget: float) -> None:
-        """Show predictions; of a sweep, in turn, as many as can be decoded in the time that the step took."""
+        """Show predictions; of a sweep, in turn, as many as can be decoded in half of the time that the steps took."""
         if not states:
             self._ask_again()
             return
