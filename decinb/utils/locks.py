@@ -55,7 +55,7 @@ def file_lock(lock_file: Path, waiting: str | None = None, owner: Any = None) ->
         InputError: waiting would never end, because this thread or this owner has locked the file already.
     """
     mine = Path(os.path.realpath(lock_file)), os.getpid(), threading.get_ident(), owner
-    for place, process, thread, other in _held:
+    for place, process, thread, other in list(_held):
         if (place, process) == mine[:2] and (thread == mine[2] or (owner is not None and other is owner)):
             folder = validation.short_repr(str(lock_file.parent))
             raise InputError(
