@@ -68,7 +68,8 @@ def load_pipeline(
         ModelError: the model cannot be downloaded, does not fit into memory, or a component is missing, damaged or
             does not match the others.
     """
-    task, compile = validation.choice(task, "task", TASKS), validation.flag(compile, "compile")
+    task = validation.choice(task, "task", TASKS)
+    compile = validation.flag(compile, "compile")
     if isinstance(model, DiffusionPipeline):
         if device is not None or dtype is not None or compile or runtime != openvino.TORCH:
             raise InputError(

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +62,7 @@ class Sweep:
         """Return the part of the sweep with these values, as in ``select(seed=0, strength=[0.5, 0.75])``.
 
         Raises:
-            InputError: an argument is not known.
+            InputError: an argument is not known, or has more than 100,000 values.
         """
         validation.known(where, SELECTABLE)
         wanted = {name: _several(value, name) for name, value in where.items()}
@@ -394,14 +393,12 @@ def _several(value: Any, name: str) -> Sequence[Any]:
     value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy, torch and pandas
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
         return [value]
-    return validation.bounded_list(value, name, MAX_CELLS)
+    return validation.bounded_list(iter(value), name, MAX_CELLS)
 
 
 def _is_among(value: Any, wanted: Sequence[Any]) -> bool:
     """Return whether a value is one of those wanted; floats may differ by rounding."""
-    if isinstance(wanted, range):  # which may be long, and looks at all of it for a float
-        return isinstance(value, (int, float)) and value == int(value) and int(value) in wanted
     if not isinstance(value, float):
         return any(validation.equal(value, one) for one in wanted)
-    numbers = [validation.real(float(one) if isinstance(one, Decimal) else one) for one in wanted]
-    return any(abs(value - one) < 1e-6 for one in numbers if one is not None)
+    numbers = map(validation.real, wanted)
+    return any(number is not None and abs(value - number) < 1e-6 for number in numbers)

@@ -85,7 +85,7 @@ def _measure_options(given: Given) -> Measurement:
 
 def _measure_runtimes(given: Given) -> Measurement:
     if given.model == "random":
-        names = (*RUNTIMES, EIGHT_BITS) if is_installed() else (TORCH,)
+        names = [*_runtimes(), *([EIGHT_BITS] if is_installed() else [])]
         return runtimes.compare_networks(size=given.size, repeats=given.rounds, runtimes=names)
     designs = {name: runtimes.GUIDES[name] for name in given.designs or runtimes.GUIDES}
     return runtimes.compare(

@@ -77,7 +77,6 @@ NEUTRAL_HOOKS = {  # of accelerate and diffusers: they move tensors between devi
 }
 PLAIN_HOOKS = {"LayerwiseCastingHook", "PeftInputAutocastDisableHook"}  # their attributes say all that they do
 OBSERVER = "transformers.utils.output_capturing"  # its hooks stay after a call that asks for hidden states
-PLAIN = (bool, str, bytes, type(None))
 METHODS = ("forward", "__call__", "step", "set_timesteps")
 """The methods that compute. A function of the user in place of one of them is noted."""
 SAME_ATTENTION = {  # different orders of the same sums
@@ -88,6 +87,7 @@ SAME_ATTENTION = {  # different orders of the same sums
 }
 
 
+# Those of torch.nn.functional when decinb was imported, to notice a replacement.
 _FUNCTIONS = {
     name: one for name, one in vars(nn.functional).items() if isinstance(one, (FunctionType, BuiltinFunctionType))
 }
@@ -232,16 +232,10 @@ class _Hasher:
 
     def add(self, value: Any, where: str) -> None:
         """Add a value; ``where`` is what to call it if that fails."""
-        if type(value) in PLAIN:  # most are
-            self.token(type(value).__name__, str(value))
-            return
-        if type(value) in (int, float):
-            self.token("number", repr(_plain_number(value)))
-            return
         value = getattr(value, "_orig_mod", value) if isinstance(value, nn.Module) else value  # of torch.compile
         if isinstance(value, Enum):
             self.token(type(value).__name__, value.name)
-        elif isinstance(value, PLAIN):
+        elif isinstance(value, (bool, str, bytes, type(None))):
             self.token(type(value).__name__, str(value))
         elif isinstance(value, (numbers.Number, np.generic)):
             self.token("number", repr(_plain_number(value)))
@@ -269,7 +263,7 @@ class _Hasher:
             self._add_tensor(value, where)
         elif isinstance(value, np.ndarray) and value.dtype != object:
             self.token("array", value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).hexdigest())
-        elif isinstance(value, (dict, Mapping)):
+        elif isinstance(value, Mapping):
             counted = sorted((key for key in value if key not in BOOKKEEPING), key=str)
             self._add_names(counted, where)
             for key in counted:

@@ -21,6 +21,7 @@ from decinb.images import SAMPLES
 from decinb.utils import validation
 from decinb.utils.labels import ARGUMENTS, SHORT, describe, label, plain
 
+MAX_SCORES = 100_000  # a generator is read no further
 FACTS = (*ARGUMENTS, "scheduler", "steps_run", "seconds")
 """What the panel shows of the current cell, in this order."""
 
@@ -118,8 +119,7 @@ def _check_scores(scores: Any, number: int) -> dict[str, Sequence[Any]]:
         raise InputError(f"scores must be a dict such as {{'adherence': [...]}}, got {validation.short_repr(scores)}")
     lists = {}
     for name, values in scores.items():
-        most = len(values) if hasattr(values, "__len__") else number
-        listed = validation.bounded_list(values, f"scores[{name!r}]", most)
+        listed = validation.bounded_list(values, f"scores[{name!r}]", MAX_SCORES)
         if len(listed) != number:
             raise InputError(f"scores[{name!r}] must have one value per image, {number}, got {len(listed)}")
         lists[str(name)] = listed

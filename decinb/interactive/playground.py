@@ -1,10 +1,10 @@
 """The playground: controls, a canvas to draw on, and an image that appears step by step, in a notebook.
 
-The page asks for each step. When it has shown an image, it sends one message, which makes the kernel take the next step
-and send its image; if previews take long beside steps, several steps, for at most a quarter of a second. There is no
-thread and no timer. A click on Stop therefore takes effect at the next preview, however the kernel handles messages:
-one after another in its main thread, in subshells (JupyterLab with ipykernel 7), or on Colab. No preview is computed
-that is not shown.
+The page asks for each step. When it has shown an image, it sends one message, and the kernel takes the next step and
+sends its image. Where previews are slow compared with steps, the kernel takes several steps for one message, for at
+most a quarter of a second. There is no thread and no timer. A click on Stop therefore takes effect at the next preview,
+however the kernel handles messages: one after another in its main thread, in subshells (JupyterLab with ipykernel 7),
+or on Colab. No preview is computed that is not shown.
 
 Only widgets that ipywidgets 7.7 and 8 both have are used. The HTML widget runs no ``<script>``, so ``playground.js`` is
 the ``onload`` of an image.
@@ -41,7 +41,7 @@ CONTROLS = {
     "num_inference_steps": ("IntSlider", *LIMITS["num_inference_steps"], 1),
     "seed": ("BoundedIntText", *LIMITS["seed"], 1),
 }
-LONGEST = 0.25  # seconds of steps between two previews, where a step is shorter
+LONGEST = 0.25  # seconds of steps between two previews, unless one step takes longer
 TILE = 96  # pixels of the side of a preview while a sweep runs
 BLANK = "blank canvas"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -147,8 +147,8 @@ class Playground:
     def _advance(self) -> None:
         """Take the next step and show it; the page then asks for the one after it.
 
-        Where a preview takes longer than half a step, several steps are taken, until they took twice as long. So
-        previews cost about a third of the time at most.
+        Where previews are slow, several steps are taken until they have taken twice as long as a preview. So previews
+        cost about a third of the time at most.
         """
         if not self._session.is_running:
             return

@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.images import SAMPLES, Source, load_image
-from decinb.metrics import clipped_fraction, oversaturated
 from decinb.models import draws_scenes, example, image_size
 from decinb.scenes import caption, estimates, random_scene, render
 from decinb.scenes.adherence import adherence, named_attributes
@@ -127,10 +126,8 @@ class Lab:
         return estimates.spread(list(images))
 
     def mean(self, function: Callable[[Image.Image], float], images: Sequence[Image.Image]) -> Estimate:
-        """Return the mean of a measure over images."""
-        values = [function(image) for image in images]
-        is_fraction = function in (clipped_fraction, oversaturated)
-        return estimates.mean_fraction(values) if is_fraction else estimates.mean(values)
+        """Return the mean over images of a measure from 0 to 1."""
+        return estimates.mean_fraction([function(image) for image in images])
 
     def kept(self, images: Sequence[Image.Image], originals: Sequence[Image.Image]) -> Estimate:
         """Return which fraction of ``THINGS`` the judge reads alike in an image and in its original, on average.
@@ -155,7 +152,7 @@ class Lab:
         Args:
             styles: one for each link, such as "watercolour".
             strength: of every link, above 0, at most 1.
-            count: paintings.
+            count: paintings, at least 2 for ``chance``.
 
         Returns:
             A list with one estimate for each link, by measure: ``before`` and ``after``, the fraction of the images
@@ -181,11 +178,7 @@ class Lab:
                 estimates.mean_fraction([house_kept(*pair) for pair in zip(images, each, strict=True)])
                 for each in (targets, targets[1:] + targets[:1])
             )
-            kept = {
-                "things": self.kept(images, paintings),
-                "layout": stayed,
-                "chance": chance if count > 1 else UNKNOWN,
-            }
+            kept = {"things": self.kept(images, paintings), "layout": stayed, "chance": chance}
             rows.append({"before": before, "after": after, **kept})
         return {name: [row[name] for row in rows] for name in rows[0]}
 

@@ -8,7 +8,7 @@ steps with an ordinary scheduler make an image.
 The learning rate follows a budget of minutes, a checkpoint is saved every minute, and the same command resumes it.
 
 Source: Heek et al. (2024), arXiv:2403.06807 (multistep consistency); Luo et al. (2023), arXiv:2310.04378 (a latent
-consistency model of a guided teacher); Salimans & Ho (2022), arXiv:2202.00512 (a step as the sum of the teacher's).
+consistency model of a guided teacher); Salimans & Ho (2022), arXiv:2202.00512 (one step for several of the teacher's).
 """
 
 import argparse
@@ -40,9 +40,9 @@ GUIDANCE = 7.5
 """The guidance scale of the teacher, which the student has built in."""
 
 SEGMENTS, STEPS_OF_SEGMENT = 4, 5
-"""The segments of the path, each crossed in one step by the student, and in several by the teacher.
+"""The segments of the path, each crossed in one step by the student and in several by the teacher.
 
-Their product divides 1,000: only then does each step of diffusers' DDIM end where the next one begins.
+Their product must divide 1,000: only then does each step of diffusers' DDIM end where the next one begins.
 """
 
 INDEX = {
@@ -101,16 +101,18 @@ def segment_loss(
                 path.append(ddim_step(scheduler, path[-1], velocity, now, after))
             noisy = torch.cat([path[0], torch.stack(path)[points, rows]])
             now = torch.cat([timesteps[first], timesteps[first + points]])
-            target = velocity_to(scheduler, noisy, path[-1].repeat(2, 1, 1, 1), now, after.repeat(2))
+            end = timesteps[first + STEPS_OF_SEGMENT]
+            target = velocity_to(scheduler, noisy, path[-1].repeat(2, 1, 1, 1), now, end.repeat(2))
         predicted = student(noisy.to(text.dtype), now, text.repeat(2, 1, 1)).sample.float()
     return (predicted - target).square().mean()
 
 
 def encode_text(text_encoder: CLIPTextModel, tokens: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
     """Return the embeddings of captions and, as often, of the empty caption, each (rows, tokens, width)."""
-    told = torch.cat([tokens, empty[None]])
-    # Counting what is distinct would wait for a GPU, which encodes captions faster than that.
-    distinct, which = told.unique(dim=0, return_inverse=True) if told.device.type == "cpu" else (told, slice(None))
+    captions = torch.cat([tokens, empty[None]])
+    distinct, which = captions, slice(None)
+    if captions.device.type == "cpu":  # a GPU encodes captions faster than it counts the distinct ones
+        distinct, which = captions.unique(dim=0, return_inverse=True)
     encoded = text_encoder(distinct)[0][which]
     return encoded[:-1], encoded[-1:].expand_as(encoded[:-1])
 
@@ -284,7 +286,7 @@ This folder holds the U-Net and the scheduler; the other parts are those of `{te
 `decinb.load_pipeline("tiny-lcm")`.
 
 - The path from noise to an image has {SEGMENTS} segments. The student learns to jump from any point of a segment to its
-  end, where its teacher arrives after {STEPS_OF_SEGMENT} guided steps. So it is made for {SEGMENTS} steps; with fewer,
+  end, where its teacher arrives after {STEPS_OF_SEGMENT} guided steps. So it is made for {SEGMENTS} steps. With fewer,
   images are soft.
 - A guidance scale of {settings["guidance"]:g} is built in. Call it with a guidance scale of 1: the U-Net then runs
   once a step, on one row. A negative prompt has no effect.

@@ -226,9 +226,12 @@ def bounded_list(values: Any, name: str, most: int) -> Sequence[Any]:
         if isinstance(values, (str, bytes, dict)):
             raise TypeError
         read = values if isinstance(values, Sequence) else list(itertools.islice(values, most + 1))
+        number = len(read)
     except TypeError:  # not iterable, or an array without dimensions
         raise InputError(f"{name} must be a list of values, got {short_repr(values)}") from None
-    if read is not values and len(read) > most:
+    except OverflowError:
+        raise InputError(f"{name} must have fewer than 2**63 values, got {short_repr(values)}") from None
+    if read is not values and number > most:
         raise InputError(f"{name} has more than {most:,} values, or never ends: give a list")
     return read
 
@@ -342,6 +345,9 @@ def warn(note: str) -> None:
     warnings.warn(note, stacklevel=level)
 
 
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
 def equal(one: Any, other: Any) -> bool:
     """Return whether two values of any kind are equal: arrays and tensors, if they agree in shape and in all values."""
     if one is other:
@@ -353,9 +359,6 @@ def equal(one: Any, other: Any) -> bool:
         return bool(same.all() if hasattr(same, "all") else same)
     except Exception:  # whatever a class may raise
         return False
-
-
-# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def short_repr(value: Any) -> str:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from decimal import Decimal
 from importlib import reload
 
 import diffusers
@@ -387,10 +386,10 @@ def test_values_are_selected_whatever_holds_them(tiny):
 
     made = run_sweep(tiny, IMAGE, PROMPT, CELLS, progress=False)
     scales = [3.0, 4.0]
-    parts = [torch.tensor(3.0), np.array(4.0)], list(torch.linspace(3, 4, 2)), [Decimal(3)], range(3, 10**12, 3)
+    parts = [torch.tensor(3.0), np.array(4.0)], list(torch.linspace(3, 4, 2)), range(3, 100, 3)
     for given in (scales, np.array(scales), pandas.Series(scales), iter(scales), torch.tensor(scales), *parts):
         assert len(made.select(guidance_scale=given)) == 1
-    assert len(made.select(seed=[torch.tensor(0)])) == len(made.select(seed=range(10**12))) == 2
+    assert len(made.select(seed=[torch.tensor(0)])) == len(made.select(seed=range(10))) == 2
     assert not len(made.select(guidance_scale=10**400)) and not len(made.select(prompt=[np.array([])]))
     assert len(made.select(guidance_scale=np.float32(5))) == len(made.select(guidance_scale=np.array(5.0))) == 1
     assert len(made.select(prompt=np.array(["a", PROMPT]))) == 2
@@ -412,7 +411,8 @@ def test_values_are_selected_whatever_holds_them(tiny):
         (lambda made, tmp: decinb.plot_grid([5], ["a"]), "images must be PIL images, got 5"),
         (lambda made, tmp: decinb.show_gallery([5], ["a"]), "images must be PIL images, got 5"),
         (lambda made, tmp: decinb.random_design(3, a=range(10**12), b=range(10**12)), "draws from at most"),
-        (lambda made, tmp: decinb.grid(a=range(10**20)), "a has more than 100,000 values"),
+        (lambda made, tmp: decinb.grid(a=range(10**20)), "a must have fewer than 2\\*\\*63 values, got range"),
+        (lambda made, tmp: made.select(seed=range(10**12)), "seed has more than 100,000 values"),
         (lambda made, tmp: decinb.load_pipeline("tiny", compile="x"), "compile must be True or False, got 'x'"),
     ],
 )
