@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.images import SAMPLES, Source, load_image
+from decinb.metrics import clipped_fraction, oversaturated
 from decinb.models import draws_scenes, example, image_size
 from decinb.scenes import caption, estimates, random_scene, render
 from decinb.scenes.adherence import adherence, named_attributes
@@ -126,8 +127,10 @@ class Lab:
         return estimates.spread(list(images))
 
     def mean(self, function: Callable[[Image.Image], float], images: Sequence[Image.Image]) -> Estimate:
-        """Return the mean over images of a measure from 0 to 1."""
-        return estimates.mean_fraction([function(image) for image in images])
+        """Return the mean of a measure over images."""
+        values = [function(image) for image in images]
+        is_fraction = function in (clipped_fraction, oversaturated)
+        return estimates.mean_fraction(values) if is_fraction else estimates.mean(values)
 
     def kept(self, images: Sequence[Image.Image], originals: Sequence[Image.Image]) -> Estimate:
         """Return which fraction of ``THINGS`` the judge reads alike in an image and in its original, on average.
