@@ -61,7 +61,8 @@ def test_where_nothing_can_be_judged_the_measures_are_unknown(tiny, judge):
 def test_measures_have_intervals(tiny, judge):
     lab = decinb.Lab(tiny)
     images = [render(replace(random_scene_with_house(), layout=layout)) for layout in range(6)]
-    for estimate in (lab.adherence(images), lab.spread(images), lab.mean(decinb.oversaturated, images)):
+    brightest = lab.mean(lambda image: float(max(image.convert("L").getextrema())), images)  # far above 1
+    for estimate in (lab.adherence(images), lab.spread(images), lab.mean(decinb.oversaturated, images), brightest):
         assert estimate["low"] <= estimate["value"] <= estimate["high"]
     assert lab.spread(images)["low"] < lab.spread(images)["value"]
     assert lab.spread([lab.image] * 3)["value"] == 0
