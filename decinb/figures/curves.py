@@ -72,6 +72,8 @@ def plot_curves(
                 ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         ax.set(xlabel=xlabel, ylabel=label, ylim=(0, None))
         ax.margins(y=0.1)
+        if all(isinstance(value, int) for value in x):
+            ax.xaxis.get_major_locator().set_params(integer=True)  # no tick between two links or two rows
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         if len(curves) > 1:

@@ -46,6 +46,11 @@ def test_an_unknown_measure_is_left_out_and_never_a_blank_panel(shown, capsys):
     assert len(shown) == 1 and "cannot be measured for this model" in capsys.readouterr().out
 
 
+def test_numbers_of_links_have_no_ticks_between_them(shown):
+    decinb.plot_curves([0, 1, 2], {"kept": [0.3, 0.2, 0.1]}, "link")
+    assert all(tick == int(tick) for tick in shown[0][0].axes[0].get_xticks())
+
+
 def test_bars_have_intervals_and_maps_have_numbers(shown):
     points = [estimates.fraction([True] * k + [False] * (10 - k)) for k in (2, 9)]
     decinb.plot_bars(["trees", "a lake"], {"without": points, "with": points[::-1]}, "fraction of images")
