@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from decinb.errors import InputError
+from decinb.errors import InputError, reason
 from decinb.loading import is_here
 from decinb.models import MODELS, Model
 from decinb.utils.device import choose_device, choose_dtype
 from decinb.utils.environment import versions
+from decinb.utils.files import write_atomically
 from decinb.utils.memory import total_memory
 
 PACKAGES = ("decinb", "torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "safetensors", "Pillow")
@@ -43,12 +44,14 @@ def copy_notebooks(folder: str | Path) -> list[Path]:
     if not found:
         raise InputError("this installation of decinb has no notebooks: install its wheel")
     folder = Path(folder)
-    if there := [name for name in found if (folder / name).exists()]:
+    inside = {Path(name).parent for name in found} - {Path()}
+    links = [str(one) for one in inside if (folder / one).is_symlink()]
+    if there := [name for name in found if os.path.lexists(folder / name)] + links:
         raise InputError(f"folder: {folder} already has {', '.join(there)}; give another folder")
     for name, file in found.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         text = file.read_text(encoding="utf-8").replace("](../docs/maps/", "](maps/")
-        (folder / name).write_text(text, encoding="utf-8")
+        write_atomically(folder / name, text.encode())
     return [folder / name for name in found if "/" not in name]
 
 
@@ -65,6 +68,8 @@ def main() -> None:
         copied = copy_notebooks(arguments.folder)
     except InputError as error:
         parser.exit(1, f"{error}\n")
+    except OSError as error:
+        parser.exit(1, f"{arguments.folder} cannot be written: {reason(error)}\n")
     print(f"{len(copied)} notebooks and their solutions copied to {arguments.folder}")
 
 

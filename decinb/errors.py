@@ -9,12 +9,16 @@ import traceback
 from pathlib import Path
 
 MAX_REASON = 400  # characters of another library's message that one of ours repeats
+MAX_MESSAGE = 4_000  # characters of a message; some repeat what a file or a server says
 
 
 class _TwoLines(Exception):
-    """An error that IPython shows in two lines."""
+    """An error that IPython shows in two lines. Its message is one line, without control characters."""
 
     _was_shown = False
+
+    def __init__(self, message: str = ""):
+        super().__init__(_printable(message))
 
     def _render_traceback_(self) -> list[str]:
         """Return the lines that IPython shows: two the first time, the whole traceback after that, for ``%tb``."""
@@ -58,6 +62,14 @@ def reason(error: BaseException) -> str:
     if len(text) > MAX_REASON:
         text = f"{text[: MAX_REASON // 2]}…{text[-MAX_REASON // 2 :]}"
     return text if " " in text else f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _printable(message: str) -> str:
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE // 2]}…{message[-MAX_MESSAGE // 2 :]}"
+    if message.isprintable():
+        return message
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in message)
 
 
 def _user_line(error: BaseException) -> traceback.FrameSummary | None:

@@ -48,6 +48,9 @@ MAX_PIXELS = 64_000_000  # more than a phone photo; checked in the header, befor
 MAX_FILE = 250_000_000  # bytes, of that many pixels without compression
 MAX_SAVED_PIXELS = 4 * MAX_SIDE**2  # of an image that decinb saved; an upscaler makes more than MAX_SIDE a side
 MAX_SAVED_FILE = 64_000_000  # bytes, of that many pixels without compression, and an input
+MAX_PARTS = 100_000  # chunks of a PNG; a large photo has some thousands
+MAX_SCANS = 100  # of a JPEG, each of which goes over all pixels; programs write about ten
+MAX_CONTAINERS = 20_000  # lists and dicts in a record; the longest chain has some thousands
 MAX_BATCH = 1000  # images in one call
 ROUNDING = 1e-4  # floats may lie this far below 0 or above 1
 MAX_ASPECT = 4  # models are not trained on longer images
@@ -96,6 +99,7 @@ def read_image(source: Source, size: int | None = None, allow_private: bool = Fa
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about many pixels, which are limited below, and about damaged EXIF
+            _check_parts(data)
             image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(data), formats=FORMATS)
             return _upright_rgb(image, name)
     except UnidentifiedImageError:
@@ -232,13 +236,17 @@ def read_saved(path: str | Path) -> Saved:
     try:
         with open_regular(validation.path(path, "path"), MAX_SAVED_FILE) as file:
             data = file.read()
+        _check_parts(data)
         sealed = _has_seal(data)
         with _open(io.BytesIO(data), "PNG") as image:
             del data  # a large file and its pixels need not be in memory together
             if image.width * image.height > MAX_SAVED_PIXELS:
                 raise ValueError("it has too many pixels")
             image.load()
-            record = parse_json(image.text[RECORD])
+            text = image.text[RECORD]
+            if text.count("{") + text.count("[") > MAX_CONTAINERS:
+                raise ValueError("the record has too many parts")
+            record = parse_json(text)
             if not isinstance(record, dict):
                 raise ValueError("the record is not a dict")
             own = {chunk[0]: chunk[1] for chunk in image.private_chunks}
@@ -336,6 +344,19 @@ def _looks_like(data: bytes) -> str:
     return ": it is a web page" if start.startswith((b"<!doctype html", b"<html")) else ""
 
 
+def _check_parts(data: bytes) -> None:
+    """Refuse a PNG or JPEG file of very many parts, which take long to read however few its pixels are."""
+    if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise ValueError(f"it has {scans:,} scans, and at most {MAX_SCANS} are allowed")
+    if data.startswith(b"\x89PNG"):
+        start = 8
+        for _ in range(MAX_PARTS):
+            start += 12 + int.from_bytes(data[start : start + 4])  # length, type and checksum around the content
+            if start >= len(data):
+                return
+        raise ValueError(f"it has more than {MAX_PARTS:,} chunks")
+
+
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -386,7 +407,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
         return (values.clip(0, 1) * 255).round().astype(np.uint8)
     if low < 0 or high > 65535:
         raise InputError(f"image of integers must be from 0 to 255, or to 65535, got {low} to {high}")
-    deep = high > 255 or values.dtype.itemsize == 2
+    deep = high > 255 or values.dtype == np.uint16
     return (values // 257 if deep else values).astype(np.uint8)
 
 

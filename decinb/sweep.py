@@ -28,7 +28,7 @@ from decinb.images import Source
 from decinb.sampling.adapters import adapter_of
 from decinb.sampling.base import Adapter
 from decinb.utils import validation
-from decinb.utils.files import write_atomically
+from decinb.utils.files import write_output
 from decinb.utils.labels import ARGUMENTS, SELECTABLE, spreadsheet_cell
 from decinb.utils.locks import pipeline_lock
 
@@ -91,9 +91,8 @@ class Sweep:
     def to_csv(self, file: str | Path) -> Path:
         """Write the records as a UTF-8 CSV file with a header and one row per image; return its path."""
         file = validation.file(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
         text = self.to_dataframe().map(spreadsheet_cell).rename(columns=spreadsheet_cell).to_csv(index=False)
-        write_atomically(file, text.encode())
+        write_output(file, text.encode())
         return file
 
     def plot(self, *args: Any, **kwargs: Any) -> None:
@@ -141,9 +140,8 @@ class Sweep:
             InputError: the sweep is empty, or scores do not fit its images.
         """
         file = validation.file(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
         fragment = viewer.viewer(self.images, self.records, self.image, scores, lossless=True)
-        write_atomically(file, viewer.page(self.prompt or file.stem, fragment).encode())
+        write_output(file, viewer.page(self.prompt or file.stem, fragment).encode())
         return file
 
 
@@ -358,7 +356,7 @@ def _start(
     store = None if folder is None else Store(validation.folder(folder))
     with pipeline_lock(adapter.pipe):  # for planning too, which reads the scheduler
         results = Results(make_plan(adapter, cells, given, guidance_rescale, store), store)
-        return Steps(Runner(adapter, results, max_rows, progress, show), results)
+        return Steps(Runner(results, max_rows, progress, show), results)
 
 
 def _describe_stop(results: Results) -> str:

@@ -22,11 +22,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
     DPTImageProcessor,
-    FeatureExtractionMixin,
-    ImageProcessingMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProcessorMixin,
 )
 
 from decinb.checkpoints import hub
@@ -50,14 +47,32 @@ DECIDIFFUSION: dict[str, type] = {
 }
 """The components of DeciDiffusion. Its own index refers to code in its repository, so it is not read."""
 
-PROCESSORS = (PreTrainedTokenizerBase, ImageProcessingMixin, FeatureExtractionMixin, ProcessorMixin)
-ALLOWED_CLASSES = (ModelMixin, PreTrainedModel, SchedulerMixin, *PROCESSORS)
+ALLOWED_CLASSES = (ModelMixin, PreTrainedModel, SchedulerMixin)
 """Base classes of a component. transformers' Auto classes have none of these: they can load code from a repository."""
+
+PROCESSORS = {
+    "BertTokenizer",
+    "CLIPTokenizer",
+    "GemmaTokenizer",
+    "LlamaTokenizer",
+    "Qwen2Tokenizer",
+    "T5Tokenizer",
+    "XLMRobertaTokenizer",
+    "BlipImageProcessor",
+    "CLIPImageProcessor",
+    "DPTImageProcessor",
+    "SiglipImageProcessor",
+    "ViTImageProcessor",
+}
+"""The tokenizers and image processors that are loaded, also as ``...Fast`` and ``...Pil``. Others open files that theirs name."""
 
 SIZED = (CLIPImageProcessor, DPTImageProcessor)  # image processors whose numbers are all sizes of images, or small
 MAX_CONFIG = 500_000  # bytes of a configuration; libraries copy one several times
 MAX_PIXELS = 8192  # height and width that a configuration may name
 MAX_LEVELS = 8  # of a network that halves the size of its input from level to level
+MAX_COUNT = 10_000  # of layers, heads or labels: lists of them are made before a network is
+MAX_NUMBER = 1_000_000  # in a configuration of diffusers, where only sizes are large
+MAX_SPECIAL_TOKENS = 1_000  # of a tokenizer, which compares each with all others
 
 
 @dataclass(frozen=True)
@@ -225,8 +240,18 @@ def _try_without_memory(cls: type, where: Path) -> None:
 def _without_weights(name: str, component: Component, where: Path) -> Any:
     """Return a tokenizer or an image processor."""
     with as_model_error(f"{name}: cannot be loaded from {where}"):
+        config = read_json(where / Path(component.files[0]).name)
+        for key, value in _entries(config):
+            if problem := _problem(key, value):
+                raise ModelError(f"{name}: {where} asks for {problem}")
+            if "special_tokens" in key or key in ("added_tokens_decoder", "extra_ids"):
+                most = len(value) if isinstance(value, (list, dict)) else validation.largest_number(value)[1]
+                if most > MAX_SPECIAL_TOKENS:
+                    raise ModelError(
+                        f"{name}: {key} in {where} is {most:,}, and at most {MAX_SPECIAL_TOKENS:,} is allowed"
+                    )
         if issubclass(component.cls, SIZED):
-            entry, number = validation.largest_number(read_json(where / Path(component.files[0]).name))
+            entry, number = validation.largest_number(config)
             if number > MAX_PIXELS:
                 shown = validation.short_repr(number)
                 raise ModelError(f"{name}: {entry} in {where} is {shown}, and at most {MAX_PIXELS} is allowed")
@@ -333,16 +358,17 @@ def _class(name: str, library: str, cls: str, where: str) -> type:
         raise ModelError(f"{name}: {where} asks for {cls!r} of {library!r}, not a part of diffusers: {NO_REMOTE_CODE}")
     with quiet():
         # Image processors were called feature extractors when older models were published.
-        found = getattr(module, cls, None) or getattr(module, cls.replace("FeatureExtractor", "ImageProcessor"), None)
+        newer = cls.replace("FeatureExtractor", "ImageProcessor")
+        found = getattr(module, cls, None) or getattr(module, newer, None)
     if not isinstance(found, type):
         version = (transformers if library == "transformers" else diffusers).__version__
         raise ModelError(
             f"{name}: {where} asks for {cls!r}, which {library} {version} does not have: use a model that it supports"
         )
-    if not issubclass(found, ALLOWED_CLASSES):
+    if not issubclass(found, ALLOWED_CLASSES) and newer.removesuffix("Fast").removesuffix("Pil") not in PROCESSORS:
         raise ModelError(
-            f"{name}: {where} asks for {cls!r} of {library!r}, which is neither a network nor a scheduler, a tokenizer "
-            "or an image processor; use a model that diffusers supports"
+            f"{name}: {where} asks for {cls!r} of {library!r}, which is neither a network nor a scheduler, nor one of "
+            f"the tokenizers and image processors that decinb loads: {', '.join(sorted(PROCESSORS))}"
         )
     return found
 
@@ -386,6 +412,10 @@ def _check_network(files: Files, folder: str, cls: type) -> None:
     for key, value in _entries(config):
         if problem := _problem(key, value):
             raise ModelError(f"{folder}: {files.where} asks for {problem}")
+    entry, number = validation.largest_number(config) if issubclass(cls, ModelMixin) else ("", 0)
+    if number > MAX_NUMBER:
+        shown = validation.short_repr(number)
+        raise ModelError(f"{folder}: {entry} of {files.where} is {shown}, and at most {MAX_NUMBER:,} is allowed")
     if f"{folder}/adapter_config.json" in files.names:  # transformers would load the base model that it names
         raise ModelError(
             f"{folder}: {files.where} holds an adapter, not a model: load its base model, then add the adapter with "
@@ -400,6 +430,10 @@ def _problem(key: str, value: Any) -> str | None:
         return f"code from the hub, {shown}, which decinb does not run"
     if (key == "backbone" and value) or (key in ("use_timm_backbone", "use_pretrained_backbone") and value is True):
         return f"another model, {key} {shown}: save it with that model inside"
+    if key.endswith("_files") and value:
+        return f"other files of its choice, {key} {shown}: remove this entry"
+    if key.startswith("num_") and validation.largest_number(value)[1] > MAX_COUNT:
+        return f"too much: {key} is {shown}, and at most {MAX_COUNT:,} is allowed"
     if key == "quantization_config" and value:
         return "quantised weights (quantization_config), which decinb does not read: use weights of plain floats"
     if key in ("sample_size", "image_size") and validation.largest_number(value)[1] > MAX_PIXELS:

@@ -28,7 +28,11 @@ GIT_LFS_POINTER = b"version https://git-lfs"
 WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml")
 HEADER_LENGTH_BYTES = 8  # a safetensors file starts with the length of its JSON header
 MAX_HEADER = 10_000_000  # bytes, of about a hundred thousand tensors
-MAX_SMALL_FILE = 50_000_000  # bytes of a file without weights; the largest are the vocabularies of large tokenizers
+MAX_TENSORS = 5_000  # of a weight file; the largest networks have some 2,000
+MAX_SMALL_FILE = 500_000  # bytes of a file without weights
+MAX_VOCABULARY = 50_000_000  # bytes of a large tokenizer's file
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
+WEIGHT_FILES = (".safetensors", ".bin", ".index.json", ".msgpack", ".h5", ".onnx", ".ckpt", ".pt", ".pth")
 
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # as safetensors names them
 NOT_WEIGHTS = ("position_ids", "num_batches_tracked")  # integers that older models hold besides their weights
@@ -45,18 +49,19 @@ def check_folder(component: str, folder: Path) -> None:
     Raises:
         ModelError: it holds a pipe, a device or a very large file; the message names it.
     """
-    with os.scandir(folder) as entries:
-        for entry in entries:
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
             try:
-                status = entry.stat()
+                status = os.stat(path)
             except OSError:  # a broken link
                 continue
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-                raise ModelError(f"{component}: {entry.path} is not an ordinary file; remove it")
-            is_small = entry.name.endswith((".json", ".txt", ".model", ".jinja"))
-            if is_small and stat.S_ISREG(status.st_mode) and status.st_size > MAX_SMALL_FILE:
+                raise ModelError(f"{component}: {path} is not an ordinary file; remove it")
+            limit = MAX_VOCABULARY if name in VOCABULARIES or name.endswith(".model") else MAX_SMALL_FILE
+            if not name.endswith(WEIGHT_FILES) and stat.S_ISREG(status.st_mode) and status.st_size > limit:
                 raise ModelError(
-                    f"{component}: {entry.path} has {status.st_size:,} bytes, and at most {MAX_SMALL_FILE:,} are "
+                    f"{component}: {path} has {status.st_size:,} bytes, and at most {limit:,} are "
                     "allowed; download it again, or use another copy"
                 )
 
@@ -92,7 +97,10 @@ def check_file(component: str, file: Path, repair: str) -> None:
     if header_length > MAX_HEADER:
         raise error(f"is damaged: it announces a header of {header_length:,} bytes")
     with suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
-        expected = HEADER_LENGTH_BYTES + header_length + _data_bytes(file, header_length)
+        count, data_bytes = _count_tensors(file, header_length)
+        if count > MAX_TENSORS:
+            raise error(f"holds {count:,} tensors, and at most {MAX_TENSORS:,} are allowed")
+        expected = HEADER_LENGTH_BYTES + header_length + data_bytes
     if expected is not None and size < expected:
         raise error(f"is truncated: {size:,} of {expected:,} bytes")
     try:
@@ -104,12 +112,13 @@ def check_file(component: str, file: Path, repair: str) -> None:
             raise error(f"has {name} as {kind}, not as floating-point numbers: these are not plain weights")
 
 
-def _data_bytes(file: Path, header_length: int) -> int:
-    """Return how many bytes follow the header, as it says itself."""
+def _count_tensors(file: Path, header_length: int) -> tuple[int, int]:
+    """Return how many tensors a file has, and how many bytes follow its header, as the header says itself."""
     with file.open("rb") as opened:
         opened.seek(HEADER_LENGTH_BYTES)
         header = json.loads(opened.read(header_length))
-    return max((int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0)
+    ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    return len(ends), max(ends, default=0)
 
 
 def _types(file: Path) -> dict[str, str]:

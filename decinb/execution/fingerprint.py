@@ -15,19 +15,23 @@ import hashlib
 import json
 import numbers
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
+from PIL import Image
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from decinb.utils import validation
-from decinb.utils.origins import OURS, is_installed, module_of
+from decinb.utils.origins import OURS, is_installed, module_of, replaced
 
 CHUNK = 2**17  # words of 8 bytes that are hashed at once: they stay in the cache of a processor
 
@@ -77,8 +81,6 @@ NEUTRAL_HOOKS = {  # of accelerate and diffusers: they move tensors between devi
 }
 PLAIN_HOOKS = {"LayerwiseCastingHook", "PeftInputAutocastDisableHook"}  # their attributes say all that they do
 OBSERVER = "transformers.utils.output_capturing"  # its hooks stay after a call that asks for hidden states
-METHODS = ("forward", "__call__", "step", "set_timesteps")
-"""The methods that compute. A function of the user in place of one of them is noted."""
 SAME_ATTENTION = {  # different orders of the same sums
     "AttnProcessor",
     "AttnProcessor2_0",
@@ -87,7 +89,17 @@ SAME_ATTENTION = {  # different orders of the same sums
 }
 
 
-# Those of torch.nn.functional when decinb was imported, to notice a replacement.
+DEFAULT_PRECISION = {
+    "matmul": "highest",
+    "mkldnn.matmul": "ieee",
+    "mkldnn.conv": "ieee",
+    "cuda.matmul": "ieee",
+    "cudnn.conv": "tf32",
+}
+LIBRARIES = (torch, torch.Tensor, nn.functional, np, Image, Image.Image)
+"""What all pipelines compute with. A function of the user in one of these is noted."""
+
+# Those of torch.nn.functional when decinb was imported, to notice one of an installed package in their place.
 _FUNCTIONS = {
     name: one for name, one in vars(nn.functional).items() if isinstance(one, (FunctionType, BuiltinFunctionType))
 }
@@ -117,33 +129,47 @@ def fingerprint(pipe: DiffusionPipeline) -> Fingerprint:
     """Return the hashes of a pipeline, without its scheduler, which records describe by class and configuration."""
     own = {name: value for name, value in vars(pipe).items() if not name.startswith("_")}
     components = {name: own.pop(name, None) for name in sorted(pipe.components)}
-    config = {name: value for name, value in pipe.config.items() if name not in components}
+    config = FrozenDict({name: value for name, value in pipe.config.items() if name not in components})
     # A subclass of one's own may do anything; those of diffusers and decinb share the stages that decide an image.
     custom = type(pipe).__module__.partition(".")[0] not in ("diffusers", OURS)
     parts = {
         **{name: part for name, part in components.items() if not isinstance(part, (SchedulerMixin, type(None)))},
         "pipeline": {**own, "class": type(pipe) if custom else None, "config": config},
+        **({"precision": precision} if (precision := _precision()) else {}),
     }
-    everywhere = [
-        *nn.modules.module._global_forward_pre_hooks.values(),
-        *nn.modules.module._global_forward_hooks.values(),
-    ]
-    hashes, unknown = {}, ["a hook on all modules"] if everywhere else []
-    unknown += [f"another torch.nn.functional.{name}" for name in _patched()]
+    hashes, unknown = {}, _everywhere()
     for name, part in parts.items():
         hasher = _Hasher()
         hasher.add(part, name)
+        if part is parts["pipeline"]:
+            hasher.check_code(type(pipe), name)
         hashes[name] = hasher.digest.hexdigest()[:16]
         unknown += hasher.unknown
     return Fingerprint(hashes, list(dict.fromkeys(unknown)))
 
 
-def _patched() -> list[str]:
-    """Return the functions of ``torch.nn.functional`` that somebody has replaced."""
-    now = vars(nn.functional)
+def _everywhere() -> list[str]:
+    """Return what the user has put in the way of all networks, in words."""
+    hooks = [*nn.modules.module._global_forward_pre_hooks, *nn.modules.module._global_forward_hooks]
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    own = [type(mode).__name__ for mode in modes if not is_installed(type(mode).__module__)]
+    functional = vars(nn.functional)
+    patched = [f"torch.nn.functional.{name}" for name, one in _FUNCTIONS.items() if functional.get(name) is not one]
+    patched += [f"{owner.__name__}.{name}" for owner in LIBRARIES for name in replaced(owner)]
     return [
-        name for name, one in _FUNCTIONS.items() if now.get(name) is not one or not module_of(one).startswith("torch")
+        *(["a hook on all modules"] if hooks else []),
+        *(f"a mode of torch, {name}" for name in own),
+        *(f"another {name}" for name in dict.fromkeys(patched)),
     ]
+
+
+def _precision() -> dict[str, str]:
+    """Return the settings of torch for the precision of float32 sums that are not the default."""
+    found = {"matmul": torch.get_float32_matmul_precision()}
+    for name in DEFAULT_PRECISION.keys() - {"matmul"}:  # from torch 2.9 on
+        backend, _, operation = name.partition(".")
+        found[name] = getattr(getattr(getattr(torch.backends, backend), operation, None), "fp32_precision", "none")
+    return {name: found[name] for name in sorted(found) if found[name] not in (DEFAULT_PRECISION[name], "none")}
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -225,6 +251,7 @@ class _Hasher:
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
         self.unknown: list[str] = []
+        self._code: set[type | ModuleType] = set()  # classes and modules that were checked
         self._inside: set[int] = set()  # ids of the objects that are being added, since objects may form circles
 
     def token(self, *words: Any) -> None:
@@ -255,7 +282,7 @@ class _Hasher:
             self._add_module(value, where)
         elif isinstance(value, SchedulerMixin):  # its other attributes are the state of the last call
             self._add_name(type(value), where)
-            self.add(dict(value.config), f"{where}.config")
+            self.add(value.config, f"{where}.config")
         elif isinstance(value, DiffusionPipeline):  # inside a combined pipeline
             self._add_name(type(value), where)
             self.add({name: one for name, one in vars(value).items() if not name.startswith("_")}, where)
@@ -264,7 +291,8 @@ class _Hasher:
         elif isinstance(value, np.ndarray) and value.dtype != object:
             self.token("array", value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).hexdigest())
         elif isinstance(value, Mapping):
-            counted = sorted((key for key in value if key not in BOOKKEEPING), key=str)
+            ignored = BOOKKEEPING if isinstance(value, FrozenDict) else set()  # a configuration
+            counted = sorted((key for key in value if key not in ignored), key=str)
             self._add_names(counted, where)
             for key in counted:
                 self.add(value[key], f"{where}.{key}")
@@ -290,7 +318,7 @@ class _Hasher:
             self.add(value.serialized_model_proto(), where)
         elif type(value).__name__ in SAME_ATTENTION and type(value).__module__.startswith("diffusers."):
             self.token("attention")
-            self._check_methods(type(value), where)
+            self.check_code(type(value), where)
         elif hasattr(value, "__dict__"):
             self._add_name(type(value), where)
             self._add_attributes(value, where, set())
@@ -308,7 +336,7 @@ class _Hasher:
         self.token("names", tuple(map(str, names)))
 
     def _add_attributes(self, value: Any, where: str, ignored: set[str]) -> None:
-        self.add({name: one for name, one in vars(value).items() if name not in ignored}, where)
+        self.add({name: one for name, one in vars(value).items() if name not in ignored | BOOKKEEPING}, where)
 
     def _add_name(self, value: Any, where: str) -> None:
         """Add a class or function of an installed package, by its name; what the user wrote can change."""
@@ -322,24 +350,36 @@ class _Hasher:
         else:
             self.token(module, name)
             if isinstance(value, type):
-                self._check_methods(value, where)
+                self.check_code(value, where)
 
-    def _check_methods(self, cls: type, where: str) -> None:
-        """Note the methods of a class that somebody has replaced."""
-        for name in METHODS:
-            method = getattr(cls, name, None)
-            if isinstance(method, FunctionType) and not is_installed(module_of(method)):
-                self._cannot(where, f"another {cls.__name__}.{name}")
+    def check_code(self, cls: type, where: str) -> None:
+        """Note the functions that the user has replaced in a class and its bases, or in the modules of these."""
+        new = [base for base in cls.__mro__ if base not in self._code and is_installed(base.__module__)]
+        self._code.update(new)
+        owners: list[type | ModuleType] = list(new)
+        for module in {sys.modules[base.__module__] for base in new if base is not object} - self._code:
+            self._code.add(module)
+            owners += [
+                module,
+                *(one for one in vars(module).values() if isinstance(one, type) and is_installed(one.__module__)),
+            ]
+        for owner in dict.fromkeys(owners):
+            for name in replaced(owner):
+                self._cannot(where, f"another {owner.__name__}.{name}")
 
     def _add_function(self, value: Any, where: str) -> None:
         value = getattr(value, "_torchdynamo_orig_callable", value)
         if isinstance(value, functools.partial):
             self.add([value.func, list(value.args), value.keywords], where)
         elif isinstance(value, MethodType):
-            self.token(value.__func__.__qualname__)
+            self._add_name(value.__func__, where)
             self.add(value.__self__, where)
         elif isinstance(value, BuiltinFunctionType) and value.__module__ is None:
             self.token(value.__qualname__)
+        elif "<locals>" in value.__qualname__ and isinstance(value, FunctionType) and is_installed(module_of(value)):
+            self.token(module_of(value), value.__qualname__, value.__code__.co_code.hex())
+            self.add([cell.cell_contents for cell in value.__closure__ or ()], where)
+            self.add([value.__defaults__, value.__kwdefaults__], where)
         else:
             self._add_name(value, where)
 
@@ -410,14 +450,14 @@ class _Hasher:
             elif name not in NEUTRAL_HOOKS:
                 self._cannot(where, f"a hook, {name}")
         ours = type(forward).__module__.partition(".")[0] == OURS  # a runtime: records name one that changes pixels
-        if forward is not None and not ours and not _leads_to(forward, type(module).forward, wrapped=bool(hooks)):
+        if forward is not None and not ours and not _leads_to(forward, module, wrapped=bool(hooks)):
             self._cannot(where, "a forward of its own")
 
 
-def _leads_to(forward: Any, original: Callable, wrapped: bool) -> bool:
+def _leads_to(forward: Any, module: nn.Module, wrapped: bool) -> bool:
     """Return whether a module's ``forward`` is its class's, beneath a compiler and, if ``wrapped``, beneath hooks."""
     while forward is not None:
-        if getattr(forward, "__func__", None) is original:
+        if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
             return True
         of_hooks = wrapped and module_of(forward).partition(".")[0] in ("accelerate", "diffusers")
         beneath = getattr(forward, "__wrapped__", None) if of_hooks else None

@@ -12,7 +12,14 @@ from PIL import Image
 
 from decinb.designs import Cell
 from decinb.errors import InputError
-from decinb.execution.provenance import ImageRecord, distinguish_inputs, image_name, image_record, shared_record
+from decinb.execution.provenance import (
+    ImageRecord,
+    distinguish_inputs,
+    image_name,
+    image_record,
+    pipeline_record,
+    shared_record,
+)
 from decinb.execution.store import Store
 from decinb.images import Source, fit, read_image
 from decinb.sampling.adapters import adapter_of
@@ -34,6 +41,7 @@ class Plan:
         image, prompt: of all cells that do not name their own.
         cells: as they were given.
         records, jobs, cell_calls: of every cell: its record so far, its validated arguments, and its U-Net calls.
+        adapter: of the pipeline.
         found: the files of images that the folder holds already, by key.
         calls: U-Net calls left, if every image were made alone.
         rows: rows left in these calls; guidance takes two per call.
@@ -48,6 +56,7 @@ class Plan:
     records: list[ImageRecord]
     jobs: list[Job]
     cell_calls: list[int]
+    adapter: Adapter
     found: dict[str, Path]
     calls: int
     rows: int
@@ -142,9 +151,10 @@ def make_plan(
         timed: time two U-Net calls to estimate the seconds.
     """
     inputs = _Inputs()
-    rescale = adapter.guidance_rescale(guidance_rescale)
     jobs = _cells_to_jobs(adapter, cells, given, inputs)
-    records = _jobs_to_records(adapter, cells, jobs, rescale, [inputs.describe(job.image) for job in jobs])
+    adapter, made_by = examine(adapter)
+    shared = shared_record(made_by, adapter.guidance_rescale(guidance_rescale))
+    records = _jobs_to_records(adapter, cells, jobs, shared, [inputs.describe(job.image) for job in jobs])
     calls = adapter.count_calls(jobs)
     found = {key: path for key, (path, _) in store.find(records).items()} if store else {}
     missing = list({record["key"]: i for i, record in enumerate(records) if record["key"] not in found}.values())
@@ -157,6 +167,7 @@ def make_plan(
         records=records,
         jobs=jobs,
         cell_calls=calls,
+        adapter=adapter,
         found=found,
         calls=sum(calls[i] for i in missing),
         rows=rows,
@@ -165,6 +176,12 @@ def make_plan(
         bytes=sum(3 * math.prod(records[i]["image_size"]) for i in missing),
         notes=_warn_and_note(adapter, cells, jobs, records, len(missing)),
     )
+
+
+def examine(adapter: Adapter) -> tuple[Adapter, ImageRecord]:
+    """Return the record of an adapter's pipeline, and a sequential adapter if the record lists unknown code."""
+    made_by = pipeline_record(adapter.pipe)
+    return adapter_of(adapter.pipe, made_by["unknown"][0]) if made_by["unknown"] else adapter, made_by
 
 
 # --- from cells to jobs -----------------------------------------------------------------------------------------------
@@ -259,10 +276,13 @@ def make_job(arguments: Mapping[str, Any], image: Image.Image | None, where: str
 
 
 def _jobs_to_records(
-    adapter: Adapter, cells: Sequence[Cell], jobs: Sequence[Job], guidance_rescale: float, inputs: Sequence[ImageRecord]
+    adapter: Adapter,
+    cells: Sequence[Cell],
+    jobs: Sequence[Job],
+    shared: ImageRecord,
+    inputs: Sequence[ImageRecord],
 ) -> list[ImageRecord]:
     """Return the record of each image, as far as it is known before the image is made."""
-    shared = shared_record(adapter.pipe, guidance_rescale)
     truncated_text = lru_cache(None)(adapter.truncated_text)
     records = []
     for cell, job, source in zip(cells, jobs, inputs, strict=True):

@@ -118,9 +118,9 @@ def image_record(
     return record | {"key": record_key(record)}
 
 
-def shared_record(pipe: DiffusionPipeline, guidance_rescale: float) -> ImageRecord:
-    """Return what the records of all images of a sweep have in common."""
-    return {"guidance_rescale": guidance_rescale, **pipeline_record(pipe), "versions": versions()}
+def shared_record(made_by: ImageRecord, guidance_rescale: float) -> ImageRecord:
+    """Return what the records of all images of a sweep have in common; ``made_by`` is the pipeline's record."""
+    return {"guidance_rescale": guidance_rescale, **made_by, "versions": versions()}
 
 
 def chain_records(
@@ -277,6 +277,7 @@ def mismatch(saved: Saved) -> str | None:
     if wrong := _malformed(record):
         return wrong
     try:
+        json.dumps(record, ensure_ascii=False).encode()  # fails for text that is not valid Unicode
         if saved.input_image is not None and image_hash(saved.input_image) != record["image_hash"]:
             return "the input image in it is another one than the record names"
         if saved.sealed and image_hash(saved.image) != record[OUTPUT_HASH]:
@@ -294,6 +295,12 @@ def _malformed(record: ImageRecord) -> str | None:
         for name, types in TYPES.items() if isinstance(part, dict) else ():
             if name in part and not isinstance(part[name], types):
                 return f"the record is damaged: {name} is {validation.short_repr(part[name])}"
+        for name in ("prompt", "negative_prompt"):
+            if isinstance(part, dict) and part.get(name) is not None:
+                try:
+                    validation.text(part[name], name)
+                except InputError as error:
+                    return f"the record is damaged: {error}"
     return None
 
 

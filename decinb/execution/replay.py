@@ -10,7 +10,7 @@ from PIL import Image
 
 from decinb.errors import InputError, ModelError, reason
 from decinb.execution.chains import MAX_LINKS, Link, read_links, run_calls
-from decinb.execution.plan import make_job
+from decinb.execution.plan import examine, make_job
 from decinb.execution.provenance import (
     CHAIN,
     IMAGE_FIELDS,
@@ -77,7 +77,7 @@ def _replay_cell(path: str | Path, saved: Saved, pipe: DiffusionPipeline | None)
     if pipe is None:
         task = TEXT_TO_IMAGE if image is None else IMAGE_TO_IMAGE
         pipe = _load(known_model(record, name), record.get("dtype"), task)
-    adapter = adapter_of(pipe)
+    adapter, _ = examine(adapter_of(pipe))
     job = make_job(record, image, where)
     adapter.check_image(image)
     if adapter.key_parts(job) != record.get("decides", adapter.key_parts(job)):

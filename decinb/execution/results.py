@@ -1,5 +1,6 @@
 """The results of a sweep in progress: each image goes to every cell that asked for it, and to the folder."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -90,6 +91,14 @@ class Results:
         made = (round(result.seconds, 3), result.blacked_out, image_hash(result.image.convert("RGB")))
         self._take(key, result.image, dict(zip(MADE, made, strict=True)))
         return True
+
+    def discard(self, keys: Iterable[str]) -> None:
+        """Remove images, also from the folder."""
+        for i in [i for key in keys for i in self.cells_of[key]]:
+            source, _ = self._finished.pop(i, (None, None))
+            if isinstance(source, Path):
+                with suppress(OSError):
+                    source.unlink(missing_ok=True)
 
     def save_again(self) -> None:
         """Save what could not be saved: a full disk may have room again, a drive may be back, an interrupt is over.

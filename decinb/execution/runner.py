@@ -17,10 +17,11 @@ from decinb.execution.store import open_image
 from decinb.figures.live import LiveGrid, progress_bar
 from decinb.figures.preview import Preview
 from decinb.runtimes.openvino import precision
-from decinb.sampling.base import Adapter
 from decinb.sampling.jobs import Progress, Result, Step
 from decinb.utils import validation
 from decinb.utils.locks import pipeline_lock
+
+SELDOM = 30  # a pipeline is compared in full after this many times the seconds that comparing takes, and at the end
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,14 @@ def is_shared() -> bool:
         InputError: the environment variable ``WORLD_SIZE`` is not a number, or is left over from a launcher.
     """
     given = os.environ.get("WORLD_SIZE") or "1"
-    if not given.isdecimal():
-        raise InputError(f"WORLD_SIZE in the environment must be a number of processes, got {given!r}: unset it")
+    for name, value in (("WORLD_SIZE", given), ("RANK", os.environ.get("RANK") or "0")):
+        if not (value.isdecimal() and len(value) < 7):
+            shown = validation.short_repr(value)
+            raise InputError(f"{name} in the environment must be a number of processes, got {shown}: unset it")
     if int(given) > 1 and not os.environ.get("RANK"):
         raise InputError(f"WORLD_SIZE is {given} in the environment, but RANK is not set: no launcher runs; unset it")
+    if int(given) > 1 and int(os.environ["RANK"]) >= int(given):
+        raise InputError(f"RANK is {os.environ['RANK']} in the environment, but WORLD_SIZE is {given}: unset both")
     return int(given) > 1
 
 
@@ -89,20 +94,21 @@ class Runner:
     """Computes the images of a plan that are not finished.
 
     Args:
-        adapter: of the pipeline.
         results: of the plan, where images go, even if the run is interrupted or fails.
         max_rows: the most rows in a U-Net call; None chooses for the device.
         progress: show a bar.
         show: show a grid that fills, in a notebook.
     """
 
-    def __init__(self, adapter: Adapter, results: Results, max_rows: int | None, progress: bool, show: bool):
-        self.adapter, self.results, self.plan = adapter, results, results.plan
+    def __init__(self, results: Results, max_rows: int | None, progress: bool, show: bool):
+        self.results, self.plan, self.adapter = results, results.plan, results.plan.adapter
         self.max_rows, self.progress = max_rows, progress
         self._calls: dict[int, int] = {}  # U-Net calls made for each cell that was started
         self._pending: list[tuple[str, Result]] = []  # results of the last step that have not been added yet
-        self._preview = Preview(adapter, self.plan.image) if adapter.exposes_latents else None
-        self._stamp = stamp(adapter.pipe)  # of the pipeline that the plan describes
+        self._preview = Preview(self.adapter, self.plan.image) if self.adapter.exposes_latents else None
+        self._stamp = stamp(self.adapter.pipe)  # of the pipeline that the plan describes
+        self._new: list[str] = []  # keys of images made since the pipeline was last compared in full
+        self._compared, self._comparing = perf_counter(), 0.0  # when that was, and the seconds that it took
         self._grid: LiveGrid | None = None
         if show:
             with self._only_display():
@@ -125,7 +131,7 @@ class Runner:
                     if store is not None and (unknown := unknown_parts(self.plan.records[0])):
                         print(f"decinb: {unknown[0]} cannot be compared, so every image is computed again")
                 yield self._load_saved()  # now, because waiting for the folder may have changed it
-                self._check_unchanged(scheduler=True)
+                self._check_unchanged()
                 missing = self.results.missing
                 if missing and self.adapter.note and is_first():
                     print(f"decinb: {self.adapter.note}")
@@ -158,13 +164,15 @@ class Runner:
         with progress_bar(len(jobs), total_rows, self.progress) as bar:
             try:
                 for step in steps:
-                    if step.results:
-                        self._check_unchanged()
                     rows_done += step.rows
                     left = (total_rows - rows_done) * (perf_counter() - started) / rows_done if rows_done else None
                     states = self._take(step, keys, calls, left)
+                    if step.results:
+                        due = perf_counter() - self._compared >= SELDOM * self._comparing
+                        self._check_unchanged(in_full=due)
                     bar.advance(step.rows, len(step.results))
                     yield states
+                self._check_unchanged(in_full=bool(self._new))
             except (KeyboardInterrupt, GeneratorExit):  # what is fully denoised by then is still decoded and kept
                 with suppress(KeyboardInterrupt):
                     self._take_pending()
@@ -172,6 +180,7 @@ class Runner:
                     while True:
                         self._take(step, keys, calls, None)
                         step = next(steps)
+                self._check_unchanged(in_full=bool(self._new))
                 raise
 
     def _take(self, step: Step, keys: Sequence[str], calls: Sequence[int], seconds_left: float | None) -> list[State]:
@@ -199,6 +208,7 @@ class Runner:
         while self._pending:
             key, result = self._pending.pop(0)
             if self.results.add(key, result):
+                self._new.append(key)
                 self._show(key, result.image)
 
     def _load_saved(self) -> list[State]:
@@ -214,26 +224,30 @@ class Runner:
         """Return the number of the first cell that an image is for."""
         return self.results.cells_of[key][0]
 
-    def _check_unchanged(self, scheduler: bool = False) -> None:
+    def _check_unchanged(self, in_full: bool = False) -> None:
         """Refuse a pipeline that was changed after planning: its images would be saved as those of the one planned.
 
         Args:
-            scheduler: compare the configuration of its scheduler too. Once a run has begun, it uses copies.
+            in_full: compare every weight and setting, and not only what the stamp and the scheduler show. That does
+                not help where a pipeline has parts that cannot be compared: its images are made again every time.
 
         Raises:
-            InputError: it was changed.
+            InputError: it was changed. Images that were made since the last full comparison are discarded.
         """
-        pipe, planned = self.adapter.pipe, self.plan.records[0]
-        found = {"dtype": precision(pipe)}
-        if scheduler:
-            found["scheduler_config"] = scheduler_config(pipe.scheduler)
-        if (now := stamp(pipe)) != self._stamp:
-            self._stamp, found["weights"] = now, pipeline_record(pipe)["weights"]
+        pipe, planned, started = self.adapter.pipe, self.plan.records[0], perf_counter()
+        found = {"dtype": precision(pipe), "scheduler_config": scheduler_config(pipe.scheduler)}
+        if (in_full and not unknown_parts(planned)) or stamp(pipe) != self._stamp:
+            found["weights"] = pipeline_record(pipe)["weights"]
+            self._stamp, self._compared = stamp(pipe), perf_counter()
+            self._comparing = self._compared - started
         if changed := [name for name, value in found.items() if value != planned[name]]:
+            self.results.discard(self._new)
             raise InputError(
                 f"pipe was changed while its sweep was unfinished ({' and '.join(changed)}): "
-                "what is finished was kept; start the sweep again"
+                "what was finished before was kept; start the sweep again"
             )
+        if "weights" in found:
+            self._new = []
 
     # --- display ---
 

@@ -7,6 +7,7 @@ file proves that it is that image; see ``decinb.images`` and ``mismatch``.
 
 import errno
 import json
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -74,7 +75,7 @@ class Store:
             self.folder = Path(folder).expanduser().absolute()  # also if the working directory changes meanwhile
         except RuntimeError as error:
             raise InputError(f"folder {str(folder)!r} cannot be found: {error}") from error
-        self._in_use = False
+        self._in_use: os.stat_result | None = None  # the folder as it was first used
 
     def path(self, record: ImageRecord) -> Path:
         """Return where a record's image belongs, whether or not it is there."""
@@ -153,10 +154,11 @@ class Store:
 
     def _create(self) -> None:
         """Create the folder, but only once: a folder that was renamed would otherwise be split in two."""
-        if self._in_use and not self.folder.is_dir():
+        if self._in_use is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._in_use = self.folder.stat()
+        elif not self.folder.is_dir() or not os.path.samestat(self._in_use, self.folder.stat()):
             raise FileNotFoundError(errno.ENOENT, "it was renamed or deleted while it was in use")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._in_use = True
 
     def _is_outdated(self, name: str) -> bool:
         """Return whether a listed file was saved by an earlier version of decinb."""

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from decinb.errors import InputError, reason
+from decinb.errors import InputError
 from decinb.figures.layout import CellValues, Head, Layout, Place
 from decinb.utils import validation
 from decinb.utils.environment import in_notebook
-from decinb.utils.files import write_atomically
+from decinb.utils.files import write_output
 from decinb.utils.labels import printable, wrap
 
 if TYPE_CHECKING:
@@ -340,11 +340,7 @@ def _save(figure: Figure, file: Path) -> None:
         raise InputError(f"file must end in one of {', '.join(formats)}, got {validation.short_repr(file.name)}")
     data = io.BytesIO()
     figure.savefig(data, format=ending)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, data.getvalue())
-    except OSError as error:
-        raise InputError(f"file {validation.short_repr(str(file))} cannot be written: {reason(error)}") from error
+    write_output(file, data.getvalue())
 
 
 def as_html(figure: Figure, alt: str = "") -> str:

@@ -22,16 +22,15 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from decinb.errors import InputError, ModelError
 from decinb.models import image_size
 from decinb.sampling.base import Adapter, Output
 from decinb.sampling.batched import BatchedAdapter
-from decinb.sampling.jobs import Conditioning, Job, scheduler_changes
+from decinb.sampling.jobs import Conditioning, Job
 from decinb.sampling.sequential import SequentialAdapter
 from decinb.utils import validation
-from decinb.utils.origins import is_installed
 from decinb.utils.quiet import quiet
 
 
@@ -273,14 +272,15 @@ BATCHED: dict[type[DiffusionPipeline], type[BatchedAdapter]] = {
 
 
 DYNAMIC = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
-STAGES = ("__call__", "prepare_latents", "get_timesteps", "prepare_extra_step_kwargs", "decode_latents")
-"""The methods of a pipeline that the adapters do not call, because they do the same for many jobs."""
 
 
-def adapter_of(pipe: DiffusionPipeline) -> Adapter:
+def adapter_of(pipe: DiffusionPipeline, unknown: str | None = None) -> Adapter:
     """Return the adapter of a pipeline: batched for Stable Diffusion and its subclasses, else sequential.
 
-    A pipeline whose user has replaced something that batching relies on is sequential too: see ``must_run_alone``.
+    Args:
+        pipe: the pipeline.
+        unknown: what in it is code of the user, in words. It may treat a row of a batch differently from a call, so the
+            adapter is sequential.
 
     Raises:
         InputError: ``pipe`` is not a diffusers pipeline, or lacks a component.
@@ -291,27 +291,17 @@ def adapter_of(pipe: DiffusionPipeline) -> Adapter:
         if name in pipe.components and pipe.components[name] is None:
             raise InputError(f"pipe.{name} is None: load the pipeline again")
     adapter = next((adapter for cls, adapter in BATCHED.items() if isinstance(pipe, cls)), None)
-    return SequentialAdapter(pipe) if adapter is None or must_run_alone(pipe) else adapter(pipe)
+    unknown = unknown or _mixes_rows(pipe)
+    return SequentialAdapter(pipe, unknown) if adapter is None or unknown else adapter(pipe)
 
 
-def must_run_alone(pipe: DiffusionPipeline) -> bool:
-    """Return whether a user's own code makes a call of the pipeline differ from a row of a batch.
-
-    That is so for a stage or a scheduler's method that was replaced, for a scheduler's table that its configuration
-    does not give, and for layers that mix the rows of a batch: attention processors of one's own, and dynamic
-    quantisation, which takes its range from the whole batch.
-    """
-    stock = next(cls for cls in type(pipe).__mro__ if is_installed(cls.__module__))
-    if any(name in vars(pipe) or getattr(type(pipe), name, None) is not getattr(stock, name, None) for name in STAGES):
-        return True
-    if scheduler_changes(pipe.scheduler):
-        return True
-    for module in pipe.unet.modules():
-        if not is_installed(type(vars(module).get("processor")).__module__):
-            return True
-        if type(module).__module__.startswith(DYNAMIC):
-            return True
-    return False
+def _mixes_rows(pipe: DiffusionPipeline) -> str | None:
+    """Return the layer of a pipeline that lets the rows of a batch change each other; None if there is none."""
+    for name in ("unet", "vae"):
+        for module in pipe.components[name].modules() if isinstance(pipe.components.get(name), nn.Module) else ():
+            if type(module).__module__.startswith(DYNAMIC):
+                return f"{name} (dynamic quantisation, which takes its range from the whole batch)"
+    return None
 
 
 def decode(vae: AutoencoderKL, latents: Tensor, in_full: bool = False) -> Tensor:

@@ -1,10 +1,14 @@
 """The vocabulary of sampling: a job asks for one image, and steps and results report the progress of many."""
 
+import dis
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from types import FunctionType
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from PIL import Image
@@ -43,7 +47,7 @@ class Job:
 
     def schedule(self, like: SchedulerMixin, device: torch.device) -> tuple[SchedulerMixin, Tensor]:
         """Return a new scheduler of the same class and config, and the timesteps it will run, one per U-Net call."""
-        scheduler = type(like).from_config(like.config)
+        scheduler = copy_scheduler(like)
         scheduler.set_timesteps(self.num_inference_steps, device=device)
         begin = self.skipped * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
@@ -51,22 +55,64 @@ class Job:
         return scheduler, scheduler.timesteps[begin:]
 
 
+def copy_scheduler(like: SchedulerMixin) -> SchedulerMixin:
+    """Return a new scheduler of the same class and config.
+
+    ``from_config`` alone gives every setting that was once a default its default again, even if it was changed since.
+    """
+    return type(like).from_config({name: value for name, value in like.config.items() if name != "_use_default_values"})
+
+
 TABLES = ("betas", "alphas_cumprod", "final_alpha_cumprod")  # what a scheduler makes of its configuration
 
 
 def scheduler_changes(scheduler: SchedulerMixin) -> list[str]:
     """Return what of a scheduler its class and configuration do not tell, in words."""
-    own = vars(scheduler)
+    own, changes = vars(scheduler), []
+    with suppress(Exception):  # some cannot be made from their own configuration
+        fresh = vars(copy_scheduler(scheduler))
+        constant = {name for name, value in fresh.items() if _is_plain(value)} - _state(type(scheduler))
+        changes += [
+            f"scheduler.{name}"
+            for name in sorted(constant | set(TABLES) & set(fresh))
+            if not _same(own.get(name), fresh[name])
+        ]
     methods = [
         name for name, value in own.items() if callable(value) and callable(getattr(type(scheduler), name, None))
     ]
-    changes = [f"scheduler.{name} of its own" for name in methods]
-    with suppress(Exception):  # some cannot be made from their own configuration
-        fresh = vars(type(scheduler).from_config(scheduler.config))
-        for name in TABLES:
-            if isinstance(tensor := own.get(name), Tensor) and not torch.equal(tensor.cpu(), fresh[name].cpu()):
-                changes.append(f"scheduler.{name}")
-    return changes
+    return changes + [f"scheduler.{name} of its own" for name in methods]
+
+
+@cache
+def _state(cls: type[SchedulerMixin]) -> set[str]:
+    """Return the attributes that a scheduler's methods set while it runs, after it was made."""
+    methods = [
+        getattr(method, "__wrapped__", method)
+        for base in cls.__mro__
+        for name, method in vars(base).items()
+        if name not in ("__init__", "register_to_config")
+    ]
+    methods += [method.fset for method in methods if isinstance(method, property)]
+    return {
+        instruction.argval
+        for method in methods
+        if isinstance(method, FunctionType)
+        for instruction in dis.get_instructions(method)
+        if instruction.opname == "STORE_ATTR"
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether an attribute is a number, a text, an array or a list of these. What is filled later holds None."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, Tensor, np.ndarray))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, (Tensor, np.ndarray)) and type(one) is type(other):
+        return np.array_equal(torch.as_tensor(one).cpu(), torch.as_tensor(other).cpu())
+    return type(one) is type(other) and bool(one == other)
 
 
 class Conditioning(NamedTuple):

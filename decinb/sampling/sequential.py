@@ -19,13 +19,19 @@ from decinb.utils.quiet import quiet
 
 
 class SequentialAdapter(Adapter):
-    """Any pipeline, used only through its own call. Its latents stay inside the call."""
+    """Any pipeline, used only through its own call. Its latents stay inside the call.
+
+    Args:
+        pipe: the pipeline.
+        why: what keeps it from being batched, in words; None if its class does.
+    """
 
     fixed_scheduler = True
 
-    @property
-    def note(self) -> str:
-        return f"{self.name} is not packed: it makes one image after the other, by its own call"
+    def __init__(self, pipe: DiffusionPipeline, why: str | None = None):
+        super().__init__(pipe)
+        because = f" because of {why}" if why else ""
+        self.note = f"{self.name} is not packed{because}: it makes one image after the other, by its own call"
 
     def call(self, arguments: Mapping[str, Any], generator: torch.Generator) -> Output:
         # Floats, because converting NaN to an 8-bit image would hide it.

@@ -14,6 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from decinb.errors import InputError, reason
+from decinb.utils.validation import short_repr
+
 try:
     import fcntl
 except ImportError:  # Windows, where a file that is open cannot be removed anyway
@@ -67,6 +70,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_output(file: Path, data: bytes) -> None:
+    """Write what the user asked for, completely or not at all; the folder is created.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, data)
+    except OSError as error:
+        raise InputError(f"file {short_repr(str(file))} cannot be written: {reason(error)}") from error
 
 
 def open_regular(path: str | os.PathLike[str], limit: int) -> BinaryIO:

@@ -1,13 +1,16 @@
 """Tell the code of installed packages, which a name identifies, from the user's own, which may change at any time."""
 
 import functools
+import operator
 import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 OURS = "decinb"
+GENERATED = ("namedtuple_", "pybind11_")  # made by Python's collections, and by C++ libraries
 INSTALLED = {"site-packages", "dist-packages"}
 
 
@@ -15,7 +18,7 @@ INSTALLED = {"site-packages", "dist-packages"}
 def is_installed(module: str) -> bool:
     """Return whether a module belongs to Python, to an installed package or to decinb, and not to the user."""
     top = module.partition(".")[0]
-    if top == OURS or top in sys.builtin_module_names:
+    if top == OURS or top in sys.builtin_module_names or top.startswith(GENERATED):
         return True
     file = getattr(sys.modules.get(module), "__file__", None) or getattr(sys.modules.get(top), "__file__", None)
     if top == "__main__" or file is None:
@@ -36,3 +39,29 @@ def module_of(function: Any) -> str:
     function = getattr(function, "__func__", function)
     found = getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", None)
     return found or "builtins"
+
+
+_checked: dict[type | ModuleType, list[Any]] = {}  # what classes and modules held when nothing was found in them
+
+
+def replaced(owner: type | ModuleType) -> list[str]:
+    """Return the names of what the user has put into a class or module of an installed package."""
+    now = list(vars(owner).values())
+    before = _checked.get(owner, [])
+    if len(now) == len(before) and all(map(operator.is_, now, before)):
+        return []
+    found = [name for name, value in vars(owner).copy().items() if _is_foreign(value)]
+    if not found:
+        _checked[owner] = now
+    return found
+
+
+def _is_foreign(value: Any) -> bool:
+    """Return whether a value is a function, a method, a property or a class of the user, or an object of one."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    elif isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, (functools.cached_property, functools.partialmethod)):
+        value = value.func
+    return (callable(value) and not is_installed(module_of(value))) or not is_installed(type(value).__module__)

@@ -20,7 +20,7 @@ from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies, select_proxy
 from urllib3.exceptions import HTTPError
 
-from decinb.errors import InputError
+from decinb.errors import InputError, reason
 from decinb.utils.validation import short_repr
 
 MAX_BYTES = 20_000_000
@@ -180,8 +180,7 @@ def _failure(error: BaseException, name: str, host: str) -> str:
         error = cause
     if isinstance(error, TimeoutError):
         return f"{name}: {host} does not answer"
-    why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return f"{name} could not be fetched from {host}: {' '.join(why.split())}"
+    return f"{name} could not be fetched from {host}: {type(error).__name__}, {reason(error)}"
 
 
 def _shown(url: str) -> str:

@@ -177,7 +177,7 @@ def batch_size(**lengths: int) -> int:
 
 def generators(value: Any, number: int) -> None:
     """Validate sources of random numbers: None, one generator, or a list with one for each image."""
-    several = isinstance(value, (list, tuple))
+    several = isinstance(value, list)
     if value is not None and not all(isinstance(one, torch.Generator) for one in (value if several else [value])):
         raise InputError(
             f"generator must be a torch.Generator such as torch.Generator().manual_seed(7), got {short_repr(value)}"

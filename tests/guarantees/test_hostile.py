@@ -207,13 +207,56 @@ MODEL_ATTACKS = {
     "bitsandbytes": lambda f: change(f / U, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "adapter": lambda f: write_json(f / "text_encoder/adapter_config.json", {"base_model_name_or_path": "acme/base"}),
     "pickle": lambda f: as_pickle(f, "unet"),
+    "labels": lambda f: change(f / T, num_labels=5 * 10**6),
+    "configuration elsewhere": lambda f: (
+        change(f / T, configuration_files=["config.4.0.0.json"]),
+        write_json(f / "text_encoder/config.4.0.0.json", {"attn_implementation": "acme/kernel"}),
+    ),
+    "tokenizer elsewhere": lambda f: change(f / K, fast_tokenizer_files=["../../../outside/tokenizer.4.0.0.json"]),
+    "special tokens": lambda f: change(f / K, extra_special_tokens=[f"<{i}>" for i in range(20_000)]),
+    "special tokens map": lambda f: (f / "tokenizer/special_tokens_map.json").write_text("[" + "{}," * 10**6 + "{}]"),
+    "tokenizer of bytes": lambda f: (
+        change(f / "model_index.json", tokenizer=["transformers", "ByT5Tokenizer"]),
+        change(f / K, extra_ids=20_000),
+    ),
+    "sparse template": lambda f: (
+        (f / "tokenizer/additional_chat_templates").mkdir(),
+        sparse(f / "tokenizer/additional_chat_templates/x.jinja", 2**33),
+    ),
+    "feature extractor for sound": lambda f: (
+        change(f / "model_index.json", feature_extractor=["transformers", "WhisperFeatureExtractor"]),
+        (f / "feature_extractor").mkdir(),
+        write_json(f / "feature_extractor/preprocessor_config.json", {"feature_size": 20_000, "n_fft": 20_000}),
+    ),
+    "processor with code": lambda f: (
+        with_code(f),
+        change(f / "model_index.json", feature_extractor=["transformers", "CLIPProcessor"]),
+        shutil.copytree(f / "tokenizer", f / "feature_extractor"),
+        change(f / "feature_extractor/tokenizer_config.json", auto_map={"AutoTokenizer": ["decoy.D", "decoy.D"]}),
+        write_json(f / "feature_extractor/preprocessor_config.json", {}),
+    ),
+    "layers of another encoder": lambda f: (
+        change(f / "model_index.json", text_encoder=["transformers", "Qwen2Model"]),
+        change(f / T, num_hidden_layers=3 * 10**7),
+    ),
+    "tables": lambda f: (
+        change(f / "model_index.json", unet=["diffusers", "Lumina2Transformer2DModel"]),
+        write_json(f / U, {"_class_name": "Lumina2Transformer2DModel", "axes_lens": [2 * 10**7, 8, 8]}),
+    ),
+    "empty tensors": lambda f: header(
+        weights(f, "vae"),
+        json.dumps({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(140_000)}),
+    ),
     "other name": lambda f: change(f / T, _name_or_path="acme/other", base_model_name_or_path="acme/other"),
 }
 
 
 CASES = {
     "H1": ("vocabulary", "text layers", "unet layers", "vae levels", "timesteps", "sparse header"),
-    "H2": ("code in the index", "attention kernel", "adapter", "shards elsewhere"),
+    "H2": (
+        *("code in the index", "attention kernel", "adapter", "shards elsewhere"),
+        *("configuration elsewhere", "tokenizer elsewhere", "processor with code"),
+    ),
     "H3": ("int8", "int64", "bool", "fp8"),
 }
 
@@ -381,6 +424,9 @@ RECORD_ATTACKS = {
     "steps": lambda r: {"num_inference_steps": 10**9},
     "prompt": lambda r: {"prompt": "x" * 10**6},
     "prompt as a list": lambda r: {"prompt": ["a"] * 1000},
+    "prompt as a number": lambda r: {"prompt": 5},
+    "half of a character": lambda r: {"negative_prompt": "\ud800"},
+    "many parts": lambda r: {"unused": [{}] * 200_000},
     "rescale": lambda r: {"guidance_rescale": "x"},
     "no image": lambda r: {"image": None},
 }
@@ -415,7 +461,16 @@ def test_a_record_of_a_very_long_chain(jail, tmp_path, chain, happened):
     happened("H4", message)
 
 
+def many_chunks(path: Path) -> None:
+    """Write a PNG with a million and a half empty chunks."""
+    SMALL.save(path)
+    data = path.read_bytes()
+    empty = bytes(4) + b"prVt" + struct.pack(">I", zlib.crc32(b"prVt"))
+    path.write_bytes(data[:33] + empty * 1_500_000 + data[33:])
+
+
 FILES = {
+    "many chunks": many_chunks,
     "giant": lambda path: write(path, {}, Image.new("1", (13_000, 13_000)), b""),
     "long": lambda path: write(path, {}, Image.new("1", (2**20, 64)), b""),
     "deep": lambda path: write(path, "[" * 10**5, inside=b""),

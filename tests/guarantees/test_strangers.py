@@ -1,5 +1,6 @@
 """What an outsider tried who had not read the other tests: each attempt here once succeeded."""
 
+import copy
 import functools
 import json
 import os
@@ -8,18 +9,22 @@ import sys
 import threading
 import time
 from importlib import reload
+from types import MethodType
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as img2img
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 import decinb
 from decinb import InputError, Link, load_sweep, replay, run_chain, run_sweep, steps
 from decinb.images import read_record, read_saved, save_image
-from decinb.sampling.adapters import adapter_of
 
 silu = torch.nn.functional.silu
 PROMPT = "a red house at night"
@@ -108,13 +113,182 @@ def test_a_sweep_makes_what_a_call_makes_whatever_was_replaced(pipe, change):
         assert levels(image, alone) <= 1
 
 
+def half(function):
+    """Return a function that halves what another returns, as the user might write it."""
+
+    def halved(*args, **kwargs):
+        return function(*args, **kwargs) * 0.5
+
+    return halved
+
+
+REPLACED = [
+    (torch.nn.Conv2d, "_conv_forward"),
+    (torch.nn.SiLU, "forward"),
+    (torch, "randn"),
+    (diffusers.image_processor.VaeImageProcessor, "preprocess"),
+    (DiagonalGaussianDistribution, "sample"),
+    (diffusers.DDIMScheduler, "add_noise"),
+    (diffusers.StableDiffusionImg2ImgPipeline, "prepare_latents"),
+    (img2img, "retrieve_latents"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), REPLACED, ids=lambda one: one if isinstance(one, str) else one.__name__)
+def test_what_is_replaced_in_a_class_or_a_module_is_seen(pipe, tmp_path, monkeypatch, owner, name):
+    sweep(pipe, tmp_path)
+    monkeypatch.setattr(owner, name, half(getattr(owner, name)))
+    assert_fresh(pipe, tmp_path)
+    for cell, image in zip(CELLS, sweep(pipe).images, strict=True):
+        alone = pipe(PROMPT, IMAGE, generator=torch.Generator().manual_seed(0), **cell).images[0]
+        assert levels(image, alone) <= 1
+
+
+class Halved(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return out * 0.5 if function is torch.nn.functional.silu else out
+
+
+def test_a_mode_of_torch_and_the_precision_of_sums_are_seen(pipe, tmp_path):
+    made = sweep(pipe, tmp_path)
+    with Halved():
+        assert_fresh(pipe, tmp_path)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert sweep(pipe, tmp_path).records[0]["key"] != made.records[0]["key"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert sweep(pipe, tmp_path).records[0]["key"] == made.records[0]["key"]
+
+
+def bound_method(pipe):
+    own = MethodType(lambda vae, *args, **kwargs: (AutoencoderKL.decode(vae, *args, **kwargs)[0] * 0.5,), pipe.vae)
+    pipe.vae.decode = own
+
+
+def forward_of_another(pipe):
+    other = copy.deepcopy(pipe.unet.conv_out)
+    with torch.no_grad():
+        other.weight.mul_(0.5)
+    pipe.unet.conv_out.forward = torch.nn.Conv2d.forward.__get__(other)
+
+
+def attribute_of_the_scheduler(pipe):
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.disable_corrector = [0, 1]
+
+
+def setting_in_place(pipe):
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.register_to_config(solver_order=1)
+
+
+def mean_of_the_batch(pipe):
+    pipe.unet.register_forward_hook(lambda module, given, made: (made[0] - made[0].mean(0, keepdim=True),))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [bound_method, forward_of_another, attribute_of_the_scheduler, setting_in_place, mean_of_the_batch],
+)
+def test_a_sweep_of_a_changed_pipeline_is_that_of_its_calls(pipe, tmp_path, change):
+    cells = [{**cell, "num_inference_steps": 4} for cell in CELLS]
+    sweep(pipe, tmp_path, cells)
+    change(pipe)
+    fresh, resumed = sweep(pipe, cells=cells), sweep(pipe, tmp_path, cells)
+    for cell, image, again in zip(cells, fresh.images, resumed.images, strict=True):
+        alone = pipe(PROMPT, IMAGE, generator=torch.Generator().manual_seed(0), **cell).images[0]
+        assert levels(image, alone) <= 1 and levels(again, alone) <= 1
+
+
+def test_the_scale_of_an_adapter_counts_whatever_its_name(pipe):
+    from peft import LoraConfig
+
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "use_slicing")
+    keys = []
+    for scale in (1.0, 0.2):
+        pipe.unet.set_adapters(["use_slicing"], [scale])
+        keys.append(sweep(pipe).records[0]["key"])
+    assert keys[0] != keys[1]
+
+
+def through_data(pipe):
+    pipe.unet.conv_out.weight.data.mul_(0.5)
+
+
+def an_attribute(pipe):
+    pipe.unet.conv_norm_out.eps = 10.0
+
+
+def the_scale_of_latents(pipe):
+    pipe.vae.register_to_config(scaling_factor=0.3)
+
+
+def the_scheduler_in_place(pipe):
+    pipe.scheduler.register_to_config(clip_sample=True)
+
+
+@pytest.mark.parametrize("change", [through_data, an_attribute, the_scale_of_latents, the_scheduler_in_place])
+def test_a_change_in_the_middle_of_a_sweep_leaves_no_wrong_image(pipe, tmp_path, change):
+    running = steps(pipe, IMAGE, PROMPT, CELLS, folder=tmp_path)
+    next(running)
+    next(running)
+    change(pipe)
+    with pytest.raises((InputError, decinb.SweepError), match="pipe was changed while its sweep was unfinished"):
+        list(running)
+    assert not list(tmp_path.glob("*.png")), "images that may be wrong are not kept"
+
+
+def test_a_folder_that_was_replaced_by_a_link_is_not_written_through(pipe, tmp_path):
+    folder, outside = tmp_path / "sweep", tmp_path / "outside"
+    outside.mkdir()
+    running = steps(pipe, IMAGE, PROMPT, CELLS, folder=folder)
+    next(running)
+    folder.rename(tmp_path / "away")
+    folder.symlink_to(outside)
+    with pytest.warns(UserWarning, match="cannot be written to"):
+        list(running)
+    assert not list(outside.iterdir()) and len(running.sweep) == len(CELLS)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused(tmp_path):
+    file = tmp_path / "scans.jpg"
+    IMAGE.save(file, progressive=True)
+    data = file.read_bytes()
+    start = data.rindex(b"\xff\xda")
+    file.write_bytes(data[:start] + data[start:-2] * 200 + data[-2:])
+    with pytest.raises(InputError, match="scans, and at most 100 are allowed"):
+        decinb.load_image(file)
+
+
+def test_integers_up_to_255_are_pixels_whatever_their_size():
+    pixels = np.asarray(IMAGE)
+    for dtype in (np.int16, np.int32, np.int64):
+        assert levels(decinb.load_image(pixels.astype(dtype)), IMAGE) == 0
+    assert levels(decinb.load_image(pixels.astype(np.uint16) * 257), IMAGE) == 0
+
+
+def test_what_a_file_says_is_shown_on_one_line():
+    error = decinb.ModelError("a tensor called \x1b[31m\nb" + "x" * 10**6)
+    assert str(error).isprintable() and len(str(error)) < 5_000
+
+
+def test_a_report_that_cannot_be_written(tiny):
+    made = run_sweep(tiny, IMAGE, PROMPT, CELLS, progress=False)
+    for write in (made.to_csv, made.to_html):
+        with pytest.raises(InputError, match="file '/proc/nowhere/a' cannot be written"):
+            write("/proc/nowhere/a")
+
+
 def test_a_pipeline_with_a_stage_of_its_own_is_called_one_by_one(pipe):
     class Mine(type(pipe)):
         def prepare_latents(self, *args, **kwargs):
             return super().prepare_latents(*args, **kwargs) * 0.5
 
     mine = Mine(**pipe.components)
-    assert "not packed" in str(adapter_of(mine).note) and adapter_of(pipe).note is None
+    notes = [str(decinb.plan(one, IMAGE, PROMPT, CELLS)) for one in (mine, pipe)]
+    assert "is not packed because of pipeline.class" in notes[0] and "not packed" not in notes[1]
 
 
 def test_a_processor_in_a_module_that_is_edited(pipe, tmp_path, monkeypatch):
