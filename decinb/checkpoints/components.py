@@ -64,7 +64,10 @@ PROCESSORS = {
     "SiglipImageProcessor",
     "ViTImageProcessor",
 }
-"""The tokenizers and image processors that are loaded, also as ``...Fast`` and ``...Pil``. Others open files that theirs name."""
+"""The tokenizers and image processors that are loaded, also as ``...Fast`` and ``...Pil``.
+
+Others open files that their configurations name.
+"""
 
 SIZED = (CLIPImageProcessor, DPTImageProcessor)  # image processors whose numbers are all sizes of images, or small
 MAX_CONFIG = 500_000  # bytes of a configuration; libraries copy one several times

@@ -16,6 +16,7 @@ import json
 import numbers
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -165,7 +166,9 @@ def _everywhere() -> list[str]:
 
 def _precision() -> dict[str, str]:
     """Return the settings of torch for the precision of float32 sums that are not the default."""
-    found = {"matmul": torch.get_float32_matmul_precision()}
+    found = {}
+    with suppress(RuntimeError):  # where the settings below were used too
+        found["matmul"] = torch.get_float32_matmul_precision()
     for name in DEFAULT_PRECISION.keys() - {"matmul"}:  # from torch 2.9 on
         backend, _, operation = name.partition(".")
         found[name] = getattr(getattr(getattr(torch.backends, backend), operation, None), "fp32_precision", "none")

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
-from decinb.errors import InputError
+from decinb.errors import InputError, ModelError
 from decinb.sampling.base import Adapter, Output
 from decinb.sampling.jobs import Job, Progress, Result, Step
 from decinb.utils import validation
@@ -36,9 +36,10 @@ class SequentialAdapter(Adapter):
     def call(self, arguments: Mapping[str, Any], generator: torch.Generator) -> Output:
         # Floats, because converting NaN to an 8-bit image would hide it.
         draws = {"generator": generator} if self.takes("generator") else {}
-        pixels = np.asarray(self.pipe(**arguments, **draws, output_type="np").images[0])
+        made = self.pipe(**arguments, **draws, output_type="np")
+        pixels, unsafe = np.asarray(made.images[0]), getattr(made, "nsfw_content_detected", None)
         image = VaeImageProcessor.numpy_to_pil(pixels)[0] if np.isfinite(pixels).all() else None
-        return Output(image, None, False)
+        return Output(image, None, bool(unsafe and unsafe[0]))
 
     def guidance_rescale(self, value: float | None) -> float:
         value = super().guidance_rescale(value)
@@ -64,9 +65,15 @@ class SequentialAdapter(Adapter):
             yield Step(0, [], {index: Progress(0, steps)})
             started = perf_counter()
             with _without_progress_bar(self.pipe):
-                image = self.call(self._arguments(job, guidance_rescale), torch.Generator().manual_seed(job.seed)).image
-            error = None if image else f"{self.name} returned NaN or infinity"
-            yield Step(steps, [Result(index, image, error, perf_counter() - started)], {})
+                made = self._try(self._arguments(job, guidance_rescale), job.seed)
+            error = None if made.image else f"{self.name} returned NaN or infinity"
+            yield Step(steps, [Result(index, made.image, error, perf_counter() - started, made.blacked_out)], {})
+
+    def _try(self, arguments: Mapping[str, Any], seed: int) -> Output:
+        try:
+            return self.call(arguments, torch.Generator().manual_seed(seed))
+        except ModelError:  # our own pipeline's, in place of a black image
+            return Output(None, None, False)
 
     def _arguments(self, job: Job, guidance_rescale: float) -> dict[str, Any]:
         given = {

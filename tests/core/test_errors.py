@@ -54,7 +54,7 @@ def test_the_traceback_is_shown_on_request(outputs):
 
 @pytest.mark.slow
 def test_an_interrupt_ends_the_cell_in_two_lines(outputs, happened):
-    line, message = outputs[4].splitlines()
+    *_, line, message = outputs[4].splitlines()
     assert line.startswith("line 4: sweep = decinb.run_sweep")
     assert "0 of 2 cells are done, and sys.last_value.done holds them; with folder=..." in message
     assert outputs[5].strip() == "False Sweep"

@@ -20,7 +20,7 @@ from decinb.figures import preview
 from decinb.images import read_input, read_record, save_image
 from decinb.sweep import SweepError
 from decinb.utils.labels import label, plain
-from tests.helpers.sweeps import Stop, same
+from tests.helpers.sweeps import Stop, as_ours, same
 
 QUICK = {"num_inference_steps": 2, "strength": 1.0}
 PROMPT = "a red house on snow at night"
@@ -232,7 +232,7 @@ def test_an_image_that_cannot_be_saved_is_not_lost(tiny, image, tmp_path):
         shutil.rmtree(folder)
         folder.write_text("a file where the folder was")
 
-    hook = tiny.vae.decoder.register_forward_pre_hook(vanish)
+    hook = tiny.vae.decoder.register_forward_pre_hook(as_ours(vanish))
     try:
         with pytest.warns(UserWarning, match="cannot be written to .*stays in memory") as caught:
             sweep = run_sweep(tiny, image, PROMPT, [QUICK], folder=folder, progress=False)
@@ -346,7 +346,7 @@ def test_a_cell_with_nan_is_named_and_others_are_not_affected(tiny, image):
         if len(calls) == 2:
             output[0].fill_(float("nan"))
 
-    hook = tiny.unet.register_forward_hook(poison)
+    hook = tiny.unet.register_forward_hook(as_ours(poison))
     try:
         with pytest.warns(UserWarning, match="cell .*seed 0: the U-Net returned NaN or infinity at step 2 of 2"):
             sweep = run_sweep(tiny, image, PROMPT, cells, progress=False, max_rows=1)

@@ -59,20 +59,16 @@ def test_leftovers_of_a_launcher_are_told(pipe, tmp_path, monkeypatch):
 
 
 def during(pipe, action, **arguments):
-    """Run a sweep of six cells, with an action when the second batch is decoded."""
-    decoded = []
-
-    def act(*_):
-        decoded.append(1)
-        if len(decoded) == 2:
+    """Run a sweep of six cells, with an action when the first four are finished."""
+    cells = [{**CELL, "seed": seed} for seed in range(6)]
+    running = decinb.steps(pipe, IMAGE, "a house", cells, max_rows=4, **arguments)
+    finished = 0
+    for state in running:
+        finished += state.image is not None
+        if finished == 4:
             action()
-
-    hook = pipe.vae.decoder.register_forward_pre_hook(act)
-    try:
-        cells = [{**CELL, "seed": seed} for seed in range(6)]
-        return run_sweep(pipe, IMAGE, "a house", cells, progress=False, max_rows=4, **arguments)
-    finally:
-        hook.remove()
+            finished += 1
+    return running.sweep
 
 
 def test_a_folder_that_is_renamed_while_it_is_used_is_told(pipe, tmp_path, happened):

@@ -28,6 +28,7 @@ import decinb
 from decinb import ModelError, SweepError, load_sweep, run_sweep
 from tests.helpers.fake_hub import USED, FakeHub, commit, publish, small_model
 from tests.helpers.processes import WAIT_S, Child
+from tests.helpers.sweeps import as_ours
 
 PROMPT = "a red house on snow at night"
 QUICK = {"num_inference_steps": 2, "strength": 1.0, "guidance_scale": 1.0}
@@ -167,7 +168,7 @@ def test_download_takes_names_and_brings_nothing_for_what_is_bundled():
 
 @contextmanager
 def hooked(module, hook):
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(as_ours(hook))
     try:
         yield
     finally:

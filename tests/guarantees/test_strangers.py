@@ -608,3 +608,15 @@ def test_one_at_a_time_takes_arrays():
     mask = np.zeros((4, 4, 3))
     assert len(decinb.one_at_a_time({"strength": mask}, strength=[mask, mask[..., :1]])) == 2
     assert len(decinb.random_design(3, a=range(10**12))) == 3
+
+
+def test_a_cell_of_a_pipeline_with_a_hook_that_fails_leaves_the_others(pipe):
+    calls = []
+
+    def poison(module, given, made):
+        calls.append(1)
+        return (made[0] * float("nan") if len(calls) == 1 else made[0],)
+
+    pipe.unet.register_forward_hook(poison)
+    with pytest.warns(UserWarning, match="cell .*guidance 3.* returned NaN or infinity; the other cells continue"):
+        assert len(sweep(pipe)) == 1
