@@ -26,10 +26,24 @@ def is_installed(module: str) -> bool:
     return _is_in_packages(file)
 
 
-@functools.cache
+@cache
 def _is_in_packages(file: str) -> bool:
     path = Path(file)
-    return bool(INSTALLED & set(path.parts)) or path.is_relative_to(sysconfig.get_path("stdlib"))
+    if INSTALLED & set(path.parts) or path.is_relative_to(sysconfig.get_path("stdlib")):
+        return True
+    return any(_was_installed(folder, path.relative_to(folder).parts[0]) for folder in path.parents)
+
+
+@cache
+def _was_installed(folder: Path, name: str) -> bool:
+    """Return whether pip has put a file or folder into another folder, as ``pip install --target`` does."""
+    records = (info / "RECORD" for info in folder.glob("*.dist-info"))
+    return any(
+        line.startswith((f"{name}/", f"{name},"))
+        for record in records
+        if record.is_file()
+        for line in record.read_text(encoding="utf-8").splitlines()
+    )
 
 
 def module_of(function: Any) -> str:
