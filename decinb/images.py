@@ -50,6 +50,7 @@ MAX_SAVED_PIXELS = 4 * MAX_SIDE**2  # of an image that decinb saved; an upscaler
 MAX_SAVED_FILE = 64_000_000  # bytes, of that many pixels without compression, and an input
 MAX_PARTS = 100_000  # chunks of a PNG; a large photo has some thousands
 MAX_SCANS = 100  # of a JPEG, each of which goes over all pixels; programs write about ten
+SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e]")  # the start of one, with its length for 1 to 4 colours
 MAX_CONTAINERS = 20_000  # lists and dicts in a record; the longest chain has some thousands
 MAX_BATCH = 1000  # images in one call
 ROUNDING = 1e-4  # floats may lie this far below 0 or above 1
@@ -346,7 +347,7 @@ def _looks_like(data: bytes) -> str:
 
 def _check_parts(data: bytes) -> None:
     """Refuse a PNG or JPEG file of very many parts, which take long to read however few its pixels are."""
-    if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+    if data.startswith(b"\xff\xd8") and (scans := len(SCAN.findall(data))) > MAX_SCANS:
         raise ValueError(f"it has {scans:,} scans, and at most {MAX_SCANS} are allowed")
     if data.startswith(b"\x89PNG"):
         start = 8
@@ -407,7 +408,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
         return (values.clip(0, 1) * 255).round().astype(np.uint8)
     if low < 0 or high > 65535:
         raise InputError(f"image of integers must be from 0 to 255, or to 65535, got {low} to {high}")
-    deep = high > 255 or values.dtype == np.uint16
+    deep = high > 255 or (kind == "u" and values.dtype.itemsize == 2)
     return (values // 257 if deep else values).astype(np.uint8)
 
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from decinb.checkpoints import hub
-from decinb.checkpoints.integrity import bounded_by, check_finite, check_folder, tensor_sizes
+from decinb.checkpoints.integrity import MAX_SMALL_FILE, bounded_by, check_finite, check_folder, tensor_sizes
 from decinb.errors import ModelError, reason
 from decinb.unet_nas import UNetNAS, refuse_partial
 from decinb.utils import files as safe_files
@@ -53,8 +53,10 @@ ALLOWED_CLASSES = (ModelMixin, PreTrainedModel, SchedulerMixin)
 PROCESSORS = {
     "BertTokenizer",
     "CLIPTokenizer",
+    "GPT2Tokenizer",
     "GemmaTokenizer",
     "LlamaTokenizer",
+    "PreTrainedTokenizer",
     "Qwen2Tokenizer",
     "T5Tokenizer",
     "XLMRobertaTokenizer",
@@ -75,7 +77,7 @@ MAX_PIXELS = 8192  # height and width that a configuration may name
 MAX_LEVELS = 8  # of a network that halves the size of its input from level to level
 MAX_COUNT = 10_000  # of layers, heads or labels: lists of them are made before a network is
 MAX_NUMBER = 1_000_000  # in a configuration of diffusers, where only sizes are large
-MAX_SPECIAL_TOKENS = 1_000  # of a tokenizer, which compares each with all others
+MAX_SPECIAL_TOKENS = 10_000  # of a tokenizer, which compares each with all others
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def _try_without_memory(cls: type, where: Path) -> None:
 def _without_weights(name: str, component: Component, where: Path) -> Any:
     """Return a tokenizer or an image processor."""
     with as_model_error(f"{name}: cannot be loaded from {where}"):
-        config = read_json(where / Path(component.files[0]).name)
+        config = read_json(where / Path(component.files[0]).name, MAX_SMALL_FILE)
         for key, value in _entries(config):
             if problem := _problem(key, value):
                 raise ModelError(f"{name}: {where} asks for {problem}")
@@ -435,7 +437,8 @@ def _problem(key: str, value: Any) -> str | None:
         return f"another model, {key} {shown}: save it with that model inside"
     if key.endswith("_files") and value:
         return f"other files of its choice, {key} {shown}: remove this entry"
-    if key.startswith("num_") and validation.largest_number(value)[1] > MAX_COUNT:
+    is_count = key.startswith("num_") and key.endswith(("layers", "heads", "labels", "blocks"))
+    if is_count and validation.largest_number(value)[1] > MAX_COUNT:
         return f"too much: {key} is {shown}, and at most {MAX_COUNT:,} is allowed"
     if key == "quantization_config" and value:
         return "quantised weights (quantization_config), which decinb does not read: use weights of plain floats"

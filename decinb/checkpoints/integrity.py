@@ -29,10 +29,10 @@ WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml")
 HEADER_LENGTH_BYTES = 8  # a safetensors file starts with the length of its JSON header
 MAX_HEADER = 10_000_000  # bytes, of about a hundred thousand tensors
 MAX_TENSORS = 5_000  # of a weight file; the largest networks have some 2,000
-MAX_SMALL_FILE = 500_000  # bytes of a file without weights
+MAX_SMALL_FILE = 2_000_000  # bytes of a file without weights
 MAX_VOCABULARY = 50_000_000  # bytes of a large tokenizer's file
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
-WEIGHT_FILES = (".safetensors", ".bin", ".index.json", ".msgpack", ".h5", ".onnx", ".ckpt", ".pt", ".pth")
+READ = (".json", ".txt", ".model", ".jinja")  # endings of files that are read whole
 
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # as safetensors names them
 NOT_WEIGHTS = ("position_ids", "num_batches_tracked")  # integers that older models hold besides their weights
@@ -59,7 +59,7 @@ def check_folder(component: str, folder: Path) -> None:
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
                 raise ModelError(f"{component}: {path} is not an ordinary file; remove it")
             limit = MAX_VOCABULARY if name in VOCABULARIES or name.endswith(".model") else MAX_SMALL_FILE
-            if not name.endswith(WEIGHT_FILES) and stat.S_ISREG(status.st_mode) and status.st_size > limit:
+            if name.endswith(READ) and stat.S_ISREG(status.st_mode) and status.st_size > limit:
                 raise ModelError(
                     f"{component}: {path} has {status.st_size:,} bytes, and at most {limit:,} are "
                     "allowed; download it again, or use another copy"

@@ -5,13 +5,14 @@ processors and tokenizers. What only decides where or how fast a network runs do
 ``torch.compile``, memory layout, sliced attention. What cannot be hashed, such as a user's hook, is listed, so that
 images made with it are never taken for finished.
 
-Nothing is cached, because a change through ``tensor.data`` leaves no trace that a cache could look at. Hashing reads
+No weight is cached, because a change through ``tensor.data`` leaves no trace that a cache could look at. Hashing reads
 each weight once, at about the speed of memory: two seconds for a billion float32 parameters. For the bundled model it
 takes about 0.1 s, most of it to visit some 600 modules.
 """
 
 import functools
 import hashlib
+import inspect
 import json
 import numbers
 import sys
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from decinb.utils import validation
 from decinb.utils.origins import OURS, is_installed, module_of, replaced
@@ -138,9 +141,9 @@ def fingerprint(pipe: DiffusionPipeline) -> Fingerprint:
         "pipeline": {**own, "class": type(pipe) if custom else None, "config": config},
         **({"precision": precision} if (precision := _precision()) else {}),
     }
-    hashes, unknown = {}, _everywhere()
+    hashes, unknown, code = {}, _everywhere(), set[type | ModuleType]()
     for name, part in parts.items():
-        hasher = _Hasher()
+        hasher = _Hasher(code)
         hasher.add(part, name)
         if part is parts["pipeline"]:
             hasher.check_code(type(pipe), name)
@@ -152,6 +155,8 @@ def fingerprint(pipe: DiffusionPipeline) -> Fingerprint:
 def _everywhere() -> list[str]:
     """Return what the user has put in the way of all networks, in words."""
     hooks = [*nn.modules.module._global_forward_pre_hooks, *nn.modules.module._global_forward_hooks]
+    registered = {**transformers.AttentionInterface._global_mapping, **ALL_ATTENTION_FUNCTIONS._local_mapping}
+    attention = [name for name, function in registered.items() if not is_installed(module_of(function))]
     modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
     own = [type(mode).__name__ for mode in modes if not is_installed(type(mode).__module__)]
     functional = vars(nn.functional)
@@ -160,6 +165,7 @@ def _everywhere() -> list[str]:
     return [
         *(["a hook on all modules"] if hooks else []),
         *(f"a mode of torch, {name}" for name in own),
+        *(f"attention of your own, {name}" for name in attention),
         *(f"another {name}" for name in dict.fromkeys(patched)),
     ]
 
@@ -167,7 +173,7 @@ def _everywhere() -> list[str]:
 def _precision() -> dict[str, str]:
     """Return the settings of torch for the precision of float32 sums that are not the default."""
     found = {}
-    with suppress(RuntimeError):  # where the settings below were used too
+    with suppress(RuntimeError):  # torch refuses to tell where one of the settings below was changed
         found["matmul"] = torch.get_float32_matmul_precision()
     for name in DEFAULT_PRECISION.keys() - {"matmul"}:  # from torch 2.9 on
         backend, _, operation = name.partition(".")
@@ -213,7 +219,7 @@ def _factors(device: torch.device) -> Any:
 
 def scheduler_code(scheduler: SchedulerMixin) -> list[str]:
     """Return the class of a scheduler, in words, if its name does not tell what it computes."""
-    hasher = _Hasher()
+    hasher = _Hasher(set())
     hasher.add(type(scheduler), "scheduler")
     return hasher.unknown
 
@@ -249,12 +255,16 @@ def sampled_hash(pipe: DiffusionPipeline) -> str:
 
 
 class _Hasher:
-    """Adds values of any kind to a hash, and notes those that it cannot add."""
+    """Adds values of any kind to a hash, and notes those that it cannot add.
 
-    def __init__(self) -> None:
+    Args:
+        code: the classes and modules that were checked already, each of which is noted once.
+    """
+
+    def __init__(self, code: set[type | ModuleType]) -> None:
         self.digest = hashlib.sha256()
         self.unknown: list[str] = []
-        self._code: set[type | ModuleType] = set()  # classes and modules that were checked
+        self._code = code
         self._inside: set[int] = set()  # ids of the objects that are being added, since objects may form circles
 
     def token(self, *words: Any) -> None:
@@ -347,6 +357,7 @@ class _Hasher:
         found: Any = sys.modules.get(module)
         for part in name.split("."):
             found = getattr(found, part, None)
+        found = getattr(found, "__func__", found)  # of a class method
         same = found is value or getattr(found, "__wrapped__", found) is value
         if not same or not is_installed(module):
             self._cannot(where, validation.short_repr(name or value))
@@ -360,12 +371,14 @@ class _Hasher:
         new = [base for base in cls.__mro__ if base not in self._code and is_installed(base.__module__)]
         self._code.update(new)
         owners: list[type | ModuleType] = list(new)
-        for module in {sys.modules[base.__module__] for base in new if base is not object} - self._code:
+        for name in {base.__module__ for base in new if base is not object}:
+            module = sys.modules.get(name)
+            if module is None or module in self._code:
+                continue
             self._code.add(module)
-            owners += [
-                module,
-                *(one for one in vars(module).values() if isinstance(one, type) and is_installed(one.__module__)),
-            ]
+            classes = [one for one in list(vars(module).values()) if isinstance(one, type)]
+            package = name.partition(".")[0]
+            owners += [module, *(one for one in classes if one.__module__.partition(".")[0] == package)]
         for owner in dict.fromkeys(owners):
             for name in replaced(owner):
                 self._cannot(where, f"another {owner.__name__}.{name}")
@@ -375,14 +388,13 @@ class _Hasher:
         if isinstance(value, functools.partial):
             self.add([value.func, list(value.args), value.keywords], where)
         elif isinstance(value, MethodType):
-            self._add_name(value.__func__, where)
+            self.add(value.__func__, where)
             self.add(value.__self__, where)
         elif isinstance(value, BuiltinFunctionType) and value.__module__ is None:
             self.token(value.__qualname__)
         elif "<locals>" in value.__qualname__ and isinstance(value, FunctionType) and is_installed(module_of(value)):
-            self.token(module_of(value), value.__qualname__, value.__code__.co_code.hex())
-            self.add([cell.cell_contents for cell in value.__closure__ or ()], where)
-            self.add([value.__defaults__, value.__kwdefaults__], where)
+            self.token(module_of(value), value.__qualname__)
+            self.add([value.__defaults__, value.__kwdefaults__, inspect.getclosurevars(value).nonlocals], where)
         else:
             self._add_name(value, where)
 

@@ -341,13 +341,19 @@ def known_model(record: ImageRecord, where: str) -> str:
     return name
 
 
-def check_pipeline(pipe: DiffusionPipeline, record: ImageRecord, where: str) -> None:
+def check_pipeline(pipe: DiffusionPipeline, made_by: ImageRecord, record: ImageRecord, where: str) -> None:
     """Refuse a pipeline that would make another image than the one that a record describes.
+
+    Args:
+        pipe: the pipeline.
+        made_by: its own record, from ``pipeline_record``.
+        record: of the image.
+        where: the start of the message.
 
     Raises:
         InputError: its dtype, weights, adapters or settings are not those of the record.
     """
-    made_in, own = record.get("dtype"), precision(pipe)
+    made_in, own = record.get("dtype"), made_by["dtype"]
     if made_in not in (own, None):
         argument = "runtime" if made_in in RUNTIMES else "dtype"
         raise InputError(
@@ -358,10 +364,9 @@ def check_pipeline(pipe: DiffusionPipeline, record: ImageRecord, where: str) -> 
         if sampled_hash(pipe) != record["weights"]:
             raise InputError(f"pipe has other weights than those that made {where!r} ({record['model']})")
         return
-    found = fingerprint(pipe)
-    if key(**found.components) != record["weights"]:
-        said = record["components"] if isinstance(record["components"], dict) else {}
-        names = [name for name in {**found.components, **said} if found.components.get(name) != said.get(name)]
+    if made_by["weights"] != record["weights"]:
+        found, said = made_by["components"], record["components"] if isinstance(record["components"], dict) else {}
+        names = [name for name in {**found, **said} if found.get(name) != said.get(name)]
         raise InputError(
             f"pipe has other weights or settings than what made {where!r} ({record['model']}): "
             f"{' and '.join(map(validation.short_repr, names)) or 'the whole'} differs"

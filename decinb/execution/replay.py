@@ -22,6 +22,7 @@ from decinb.execution.provenance import (
     check_pipeline,
     known_model,
     mismatch,
+    pipeline_record,
     restore_scheduler,
 )
 from decinb.images import Saved, read_saved
@@ -77,14 +78,16 @@ def _replay_cell(path: str | Path, saved: Saved, pipe: DiffusionPipeline | None)
     if pipe is None:
         task = TEXT_TO_IMAGE if image is None else IMAGE_TO_IMAGE
         pipe = _load(known_model(record, name), record.get("dtype"), task)
-    adapter, _ = examine(adapter_of(pipe))
+    adapter = adapter_of(pipe)
     job = make_job(record, image, where)
     adapter.check_image(image)
-    if adapter.key_parts(job) != record.get("decides", adapter.key_parts(job)):
+    either = [one.key_parts(job) for one in (adapter, adapter_of(pipe, why="the record"))]
+    if record.get("decides", either[0]) not in either:
         raise InputError(f"{name!r} was changed after decinb saved it: its arguments do not match its key")
     rescale = validation.fraction(record["guidance_rescale"], "guidance_rescale")
     with pipeline_lock(pipe), _with_adapters(pipe, record):
-        check_pipeline(pipe, record, name)
+        adapter, made_by = examine(adapter)
+        check_pipeline(pipe, made_by, record, name)
         before, pipe.scheduler = pipe.scheduler, restore_scheduler(adapter, record, name)
         try:
             adapter.count_calls([job])  # refuses a scheduler that cannot run it
@@ -139,7 +142,7 @@ def _replay_chain(
     check_fields(record, ["seed"], where)
     adapters = [adapter_of(one) for one in _pipelines(links, pipe, name)]
     for i, (adapter, link) in enumerate(zip(adapters, links, strict=True)):
-        check_pipeline(adapter.pipe, link, f"link {i} of {name}")
+        check_pipeline(adapter.pipe, pipeline_record(adapter.pipe), link, f"link {i} of {name}")
     image = _input_image(saved, path) if adapters[0].task == IMAGE_TO_IMAGE else None
     schedulers = [restore_scheduler(adapter, link, name) for adapter, link in zip(adapters, links, strict=True)]
     again = [

@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from decinb.designs import Cell
+from decinb.errors import reason
 from decinb.execution.plan import Plan
 from decinb.execution.provenance import ImageRecord, image_hash
 from decinb.execution.store import Images, Store
@@ -92,13 +93,15 @@ class Results:
         self._take(key, result.image, dict(zip(MADE, made, strict=True)))
         return True
 
-    def discard(self, keys: Iterable[str]) -> None:
-        """Remove images, also from the folder."""
-        for i in [i for key in keys for i in self.cells_of[key]]:
-            source, _ = self._finished.pop(i, (None, None))
-            if isinstance(source, Path):
-                with suppress(OSError):
-                    source.unlink(missing_ok=True)
+    def discard(self, keys: Iterable[str]) -> int:
+        """Remove images, also from the folder, and return how many."""
+        discarded = [self._finished.pop(i)[0] for key in keys for i in self.cells_of[key] if i in self._finished]
+        for path in {source for source in discarded if isinstance(source, Path)}:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                validation.warn(f"{str(path)!r} may be wrong and cannot be removed ({reason(error)}): remove it")
+        return len(discarded)
 
     def save_again(self) -> None:
         """Save what could not be saved: a full disk may have room again, a drive may be back, an interrupt is over.

@@ -108,7 +108,7 @@ class Runner:
         self._preview = Preview(self.adapter, self.plan.image) if self.adapter.exposes_latents else None
         self._stamp = stamp(self.adapter.pipe)  # of the pipeline that the plan describes
         self._new: list[str] = []  # keys of images made since the pipeline was last compared in full
-        self._compared, self._comparing = perf_counter(), 0.0  # when that was, and the seconds that it took
+        self._compared, self._comparing = perf_counter(), 0.1  # when that was, and the seconds that it takes: a guess
         self._grid: LiveGrid | None = None
         if show:
             with self._only_display():
@@ -182,6 +182,9 @@ class Runner:
                         step = next(steps)
                 self._check_unchanged(in_full=bool(self._new))
                 raise
+            except Exception:
+                self._check_unchanged(in_full=bool(self._new))
+                raise
 
     def _take(self, step: Step, keys: Sequence[str], calls: Sequence[int], seconds_left: float | None) -> list[State]:
         """Keep what a step has finished, show the progress of the rest, and return the state of both."""
@@ -228,25 +231,26 @@ class Runner:
         """Refuse a pipeline that was changed after planning: its images would be saved as those of the one planned.
 
         Args:
-            in_full: compare every weight and setting, and not only what the stamp and the scheduler show. That does
-                not help where a pipeline has parts that cannot be compared: its images are made again every time.
+            in_full: compare every weight and setting, and not only what the stamp and the scheduler show. Only for
+                batched pipelines without unknown code: others may fill caches of their own in a call.
 
         Raises:
             InputError: it was changed. Images that were made since the last full comparison are discarded.
         """
         pipe, planned, started = self.adapter.pipe, self.plan.records[0], perf_counter()
         found = {"dtype": precision(pipe), "scheduler_config": scheduler_config(pipe.scheduler)}
-        if (in_full and not unknown_parts(planned)) or stamp(pipe) != self._stamp:
+        in_full = in_full and self.adapter.exposes_latents
+        if in_full or stamp(pipe) != self._stamp:
             found["weights"] = pipeline_record(pipe)["weights"]
             self._stamp, self._compared = stamp(pipe), perf_counter()
             self._comparing = self._compared - started
         if changed := [name for name, value in found.items() if value != planned[name]]:
-            self.results.discard(self._new)
+            removed, self._new = self.results.discard(self._new), []
             raise InputError(
-                f"pipe was changed while its sweep was unfinished ({' and '.join(changed)}): "
-                "what was finished before was kept; start the sweep again"
+                f"pipe was changed while its sweep was unfinished ({' and '.join(changed)}): start the sweep again; "
+                + (f"{removed} images that may be wrong were removed" if removed else "what was finished was kept")
             )
-        if "weights" in found:
+        if in_full or not self.adapter.exposes_latents:
             self._new = []
 
     # --- display ---

@@ -274,13 +274,13 @@ BATCHED: dict[type[DiffusionPipeline], type[BatchedAdapter]] = {
 DYNAMIC = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
 
 
-def adapter_of(pipe: DiffusionPipeline, unknown: str | None = None) -> Adapter:
+def adapter_of(pipe: DiffusionPipeline, why: str | None = None) -> Adapter:
     """Return the adapter of a pipeline: batched for Stable Diffusion and its subclasses, else sequential.
 
     Args:
         pipe: the pipeline.
-        unknown: what in it is code of the user, in words. It may treat a row of a batch differently from a call, so the
-            adapter is sequential.
+        why: what keeps it from being batched, in words, such as code of the user, which may treat a row of a batch
+            differently from a call. The adapter is then sequential.
 
     Raises:
         InputError: ``pipe`` is not a diffusers pipeline, or lacks a component.
@@ -291,12 +291,12 @@ def adapter_of(pipe: DiffusionPipeline, unknown: str | None = None) -> Adapter:
         if name in pipe.components and pipe.components[name] is None:
             raise InputError(f"pipe.{name} is None: load the pipeline again")
     adapter = next((adapter for cls, adapter in BATCHED.items() if isinstance(pipe, cls)), None)
-    unknown = unknown or _mixes_rows(pipe)
-    return SequentialAdapter(pipe, unknown) if adapter is None or unknown else adapter(pipe)
+    why = why or _mixes_rows(pipe)
+    return SequentialAdapter(pipe, why) if adapter is None or why else adapter(pipe)
 
 
 def _mixes_rows(pipe: DiffusionPipeline) -> str | None:
-    """Return the layer of a pipeline that lets the rows of a batch change each other; None if there is none."""
+    """Return, in words, what in a pipeline lets the rows of a batch change each other; None if nothing does."""
     for name in ("unet", "vae"):
         for module in pipe.components[name].modules() if isinstance(pipe.components.get(name), nn.Module) else ():
             if type(module).__module__.startswith(DYNAMIC):

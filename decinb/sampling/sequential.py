@@ -30,7 +30,7 @@ class SequentialAdapter(Adapter):
 
     def __init__(self, pipe: DiffusionPipeline, why: str | None = None):
         super().__init__(pipe)
-        because = f" because of {why}" if why else ""
+        self._because = because = f" because of {why}" if why else ""
         self.note = f"{self.name} is not packed{because}: it makes one image after the other, by its own call"
 
     def call(self, arguments: Mapping[str, Any], generator: torch.Generator) -> Output:
@@ -44,7 +44,8 @@ class SequentialAdapter(Adapter):
     def guidance_rescale(self, value: float | None) -> float:
         value = super().guidance_rescale(value)
         if value and not self.takes("guidance_rescale"):
-            raise InputError(f"guidance_rescale must be 0: {self.name} does not take it")
+            alone = f", and it is not packed{self._because}" if self._because else ""
+            raise InputError(f"guidance_rescale must be 0: {self.name} does not take it{alone}")
         return value
 
     def key_parts(self, job: Job) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import functools
 import operator
 import sys
-import sysconfig
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +17,7 @@ INSTALLED = {"site-packages", "dist-packages"}
 def is_installed(module: str) -> bool:
     """Return whether a module belongs to Python, to an installed package or to decinb, and not to the user."""
     top = module.partition(".")[0]
-    if top == OURS or top in sys.builtin_module_names or top.startswith(GENERATED):
+    if top == OURS or top in sys.stdlib_module_names - {"__main__"} or top.startswith(GENERATED):
         return True
     file = getattr(sys.modules.get(module), "__file__", None) or getattr(sys.modules.get(top), "__file__", None)
     if top == "__main__" or file is None:
@@ -29,7 +28,7 @@ def is_installed(module: str) -> bool:
 @cache
 def _is_in_packages(file: str) -> bool:
     path = Path(file)
-    if INSTALLED & set(path.parts) or path.is_relative_to(sysconfig.get_path("stdlib")):
+    if INSTALLED & set(path.parts):
         return True
     return any(_was_installed(folder, path.relative_to(folder).parts[0]) for folder in path.parents)
 
@@ -55,6 +54,8 @@ def module_of(function: Any) -> str:
     return found or "builtins"
 
 
+HARMLESS = ("load", "save", "__repr__", "__str__", "__format__")  # they compute nothing, and are often replaced
+
 _checked: dict[type | ModuleType, list[Any]] = {}  # what classes and modules held when nothing was found in them
 
 
@@ -64,14 +65,19 @@ def replaced(owner: type | ModuleType) -> list[str]:
     before = _checked.get(owner, [])
     if len(now) == len(before) and all(map(operator.is_, now, before)):
         return []
-    found = [name for name, value in vars(owner).copy().items() if _is_foreign(value)]
+    found = [name for name, value in vars(owner).copy().items() if name not in HARMLESS and _is_foreign(value)]
     if not found:
         _checked[owner] = now
     return found
 
 
 def _is_foreign(value: Any) -> bool:
-    """Return whether a value is a function, a method, a property or a class of the user, or an object of one."""
+    """Return whether a value is a function, a method, a property or a class of the user, or an object of one.
+
+    What ``functools.partial`` makes of an installed function is the user's too: packages keep none in their modules.
+    """
+    if isinstance(value, functools.partial):
+        return True
     if isinstance(value, (staticmethod, classmethod)):
         value = value.__func__
     elif isinstance(value, property):

@@ -108,7 +108,7 @@ def test_files_that_are_not_our_pngs_are_refused(tmp_path):
         file.truncate(2**40)
     for name, message in [
         ("giant", "too many pixels"),
-        ("deep", "nested too deeply"),
+        ("deep", "the record has too many parts"),
         ("list", "the record is not a dict"),
         ("pipe", "not an ordinary file"),
         ("zeros", "not an ordinary file"),
