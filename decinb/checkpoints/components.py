@@ -429,7 +429,7 @@ def _check_network(files: Files, folder: str, cls: type) -> None:
 
 
 def _problem(key: str, value: Any) -> str | None:
-    """Return what an entry of a network's configuration asks for, if decinb refuses it."""
+    """Return what an entry of a configuration asks for, if decinb refuses it."""
     shown = validation.short_repr(value)
     if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
         return f"code from the hub, {shown}, which decinb does not run"

@@ -27,7 +27,7 @@ from decinb.errors import ModelError, reason
 GIT_LFS_POINTER = b"version https://git-lfs"
 WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml")
 HEADER_LENGTH_BYTES = 8  # a safetensors file starts with the length of its JSON header
-MAX_HEADER = 10_000_000  # bytes, of about a hundred thousand tensors
+MAX_HEADER = 10_000_000  # bytes; its notes on training may be long
 MAX_TENSORS = 5_000  # of a weight file; the largest networks have some 2,000
 MAX_SMALL_FILE = 2_000_000  # bytes of a file without weights
 MAX_VOCABULARY = 50_000_000  # bytes of a large tokenizer's file

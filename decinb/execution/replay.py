@@ -81,6 +81,7 @@ def _replay_cell(path: str | Path, saved: Saved, pipe: DiffusionPipeline | None)
     adapter = adapter_of(pipe)
     job = make_job(record, image, where)
     adapter.check_image(image)
+    # A sweep of a pipeline with code of the user is not packed, and more arguments decide its keys.
     either = [one.key_parts(job) for one in (adapter, adapter_of(pipe, why="the record"))]
     if record.get("decides", either[0]) not in either:
         raise InputError(f"{name!r} was changed after decinb saved it: its arguments do not match its key")

@@ -65,13 +65,13 @@ def is_shared() -> bool:
     """Return whether this is one of several processes, as ``accelerate launch`` and ``torchrun`` start them.
 
     Raises:
-        InputError: the environment variable ``WORLD_SIZE`` is not a number, or is left over from a launcher.
+        InputError: the environment variables ``WORLD_SIZE`` and ``RANK`` are not numbers, or left over from a launcher.
     """
     given = os.environ.get("WORLD_SIZE") or "1"
     for name, value in (("WORLD_SIZE", given), ("RANK", os.environ.get("RANK") or "0")):
         if not (value.isdecimal() and len(value) < 7):
             shown = validation.short_repr(value)
-            raise InputError(f"{name} in the environment must be a number of processes, got {shown}: unset it")
+            raise InputError(f"{name} in the environment must be a number, got {shown}: unset it")
     if int(given) > 1 and not os.environ.get("RANK"):
         raise InputError(f"WORLD_SIZE is {given} in the environment, but RANK is not set: no launcher runs; unset it")
     if int(given) > 1 and int(os.environ["RANK"]) >= int(given):
@@ -172,7 +172,6 @@ class Runner:
                         self._check_unchanged(in_full=due)
                     bar.advance(step.rows, len(step.results))
                     yield states
-                self._check_unchanged(in_full=bool(self._new))
             except (KeyboardInterrupt, GeneratorExit):  # what is fully denoised by then is still decoded and kept
                 with suppress(KeyboardInterrupt):
                     self._take_pending()
@@ -180,11 +179,10 @@ class Runner:
                     while True:
                         self._take(step, keys, calls, None)
                         step = next(steps)
-                self._check_unchanged(in_full=bool(self._new))
                 raise
-            except Exception:
-                self._check_unchanged(in_full=bool(self._new))
-                raise
+            finally:
+                if self._new:
+                    self._check_unchanged(in_full=True)
 
     def _take(self, step: Step, keys: Sequence[str], calls: Sequence[int], seconds_left: float | None) -> list[State]:
         """Keep what a step has finished, show the progress of the rest, and return the state of both."""
@@ -231,8 +229,8 @@ class Runner:
         """Refuse a pipeline that was changed after planning: its images would be saved as those of the one planned.
 
         Args:
-            in_full: compare every weight and setting, and not only what the stamp and the scheduler show. Only for
-                batched pipelines without unknown code: others may fill caches of their own in a call.
+            in_full: compare every weight and setting of a batched pipeline, and not only what the stamp and the
+                scheduler show. Other pipelines may fill caches of their own in a call, which is no change.
 
         Raises:
             InputError: it was changed. Images that were made since the last full comparison are discarded.
@@ -248,7 +246,7 @@ class Runner:
             removed, self._new = self.results.discard(self._new), []
             raise InputError(
                 f"pipe was changed while its sweep was unfinished ({' and '.join(changed)}): start the sweep again; "
-                + (f"{removed} images that may be wrong were removed" if removed else "what was finished was kept")
+                + (f"images removed because they may be wrong: {removed}" if removed else "what was finished was kept")
             )
         if in_full or not self.adapter.exposes_latents:
             self._new = []

@@ -30,8 +30,8 @@ class SequentialAdapter(Adapter):
 
     def __init__(self, pipe: DiffusionPipeline, why: str | None = None):
         super().__init__(pipe)
-        self._because = because = f" because of {why}" if why else ""
-        self.note = f"{self.name} is not packed{because}: it makes one image after the other, by its own call"
+        self._because = f" because of {why}" if why else ""
+        self.note = f"{self.name} is not packed{self._because}: it makes one image after the other, by its own call"
 
     def call(self, arguments: Mapping[str, Any], generator: torch.Generator) -> Output:
         # Floats, because converting NaN to an 8-bit image would hide it.

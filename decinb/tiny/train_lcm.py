@@ -294,7 +294,8 @@ This folder holds the U-Net and the scheduler; the other parts are those of `{te
 - Time: {last["minutes"]:.0f} minutes ({last["step"]} steps).
 - Machine: {machine["device"]}, {machine["threads"]} threads, {machine["dtype"]}, torch {machine["torch"]}.
 
-In image to image, few steps leave few strengths to choose from. Figures of `python -m decinb.tiny.evaluate_lcm`:
+In image to image, few steps leave few strengths to choose from. Measured by `python -m decinb.tiny.evaluate_lcm`; the
+same numbers as JSON: `results/tiny/few_steps.json`.
 
 <!-- evaluate -->
 not measured yet

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -11,24 +12,27 @@ from typing import Any
 OURS = "decinb"
 GENERATED = ("namedtuple_", "pybind11_")  # made by Python's collections, and by C++ libraries
 INSTALLED = {"site-packages", "dist-packages"}
+HARMLESS = ("load", "save", "__repr__", "__str__", "__format__")  # they compute nothing, and are often replaced
 
 
 @cache
 def is_installed(module: str) -> bool:
     """Return whether a module belongs to Python, to an installed package or to decinb, and not to the user."""
     top = module.partition(".")[0]
-    if top == OURS or top in sys.stdlib_module_names - {"__main__"} or top.startswith(GENERATED):
+    if top == OURS or top.startswith(GENERATED):
         return True
     file = getattr(sys.modules.get(module), "__file__", None) or getattr(sys.modules.get(top), "__file__", None)
-    if top == "__main__" or file is None:
+    if top == "__main__":
         return False
+    if file is None:  # built into the interpreter
+        return top in sys.stdlib_module_names
     return _is_in_packages(file)
 
 
 @cache
 def _is_in_packages(file: str) -> bool:
     path = Path(file)
-    if INSTALLED & set(path.parts):
+    if INSTALLED & set(path.parts) or path.is_relative_to(Path(os.__file__).parent):  # where Python's own modules are
         return True
     return any(_was_installed(folder, path.relative_to(folder).parts[0]) for folder in path.parents)
 
@@ -53,8 +57,6 @@ def module_of(function: Any) -> str:
     found = getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", None)
     return found or "builtins"
 
-
-HARMLESS = ("load", "save", "__repr__", "__str__", "__format__")  # they compute nothing, and are often replaced
 
 _checked: dict[type | ModuleType, list[Any]] = {}  # what classes and modules held when nothing was found in them
 

@@ -54,7 +54,7 @@ def test_leftovers_of_a_launcher_are_told(pipe, tmp_path, monkeypatch):
             run_sweep(pipe, IMAGE, "a house", [CELL], folder=tmp_path, progress=False)
         assert (tmp_path / "sweep.json").is_file() and (tmp_path / ".lock").exists()
     monkeypatch.setenv("WORLD_SIZE", "two")
-    with pytest.raises(InputError, match="WORLD_SIZE in the environment must be a number of processes, got 'two'"):
+    with pytest.raises(InputError, match="WORLD_SIZE in the environment must be a number, got 'two'"):
         run_sweep(pipe, IMAGE, "a house", [CELL], progress=False)
 
 

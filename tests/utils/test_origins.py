@@ -22,6 +22,18 @@ def test_where_pip_has_put_a_package_it_is_installed_and_what_lies_beside_it_is_
         del sys.modules[name]
 
 
+def test_a_module_of_the_user_with_a_name_of_pythons_own_is_the_users(tmp_path, monkeypatch):
+    (tmp_path / "antigravity.py").write_text("def f(): pass\n")  # Python has one too
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "antigravity", raising=False)
+    import antigravity
+
+    is_installed.cache_clear()
+    assert antigravity.f and not is_installed("antigravity") and is_installed("json.decoder") and is_installed("sys")
+    del sys.modules["antigravity"]
+    is_installed.cache_clear()
+
+
 def test_nothing_is_replaced_in_the_libraries_as_they_are():
     for owner in (torch, torch.Tensor, torch.nn.functional, torch.nn.Conv2d, np):
         assert not replaced(owner)
