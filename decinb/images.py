@@ -92,8 +92,7 @@ def read_image(source: Source, size: int | None = None, allow_private: bool = Fa
     """Read an image like ``load_image``, but keep its original size; ``size`` is that of a sample."""
     size = None if size is None else validation.side(size, "size")
     if isinstance(source, str) and source in SAMPLES:
-        scene, own_size = SAMPLES[source]
-        return (strokes if source == "strokes" else render)(scene, size or own_size)
+        return _draw_sample(source, size).copy()
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _from_array(source)
     data, name = (b"", "image") if isinstance(source, Image.Image) else _bytes(source, allow_private)
@@ -111,6 +110,12 @@ def read_image(source: Source, size: int | None = None, allow_private: bool = Fa
         raise InputError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels") from error
     except Exception as error:  # Pillow's decoders may raise anything on damaged data
         raise InputError(f"{name} is damaged: {reason(error)}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _draw_sample(name: str, size: int | None) -> Image.Image:
+    scene, own_size = SAMPLES[name]
+    return (strokes if name == "strokes" else render)(scene, size or own_size)
 
 
 def load_images(

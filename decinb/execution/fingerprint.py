@@ -55,6 +55,7 @@ BOOKKEEPING = {
     "use_slicing",  # one image after the other, or one head: the same sums
 }
 OF_MODULES = {
+    *BOOKKEEPING,
     *vars(nn.Module()),
     "_compiled_call_impl",
     "_is_torch_compile",  # torch.compile
@@ -65,8 +66,16 @@ OF_MODULES = {
     "forward",
     "peft_config",  # what peft made its layers from, which are covered themselves
 } - {"training"}
-OF_CONFIGS = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # the dtype of the tensors counts
+OF_PEFT = OF_MODULES | {"kwargs"}  # where its layers were created
+OF_CONFIGS = {  # the dtype of the tensors counts
+    *BOOKKEEPING,
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+}
 OF_TOKENIZERS = {
+    *BOOKKEEPING,
     "_in_target_context_manager",
     "deprecation_warnings",
     "files_loaded",
@@ -108,6 +117,7 @@ _FUNCTIONS = {
     name: one for name, one in vars(nn.functional).items() if isinstance(one, (FunctionType, BuiltinFunctionType))
 }
 _json = json.JSONEncoder(default=str)
+COMMON = {bool, int, str, type(None)}  # of most values; not float, whose 0.0 equals -0.0
 
 
 @functools.lru_cache(maxsize=2**14, typed=True)
@@ -254,6 +264,14 @@ def sampled_hash(pipe: DiffusionPipeline) -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.lru_cache(maxsize=2**14, typed=True)
+def _encode_plain(value: Any) -> bytes:
+    """Return a number, a text, a truth value or None as bytes."""
+    if isinstance(value, (bool, str, bytes, type(None))):
+        return _encode(type(value).__name__, str(value))
+    return _encode("number", repr(_plain_number(value)))
+
+
 class _Hasher:
     """Adds values of any kind to a hash, and notes those that it cannot add.
 
@@ -272,13 +290,14 @@ class _Hasher:
 
     def add(self, value: Any, where: str) -> None:
         """Add a value; ``where`` is what to call it if that fails."""
+        if type(value) in COMMON:
+            self.digest.update(_encode_plain(value))
+            return
         value = getattr(value, "_orig_mod", value) if isinstance(value, nn.Module) else value  # of torch.compile
         if isinstance(value, Enum):
             self.token(type(value).__name__, value.name)
-        elif isinstance(value, (bool, str, bytes, type(None))):
-            self.token(type(value).__name__, str(value))
-        elif isinstance(value, (numbers.Number, np.generic)):
-            self.token("number", repr(_plain_number(value)))
+        elif isinstance(value, (bool, str, bytes, type(None), numbers.Number, np.generic)):
+            self.digest.update(_encode_plain.__wrapped__(value))
         elif isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
             self.token(str(value))
         elif isinstance(value, torch.device):
@@ -305,7 +324,8 @@ class _Hasher:
             self.token("array", value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).hexdigest())
         elif isinstance(value, Mapping):
             ignored = BOOKKEEPING if isinstance(value, FrozenDict) else set()  # a configuration
-            counted = sorted((key for key in value if key not in ignored), key=str)
+            counted = [key for key in value if key not in ignored]
+            counted.sort(key=None if all(type(key) is str for key in counted) else str)
             self._add_names(counted, where)
             for key in counted:
                 self.add(value[key], f"{where}.{key}")
@@ -334,7 +354,7 @@ class _Hasher:
             self.check_code(type(value), where)
         elif hasattr(value, "__dict__"):
             self._add_name(type(value), where)
-            self._add_attributes(value, where, set())
+            self._add_attributes(value, where, BOOKKEEPING)
         else:
             self._cannot(where, type(value).__name__)
 
@@ -349,7 +369,7 @@ class _Hasher:
         self.token("names", tuple(map(str, names)))
 
     def _add_attributes(self, value: Any, where: str, ignored: set[str]) -> None:
-        self.add({name: one for name, one in vars(value).items() if name not in ignored | BOOKKEEPING}, where)
+        self.add({name: one for name, one in vars(value).items() if name not in ignored}, where)
 
     def _add_name(self, value: Any, where: str) -> None:
         """Add a class or function of an installed package, by its name; what the user wrote can change."""
@@ -437,8 +457,8 @@ class _Hasher:
             self.token(name)
             offloaded = tensor is not None and tensor.is_meta and stored is not None
             self.add(stored[name] if offloaded else tensor, f"{where}.{name}")
-        of_peft = {"kwargs"} if type(module).__module__.startswith("peft.") else set()  # where its layers were created
-        self._add_attributes(module, where, OF_MODULES | of_peft)
+        of_peft = type(module).__module__.startswith("peft.")
+        self._add_attributes(module, where, OF_PEFT if of_peft else OF_MODULES)
         for name, child in own["_modules"].items():
             self.token(name)
             self.add(child, f"{where}.{name}")
@@ -461,7 +481,7 @@ class _Hasher:
                 self._cannot(where, f"a hook, {name}")
             elif name in PLAIN_HOOKS:
                 self.token(name)
-                self._add_attributes(hook, where, {"fn_ref"})
+                self._add_attributes(hook, where, BOOKKEEPING | {"fn_ref"})
             elif name not in NEUTRAL_HOOKS:
                 self._cannot(where, f"a hook, {name}")
         ours = type(forward).__module__.partition(".")[0] == OURS  # a runtime: records name one that changes pixels

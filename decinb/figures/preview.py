@@ -1,12 +1,12 @@
 """Show latents as images: in a moment with a linear map from latents to colours, or exactly with the VAE."""
 
-from functools import cached_property
 from time import perf_counter
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import Image, ImageChops
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from decinb.images import load_image
@@ -16,6 +16,8 @@ SLOW = 0.3  # seconds of decoding beyond which previews are small: nobody wants 
 TRIES = 3  # images that are decoded whatever they take, since the first may be slow
 
 FITTED = 128  # pixels of the longer side of the image on which the colours of previews are fitted
+
+_matrices: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()  # of the VAEs prepared for previews at once
 
 
 class Preview:
@@ -28,10 +30,26 @@ class Preview:
 
     def __init__(self, adapter: BatchedAdapter, image: Image.Image | None):
         self._adapter, self._image = adapter, image
+        self._matrix = _matrices.get(adapter.pipe.vae)
+        self._at_once = self._matrix is not None  # whether the next image is shown small, because it is there at once
         self._seconds: list[float] = []  # that decoding took
 
+    def prepare(self) -> None:
+        """Fit the colours of small images now, so that the first preview of any later run can be shown at once.
+
+        They stay as they are when the weights of the VAE change, which concerns only these previews.
+        """
+        if self._adapter.pipe.vae not in _matrices:
+            _matrices[self._adapter.pipe.vae] = self._fit()
+
     def __call__(self, latents: Tensor) -> Image.Image:
-        """Return the decoded image if that is fast, else the small one. Latents: (1, channels, height, width)."""
+        """Return the decoded image if that is fast, else the small one. Latents: (1, channels, height, width).
+
+        The first image is a small one, made in a millisecond, if ``prepare`` was called for this VAE.
+        """
+        if self._at_once:
+            self._at_once = False
+            return self.small(latents)
         if len(self._seconds) < TRIES or min(self._seconds) < SLOW:
             started = perf_counter()
             image = self.decode(latents)
@@ -42,14 +60,15 @@ class Preview:
 
     def small(self, latents: Tensor) -> Image.Image:
         """Return an image of one pixel per latent."""
+        if self._matrix is None:
+            self._matrix = self._fit()
         return preview(latents, self._matrix)
 
     def decode(self, latents: Tensor) -> Image.Image | None:
         """Return the image that the VAE makes of latents; None if it is not finite."""
         return self._adapter.decode_latents(latents)[0][0]
 
-    @cached_property
-    def _matrix(self) -> Tensor:
+    def _fit(self) -> Tensor:
         return latent_to_rgb(self._adapter, load_image("day") if self._image is None else self._image)
 
 

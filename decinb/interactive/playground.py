@@ -2,9 +2,10 @@
 
 The page asks for each step. When it has shown an image, it sends one message, and the kernel takes the next step and
 sends its image. Where previews are slow compared with steps, the kernel takes several steps for one message, for at
-most a quarter of a second. There is no thread and no timer. A click on Stop therefore takes effect at the next preview,
-however the kernel handles messages: one after another in its main thread, in subshells (JupyterLab with ipykernel 7),
-or on Colab. No preview is computed that is not shown.
+most a quarter of a second. The first preview is small, so that it is there at once; the others are decoded where that
+is fast. There is no thread and no timer. A click on Stop therefore takes effect at the next preview, however the kernel
+handles messages: one after another in its main thread, in subshells (JupyterLab with ipykernel 7), or on Colab. No
+preview is computed that is not shown.
 
 Only widgets that ipywidgets 7.7 and 8 both have are used. The HTML widget runs no ``<script>``, so ``playground.js`` is
 the ``onload`` of an image.
@@ -394,6 +395,7 @@ class Playground:
         self._widgets = view
         if session.takes_image:
             self._show_input()
+        session.prepare()
         return view
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The playground without its widgets: the run in progress, what it has made, and the code that makes it again."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from decinb.errors import InputError
 from decinb.execution.provenance import model_name
 from decinb.execution.runner import State
 from decinb.execution.store import Images
+from decinb.figures.preview import Preview
 from decinb.images import SAMPLES, load_image
 from decinb.models import IMAGE_TO_IMAGE, MODELS, example, image_size
 from decinb.sampling.adapters import adapter_of
@@ -132,6 +134,12 @@ class Session:
         return {"image": None, **controls, **cell}
 
     # --- running ---
+
+    def prepare(self) -> None:
+        """Do what would delay the first preview, if no other call uses the pipeline."""
+        if self.adapter.exposes_latents:
+            with suppress(Busy), _Turn(self._lock):
+                Preview(self.adapter, None).prepare()
 
     @property
     def is_running(self) -> bool:

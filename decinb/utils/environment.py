@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def in_notebook() -> bool:
     return hasattr(shell, "kernel")
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)

@@ -268,6 +268,41 @@ def test_kept_images_are_saved_with_their_inputs(tiny, tmp_path):
     assert "play.image" in session.code()
 
 
+def test_the_first_preview_is_small_so_that_it_is_there_at_once_and_the_next_are_decoded(tiny):
+    play = decinb.playground(tiny, **CELL | {"num_inference_steps": 4})
+    widgets = play._view
+    for _ in range(2):  # also of the second run
+        widgets["generate"].click()
+        sizes = [play._previews[0].size]
+        while play._session.is_running:
+            sizes.append(play._previews[0].size)
+            widgets["ask"].click()
+        decoded = (play._session.size,) * 2
+        assert sizes[0] != decoded and sizes[-1] == decoded == play.result.images[0].size
+
+
+def test_a_playground_opens_while_another_call_has_the_pipeline():
+    pipe = decinb.load_pipeline("tiny", device="cpu")
+    taken, done = threading.Event(), threading.Event()
+
+    def hold():
+        with pipeline_lock(pipe):
+            taken.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        taken.wait(60)
+        play = decinb.playground(pipe, **CELL)
+        assert play._view["generate"]
+    finally:
+        done.set()
+        thread.join()
+    play._view["generate"].click()
+    assert play._previews[0].size == (play._session.size,) * 2, "without preparation, the first preview is decoded"
+
+
 @pytest.mark.parametrize("axis", [None, "seed"])
 def test_previews_cost_about_a_third_of_the_time_at_most(tiny, monkeypatch, axis):
     spent = {"steps": 0.0, "previews": 0.0}  # on a clock that only these move
