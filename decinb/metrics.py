@@ -7,13 +7,14 @@ import numpy as np
 from PIL import Image
 
 from decinb.errors import InputError
+from decinb.utils import validation
 
 
 def mean_abs_difference(image: Image.Image, original: Image.Image) -> float:
     """Return the mean absolute difference of two images of the same size, from 0 (equal) to 1 (black and white).
 
     Raises:
-        InputError: the images differ in size.
+        InputError: one is not an image, or the images differ in size.
     """
     first, second = _pair(image, original)
     return float(np.abs(first - second).mean())
@@ -45,7 +46,7 @@ def psnr(image: Image.Image, original: Image.Image) -> float:
     """Return the peak signal-to-noise ratio of two images of the same size, in dB; infinity if they are equal.
 
     Raises:
-        InputError: the images differ in size.
+        InputError: one is not an image, or the images differ in size.
     """
     first, second = _pair(image, original)
     mean_square = float(np.square(first - second).mean())
@@ -56,7 +57,7 @@ def ssim(image: Image.Image, original: Image.Image) -> float:
     """Return the structural similarity of two images of the same size, at most 1 (equal); sides of 11 pixels or more.
 
     Raises:
-        InputError: the images differ in size.
+        InputError: one is not an image, or the images differ in size.
 
     Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity" (2004), with its
     window (a Gaussian with a standard deviation of 1.5 over 11 x 11 pixels) and constants, averaged over the channels.
@@ -80,6 +81,9 @@ def ssim(image: Image.Image, original: Image.Image) -> float:
 
 def _pair(image: Image.Image, original: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     """Return two images as arrays (height, width, 3) in [0, 1]."""
+    for one, name in ((image, "image"), (original, "original")):
+        if not isinstance(one, Image.Image):
+            raise InputError(f"{name} must be a PIL image, got {validation.short_repr(one)}")
     if image.size != original.size:
         raise InputError(f"the images must have the same size, got {image.size} and {original.size}")
     first, second = (np.asarray(one.convert("RGB"), dtype=np.float64) / 255 for one in (image, original))
@@ -88,5 +92,7 @@ def _pair(image: Image.Image, original: Image.Image) -> tuple[np.ndarray, np.nda
 
 def _pixels(images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
     """Return the pixels of all images as bytes, (pixels, 3)."""
-    images = [images] if isinstance(images, Image.Image) else images
-    return np.concatenate([np.asarray(image.convert("RGB")).reshape(-1, 3) for image in images])
+    shown = validation.pil_images(images, "images")
+    if not shown:
+        raise InputError("images is empty: there is nothing to measure")
+    return np.concatenate([np.asarray(image.convert("RGB")).reshape(-1, 3) for image in shown])

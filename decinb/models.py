@@ -9,6 +9,9 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
+from decinb.errors import InputError
+from decinb.utils import validation
+
 IMAGE_TO_IMAGE = "image-to-image"
 TEXT_TO_IMAGE = "text-to-image"
 TASKS = (IMAGE_TO_IMAGE, TEXT_TO_IMAGE)
@@ -191,7 +194,13 @@ def line_of(source: str) -> str:
 
 
 def image_size(pipe: DiffusionPipeline) -> int:
-    """Return the height and width in pixels of the images that a pipeline's model was trained on."""
+    """Return the height and width in pixels of the images that a pipeline's model was trained on.
+
+    Raises:
+        InputError: ``pipe`` is not a pipeline.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise InputError(f"pipe must be a pipeline, as load_pipeline returns it, got {validation.short_repr(pipe)}")
     if known := MODELS.get(str(pipe.config.get("_name_or_path"))):
         return known.image_size
     networks = [getattr(pipe, name, None) for name in ("unet", "transformer")]

@@ -10,6 +10,7 @@ from decinb.errors import InputError
 from decinb.scenes.attributes import ATTRIBUTES
 from decinb.scenes.captions import PHRASES
 from decinb.scenes.judge import Judge
+from decinb.utils import validation
 
 Value = str | bool | None
 
@@ -106,7 +107,7 @@ def adherence(images: Image.Image | Sequence[Image.Image], prompt: str) -> float
         A number from 0 to 1; a list of them if several images were given.
 
     Raises:
-        InputError: the prompt names nothing that the judge knows.
+        InputError: an image is not a PIL image, or the prompt names nothing that the judge knows.
     """
     named = named_attributes(prompt)
     if not named:
@@ -117,6 +118,6 @@ def adherence(images: Image.Image | Sequence[Image.Image], prompt: str) -> float
     single = isinstance(images, Image.Image)
     fractions = [
         sum(seen.get(name) == value for name, value in named.items()) / len(named)
-        for seen in Judge.load().classify([images] if single else images)
+        for seen in Judge.load().classify(validation.pil_images(images, "images"))
     ]
     return fractions[0] if single else fractions

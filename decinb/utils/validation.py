@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from decinb.errors import InputError, reason
 
@@ -214,6 +215,15 @@ def file(value: Any, name: str = "file") -> Path:
 def folder(value: Any) -> Path:
     """Validate the name of a folder, which need not exist."""
     return path(value, "folder")
+
+
+def pil_images(values: Any, name: str) -> list[Image.Image]:
+    """Return a list of PIL images from one image or a sequence of them, such as ``sweep.images``."""
+    images = [values] if isinstance(values, Image.Image) else values
+    found = list(images) if isinstance(images, Sequence) else [None]
+    if not all(isinstance(one, Image.Image) for one in found):
+        raise InputError(f"{name} must be a PIL image or a list of them, got {short_repr(values)}")
+    return found
 
 
 def bounded_list(values: Any, name: str, most: int) -> Sequence[Any]:

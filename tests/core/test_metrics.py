@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import decinb
 from decinb.errors import InputError
 from decinb.metrics import clipped_fraction, detail, mean_abs_difference, oversaturated, psnr, ssim
 from decinb.scenes import Scene, render
@@ -64,3 +65,20 @@ def test_oversaturated_counts_pure_colours_but_no_dark_ones():
     assert oversaturated(Image.fromarray(row)) == 0.5
     assert oversaturated([Image.fromarray(row[:, :2]), Image.fromarray(row[:, 2:])]) == 0.5
     assert oversaturated([render(Scene(time=time, house="red")) for time in ("day", "sunset", "night")]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda image: decinb.mean_abs_difference(image, 5), "original must be a PIL image, got 5"),
+        (lambda image: decinb.mean_abs_difference([image], image), "image must be a PIL image, got"),
+        (lambda image: clipped_fraction([image, "day"]), "images must be a PIL image or a list of them"),
+        (lambda image: oversaturated(7), "images must be a PIL image or a list of them, got 7"),
+        (lambda image: clipped_fraction([]), "images is empty"),
+        (lambda image: decinb.adherence([image, 5], "a red house"), "images must be a PIL image or a list of them"),
+        (lambda image: decinb.image_size(image), "pipe must be a pipeline, as load_pipeline returns it"),
+    ],
+)
+def test_what_is_no_image_and_no_pipeline_is_refused_by_name(call, message):
+    with pytest.raises(decinb.InputError, match=message):
+        call(Image.new("RGB", (16, 16)))
