@@ -114,6 +114,7 @@ def read_image(source: Source, size: int | None = None, allow_private: bool = Fa
 
 @functools.lru_cache(maxsize=16)
 def _draw_sample(name: str, size: int | None) -> Image.Image:
+    """Draw a sample once: sweeps and the playground ask for the same one again and again."""
     scene, own_size = SAMPLES[name]
     return (strokes if name == "strokes" else render)(scene, size or own_size)
 

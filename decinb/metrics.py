@@ -81,9 +81,8 @@ def ssim(image: Image.Image, original: Image.Image) -> float:
 
 def _pair(image: Image.Image, original: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     """Return two images as arrays (height, width, 3) in [0, 1]."""
-    for one, name in ((image, "image"), (original, "original")):
-        if not isinstance(one, Image.Image):
-            raise InputError(f"{name} must be a PIL image, got {validation.short_repr(one)}")
+    validation.pil_image(image, "image")
+    validation.pil_image(original, "original")
     if image.size != original.size:
         raise InputError(f"the images must have the same size, got {image.size} and {original.size}")
     first, second = (np.asarray(one.convert("RGB"), dtype=np.float64) / 255 for one in (image, original))
@@ -93,6 +92,6 @@ def _pair(image: Image.Image, original: Image.Image) -> tuple[np.ndarray, np.nda
 def _pixels(images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
     """Return the pixels of all images as bytes, (pixels, 3)."""
     shown = validation.pil_images(images, "images")
-    if not shown:
+    if not len(shown):
         raise InputError("images is empty: there is nothing to measure")
     return np.concatenate([np.asarray(image.convert("RGB")).reshape(-1, 3) for image in shown])

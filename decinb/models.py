@@ -193,14 +193,19 @@ def line_of(source: str) -> str:
     return f"decinb/models.py, line {found}" if found else "its entry in decinb.MODELS"
 
 
+def check_pipeline(pipe: DiffusionPipeline) -> None:
+    """Raise an ``InputError`` for anything that is not a diffusers pipeline."""
+    if not isinstance(pipe, DiffusionPipeline):
+        raise InputError(f"pipe must be a pipeline, as load_pipeline returns it, got {validation.short_repr(pipe)}")
+
+
 def image_size(pipe: DiffusionPipeline) -> int:
     """Return the height and width in pixels of the images that a pipeline's model was trained on.
 
     Raises:
         InputError: ``pipe`` is not a pipeline.
     """
-    if not isinstance(pipe, DiffusionPipeline):
-        raise InputError(f"pipe must be a pipeline, as load_pipeline returns it, got {validation.short_repr(pipe)}")
+    check_pipeline(pipe)
     if known := MODELS.get(str(pipe.config.get("_name_or_path"))):
         return known.image_size
     networks = [getattr(pipe, name, None) for name in ("unet", "transformer")]

@@ -32,7 +32,6 @@ PAGE = 12  # rows and columns of one figure
 MAX_PAGE = 40  # a figure of more rows or columns is too large to open, even with images at their smallest
 WIDTH, WIDEST = 11.0, 3.2  # inches: the most of a grid and of one of its images
 TITLE_ROOM = 0.9  # inches: the most that a title may take
-MAX_IMAGES = 10_000  # in one figure or gallery
 MAX_TITLE = 100  # characters of a title that become part of a file name
 TITLE = 34  # characters in a line of a link's title
 UNBREAKABLE = str.maketrans({" ": "\u00a0", "-": "\u2011"})  # keeps the name of a tab on one line
@@ -297,12 +296,10 @@ def _draw_grid(images: Sequence[Image.Image], titles: Sequence[Any], columns: in
 
 def _check(images: Sequence[Image.Image], labels: Sequence[Any], name: str) -> tuple[Sequence[Any], Sequence[Any]]:
     """Return images and their labels, which may be given as generators."""
-    images = validation.bounded_list(images, "images", MAX_IMAGES)
-    labels = validation.bounded_list(labels, name, MAX_IMAGES)
+    images = validation.pil_images(images, "images")
+    labels = validation.bounded_list(labels, name, validation.MAX_IMAGES)
     if not len(images):
         raise InputError("images is empty: there is nothing to show")
-    if strange := [one for one in images if not isinstance(one, Image.Image)]:
-        raise InputError(f"images must be PIL images, got {validation.short_repr(strange[0])}")
     if len(images) != len(labels):
         raise InputError(f"{name} must have one entry for each image: got {len(labels)} for {len(images)} images")
     return images, labels

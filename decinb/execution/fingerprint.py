@@ -117,7 +117,7 @@ _FUNCTIONS = {
     name: one for name, one in vars(nn.functional).items() if isinstance(one, (FunctionType, BuiltinFunctionType))
 }
 _json = json.JSONEncoder(default=str)
-COMMON = {bool, int, str, type(None)}  # of most values; not float, whose 0.0 equals -0.0
+COMMON = {bool, int, str, type(None)}  # types of most values; not float, because 0.0 equals -0.0 in a cache
 
 
 @functools.lru_cache(maxsize=2**14, typed=True)
@@ -264,12 +264,14 @@ def sampled_hash(pipe: DiffusionPipeline) -> str:
     return digest.hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=2**14, typed=True)
 def _encode_plain(value: Any) -> bytes:
     """Return a number, a text, a truth value or None as bytes."""
     if isinstance(value, (bool, str, bytes, type(None))):
         return _encode(type(value).__name__, str(value))
     return _encode("number", repr(_plain_number(value)))
+
+
+_encode_common = functools.lru_cache(maxsize=2**14, typed=True)(_encode_plain)
 
 
 class _Hasher:
@@ -291,13 +293,13 @@ class _Hasher:
     def add(self, value: Any, where: str) -> None:
         """Add a value; ``where`` is what to call it if that fails."""
         if type(value) in COMMON:
-            self.digest.update(_encode_plain(value))
+            self.digest.update(_encode_common(value))
             return
         value = getattr(value, "_orig_mod", value) if isinstance(value, nn.Module) else value  # of torch.compile
         if isinstance(value, Enum):
             self.token(type(value).__name__, value.name)
         elif isinstance(value, (bool, str, bytes, type(None), numbers.Number, np.generic)):
-            self.digest.update(_encode_plain.__wrapped__(value))
+            self.digest.update(_encode_plain(value))
         elif isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
             self.token(str(value))
         elif isinstance(value, torch.device):
@@ -324,8 +326,7 @@ class _Hasher:
             self.token("array", value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).hexdigest())
         elif isinstance(value, Mapping):
             ignored = BOOKKEEPING if isinstance(value, FrozenDict) else set()  # a configuration
-            counted = [key for key in value if key not in ignored]
-            counted.sort(key=None if all(type(key) is str for key in counted) else str)
+            counted = sorted((key for key in value if key not in ignored), key=str)
             self._add_names(counted, where)
             for key in counted:
                 self.add(value[key], f"{where}.{key}")

@@ -17,7 +17,7 @@ TRIES = 3  # images that are decoded whatever they take, since the first may be 
 
 FITTED = 128  # pixels of the longer side of the image on which the colours of previews are fitted
 
-_matrices: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()  # of the VAEs prepared for previews at once
+_matrices: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()  # of the VAEs that were prepared
 
 
 class Preview:
@@ -31,13 +31,13 @@ class Preview:
     def __init__(self, adapter: BatchedAdapter, image: Image.Image | None):
         self._adapter, self._image = adapter, image
         self._matrix = _matrices.get(adapter.pipe.vae)
-        self._at_once = self._matrix is not None  # whether the next image is shown small, because it is there at once
+        self._small_next = self._matrix is not None  # the first image is small where that takes no time
         self._seconds: list[float] = []  # that decoding took
 
     def prepare(self) -> None:
-        """Fit the colours of small images now, so that the first preview of any later run can be shown at once.
+        """Fit the colours of small images now, so that the first preview of every later run takes a millisecond.
 
-        They stay as they are when the weights of the VAE change, which concerns only these previews.
+        They are not fitted again if the weights of the VAE change; small previews may then have wrong colours.
         """
         if self._adapter.pipe.vae not in _matrices:
             _matrices[self._adapter.pipe.vae] = self._fit()
@@ -45,10 +45,10 @@ class Preview:
     def __call__(self, latents: Tensor) -> Image.Image:
         """Return the decoded image if that is fast, else the small one. Latents: (1, channels, height, width).
 
-        The first image is a small one, made in a millisecond, if ``prepare`` was called for this VAE.
+        If ``prepare`` was called for this VAE, the first image is the small one, so that something is seen at once.
         """
-        if self._at_once:
-            self._at_once = False
+        if self._small_next:
+            self._small_next = False
             return self.small(latents)
         if len(self._seconds) < TRIES or min(self._seconds) < SLOW:
             started = perf_counter()

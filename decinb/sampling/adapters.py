@@ -25,12 +25,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from decinb.errors import InputError, ModelError
-from decinb.models import image_size
+from decinb.models import check_pipeline, image_size
 from decinb.sampling.base import Adapter, Output
 from decinb.sampling.batched import BatchedAdapter
 from decinb.sampling.jobs import Conditioning, Job
 from decinb.sampling.sequential import SequentialAdapter
-from decinb.utils import validation
 from decinb.utils.quiet import quiet
 
 
@@ -285,8 +284,7 @@ def adapter_of(pipe: DiffusionPipeline, why: str | None = None) -> Adapter:
     Raises:
         InputError: ``pipe`` is not a diffusers pipeline, or lacks a component.
     """
-    if not isinstance(pipe, DiffusionPipeline):
-        raise InputError(f"pipe must be a pipeline, as load_pipeline returns it, got {validation.short_repr(pipe)}")
+    check_pipeline(pipe)
     for name in ("vae", "unet", "scheduler"):
         if name in pipe.components and pipe.components[name] is None:
             raise InputError(f"pipe.{name} is None: load the pipeline again")

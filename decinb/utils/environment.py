@@ -106,10 +106,12 @@ def in_notebook() -> bool:
     return hasattr(shell, "kernel")
 
 
-@cache
+_installed_version = cache(version)  # reading it takes milliseconds; a missing package is looked for again
+
+
 def _version(package: str) -> str:
     try:
-        return version(package)
+        return _installed_version(package)
     except PackageNotFoundError:
         return "not installed"
 

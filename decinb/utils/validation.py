@@ -22,6 +22,7 @@ MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 10_000  # more overflows in half precision
 HIGH_GUIDANCE = 30  # more gives over-saturated images
 MAX_CHARACTERS = 4_000  # of a prompt; a text encoder reads about 300
+MAX_IMAGES = 10_000  # in one figure, gallery or measure
 MAX_SIDE = 2048  # pixels of an image that a pipeline takes or makes
 MULTIPLE = 8  # a latent pixel stands for 8 x 8 image pixels, with most VAEs
 MIN_SIDE = MULTIPLE
@@ -217,13 +218,19 @@ def folder(value: Any) -> Path:
     return path(value, "folder")
 
 
-def pil_images(values: Any, name: str) -> list[Image.Image]:
-    """Return a list of PIL images from one image or a sequence of them, such as ``sweep.images``."""
-    images = [values] if isinstance(values, Image.Image) else values
-    found = list(images) if isinstance(images, Sequence) else [None]
-    if not all(isinstance(one, Image.Image) for one in found):
-        raise InputError(f"{name} must be a PIL image or a list of them, got {short_repr(values)}")
-    return found
+def pil_image(value: Any, name: str) -> Image.Image:
+    """Return a PIL image."""
+    if not isinstance(value, Image.Image):
+        raise InputError(f"{name} must be a PIL image, got {short_repr(value)}")
+    return value
+
+
+def pil_images(values: Any, name: str) -> Sequence[Image.Image]:
+    """Return PIL images from one image or several, such as ``sweep.images``, which are read from files one by one."""
+    images = [values] if isinstance(values, Image.Image) else bounded_list(values, name, MAX_IMAGES)
+    for i, one in enumerate(images):
+        pil_image(one, f"{name}[{i}]")
+    return images
 
 
 def bounded_list(values: Any, name: str, most: int) -> Sequence[Any]:

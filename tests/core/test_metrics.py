@@ -72,10 +72,10 @@ def test_oversaturated_counts_pure_colours_but_no_dark_ones():
     [
         (lambda image: decinb.mean_abs_difference(image, 5), "original must be a PIL image, got 5"),
         (lambda image: decinb.mean_abs_difference([image], image), "image must be a PIL image, got"),
-        (lambda image: clipped_fraction([image, "day"]), "images must be a PIL image or a list of them"),
-        (lambda image: oversaturated(7), "images must be a PIL image or a list of them, got 7"),
+        (lambda image: clipped_fraction([image, "day"]), r"images\[1\] must be a PIL image, got 'day'"),
+        (lambda image: oversaturated(7), "images must be a list of values, got 7"),
         (lambda image: clipped_fraction([]), "images is empty"),
-        (lambda image: decinb.adherence([image, 5], "a red house"), "images must be a PIL image or a list of them"),
+        (lambda image: decinb.adherence([image, 5], "a red house"), r"images\[1\] must be a PIL image, got 5"),
         (lambda image: decinb.image_size(image), "pipe must be a pipeline, as load_pipeline returns it"),
     ],
 )
