@@ -19,7 +19,8 @@ from papermill.exceptions import PapermillExecutionError
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "demo"
 COUNT = 4  # images for each number that the notebooks measure; 32 where they are read
-QUIET_KERNEL = ["--IPKernelApp.log_level=40"]  # ipykernel warns of TCP at every start; errors still show
+# ipykernel warns of TCP at every start, and may log the interrupt that ends it as an error. Errors of cells still show.
+QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
 ALONE = ("06_latency_vs_sd15", "12_runtime_options", "14_fewer_steps")  # a neighbour would change what they measure
 AT_ONCE = min(2, os.cpu_count() or 1)
 
