@@ -103,6 +103,20 @@ def first_image_line(results: Path) -> str | None:
     return f"starting Python to the first image | {seconds['total']:.1f} s: {', '.join(parts)} | {command}"
 
 
+def playground_line(results: Path) -> str | None:
+    found = newest(results, "playground")
+    if found is None:
+        return None
+    parts = [
+        f"{name}: first preview {1000 * found.timings['preview'][runtime].median:.0f} ms, "
+        f"image {found.timings['image'][runtime].median:.1f} s"
+        for runtime, name in (("torch", "PyTorch"), ("openvino", "OpenVINO"))
+        if runtime in found.timings["preview"]
+    ]
+    command = "`python -m decinb.benchmark playground`"
+    return f"a click in the playground, without the page's own time | {'; '.join(parts)} | {command}"
+
+
 def loading_line(results: Path) -> str | None:
     found = newest(results, "loading", model=None)
     if found is None:
@@ -162,6 +176,7 @@ LINES: dict[str, tuple[Line, ...]] = {
         runtime_line,
         neighbours_line,
         first_image_line,
+        playground_line,
         loading_line,
         import_line,
         compile_line,

@@ -5,6 +5,7 @@ options       a pipeline's options that change images only by rounding
 runtimes      the U-Net in PyTorch and in OpenVINO; with --model random, U-Nets of full size
 neighbours    a sweep beside busy processes, with threads that adapt and with fixed numbers of threads
 first-image   fresh processes to their first image, part by part
+playground    from a click in the playground to its first preview, and to the image
 compiled      U-Nets of full size, eager, compiled and with CUDA graphs, with what the first call costs
 few-steps     packed sweeps of tiny at 20 steps and of its student, tiny-lcm, at 4
 """
@@ -17,7 +18,17 @@ from types import ModuleType
 
 from diffusers import DiffusionPipeline
 
-from decinb.benchmark import compiled, few_steps, first_image, latency, neighbours, options, packing, runtimes
+from decinb.benchmark import (
+    compiled,
+    few_steps,
+    first_image,
+    latency,
+    neighbours,
+    options,
+    packing,
+    playground,
+    runtimes,
+)
 from decinb.benchmark.latency import Measurement
 from decinb.loading import load_pipeline
 from decinb.runtimes.graph import is_installed
@@ -102,8 +113,16 @@ def _measure_neighbours(given: Given) -> Measurement:
     return neighbours.compare(given.busy, given.rounds, given.seconds, ways)
 
 
+def _exact_runtimes() -> Sequence[str]:
+    return [name for name in _runtimes() if name != "openvino-bfloat16"]
+
+
 def _measure_first_image(given: Given) -> Measurement:
-    return first_image.measure_first_image([name for name in _runtimes() if name != "openvino-bfloat16"], given.rounds)
+    return first_image.measure_first_image(_exact_runtimes(), given.rounds)
+
+
+def _measure_playground(given: Given) -> Measurement:
+    return playground.measure_playground(_exact_runtimes(), given.rounds)
 
 
 def _measure_compiled(given: Given) -> Measurement:
@@ -122,6 +141,7 @@ BENCHMARKS: dict[str, tuple[Callable[[Given], Measurement], ModuleType, str]] = 
     "runtimes": (_measure_runtimes, runtimes, "runtimes"),
     "neighbours": (_measure_neighbours, neighbours, "neighbours"),
     "first-image": (_measure_first_image, first_image, "first-image"),
+    "playground": (_measure_playground, playground, "playground"),
     "compiled": (_measure_compiled, compiled, "compiled"),
     "few-steps": (_measure_few_steps, few_steps, "few-steps"),
 }

@@ -78,6 +78,7 @@ class Playground:
         image: the input, as it is on the canvas; None for text to image.
         result: the last image or sweep, as a ``Sweep``.
         kept: the images kept, as a ``Sweep``.
+        is_running: whether an image or a sweep has been started and is not finished.
     """
 
     def __init__(self, pipe: DiffusionPipeline, folder: str | Path | None, cell: Cell):
@@ -104,6 +105,10 @@ class Playground:
     @property
     def kept(self) -> Sweep:
         return self._session.kept
+
+    @property
+    def is_running(self) -> bool:
+        return self._session.is_running
 
     # --- what the user does ---
 
@@ -140,7 +145,8 @@ class Playground:
 
     # --- stepping ---
 
-    def _on_asked(self) -> None:
+    def step(self) -> None:
+        """Take the next step of the run and show it. The page asks for this once it has shown the last image."""
         if self._asked:
             self._asked = False
             self._advance()
@@ -364,7 +370,7 @@ class Playground:
         view["explored"], view["kept"] = widgets.HTML(""), widgets.HTML("")
         hidden = widgets.Layout(display="none")
         view["ask"] = widgets.Button(description="next step", layout=hidden)
-        view["ask"].on_click(self._guarded(self._on_asked))
+        view["ask"].on_click(self._guarded(self.step))
         view["sent"] = widgets.Textarea(layout=hidden)
         view["sent"].observe(self._guarded(self._on_sent), "value")
         for name in ("ask", "sent"):

@@ -50,6 +50,7 @@ LIMITS = {
 """The lowest and the highest value of the controls."""
 
 SEEDS = 8  # in a sweep of the seed
+LARGE = 10**8  # parameters of a U-Net, from which a step on a CPU takes seconds
 TEXTS = ("prompt", "negative_prompt")
 
 
@@ -136,10 +137,22 @@ class Session:
     # --- running ---
 
     def prepare(self) -> None:
-        """Do what would delay the first preview, if no other call uses the pipeline."""
-        if self.adapter.exposes_latents:
-            with suppress(Busy), _Turn(self._lock):
-                Preview(self.adapter, None).prepare()
+        """Take one step of an image and forget it, so that the first run finds everything ready.
+
+        That hashes the weights, fits the colours of previews, and compiles what is compiled at the first call. It is
+        left out while another call uses the pipeline, and where a step takes long: with a large model on a CPU.
+        """
+        if not adapter_of(self.pipe).exposes_latents or (
+            self.pipe.device.type == "cpu" and self.pipe.unet.num_parameters() > LARGE
+        ):
+            return
+        with suppress(Exception), _Turn(self._lock):  # what fails here fails again, and is shown, when a run starts
+            Preview(self.adapter, None).prepare()
+            cell = self.check({})
+            running = steps(self.pipe, self._input(cell.pop("image")), "", [cell])
+            while (states := running.advance()) is not None and not any(state.step for state in states):
+                pass
+            running.close()
 
     @property
     def is_running(self) -> bool:

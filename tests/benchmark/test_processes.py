@@ -8,7 +8,7 @@ import pytest
 
 from decinb import InputError
 from decinb.benchmark import __main__ as command_line
-from decinb.benchmark import first_image, latency, neighbours, packing
+from decinb.benchmark import first_image, latency, neighbours, packing, playground
 from decinb.benchmark.processes import in_turns, run_fresh
 from decinb.designs import grid
 
@@ -61,6 +61,10 @@ def test_command_lines_write_what_they_measure(tmp_path, monkeypatch, capsys):
     assert list(found.timings) == [*first_image.PARTS, first_image.TOTAL]
     parts = sum(found.timings[part]["torch"].median for part in first_image.PARTS)
     assert found.timings[first_image.TOTAL]["torch"].median == pytest.approx(parts)
+    found = written("playground")
+    assert list(found.timings) == list(playground.PARTS)
+    for preview, image in (playground.PARTS[:2], playground.PARTS[2:]):
+        assert found.timings[preview]["torch"].slowest < found.timings[image]["torch"].fastest
 
 
 def test_bad_arguments_are_refused():
@@ -72,3 +76,7 @@ def test_bad_arguments_are_refused():
         first_image.measure_first_image(["magic"])
     with pytest.raises(InputError, match="rounds must be at least 1"):
         first_image.measure_first_image(rounds=0)
+    with pytest.raises(InputError, match="runtimes must be of torch, .* got 'magic'"):
+        playground.measure_playground(["magic"])
+    with pytest.raises(InputError, match="clicks at least 2, got 4 and 1"):
+        playground.measure_playground(clicks=1)

@@ -47,6 +47,8 @@ def test_every_line_is_written_from_its_measurement(tmp_path):
     assert "quiet 150 (8 with fixed threads); beside 1 busy 150" in write_numbers.neighbours_line(tmp_path)
     save(tmp_path, "first-image", {"import torch": {"torch": [1.0]}, "total": {"torch": [4.0]}}, {"model": "tiny"})
     assert "4.0 s: import torch 1.0 |" in write_numbers.first_image_line(tmp_path)
+    save(tmp_path, "playground", {"preview": {"torch": [0.15]}, "image": {"torch": [1.4]}}, {"model": "tiny"})
+    assert "| PyTorch: first preview 150 ms, image 1.4 s |" in write_numbers.playground_line(tmp_path)
 
 
 def test_what_was_not_measured_has_no_line(tmp_path):

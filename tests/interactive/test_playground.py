@@ -103,12 +103,19 @@ def test_each_step_shows_what_is_predicted_and_the_end_is_the_image(page, expect
     page.output.evaluate(
         """(one) => { window.seen = []; new MutationObserver(() => {
             const image = one.querySelector("img.decinb-shown");
-            if (image) window.seen.push([one.innerText, image.src]);
-        }).observe(one, { childList: true, subtree: true }); }"""
+            if (image) window.seen.push([one.innerText, image.src, performance.now() - window.clicked]);
+        }).observe(one, { childList: true, subtree: true });
+        addEventListener("click", (event) => {  // not those of the page's script, which asks for steps
+            if (event.isTrusted) window.clicked = performance.now();
+        }, true); }"""
     )
     page.generate()
+    seen = page.tab.evaluate("window.seen")
+    times = {"ms_to_preview": seen[0][2], "ms_to_image": seen[-1][2]}
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    (SHOTS / f"{page.app}-click.json").write_text(json.dumps(times))
     steps = {}
-    for text, source in page.tab.evaluate("window.seen"):
+    for text, source, _ in seen:
         if match := re.search(r"step (\d+) of (\d+)", text):
             assert int(match[2]) == STEPS
             steps[int(match[1])] = source

@@ -13,6 +13,7 @@ from decinb.figures.viewer import data_url
 from decinb.images import read_record
 from decinb.interactive.playground import BLANK
 from decinb.interactive.session import Busy, Session, Settings
+from decinb.sampling.batched import _PackedRun
 from decinb.utils.locks import pipeline_lock
 from tests.helpers.sweeps import same
 
@@ -301,6 +302,27 @@ def test_a_playground_opens_while_another_call_has_the_pipeline():
         thread.join()
     play._view["generate"].click()
     assert play._previews[0].size == (play._session.size,) * 2, "without preparation, the first preview is decoded"
+
+
+def test_a_step_is_rehearsed_when_the_playground_is_shown_and_nothing_of_it_stays(session, monkeypatch):
+    calls, predict = [], _PackedRun.predict
+    monkeypatch.setattr(_PackedRun, "predict", lambda *args: calls.append(1) or predict(*args))
+    session.prepare()
+    assert len(calls) == 1 and session.result is None and not session.is_running
+    monkeypatch.setattr("decinb.interactive.session.LARGE", 1000)
+    session.prepare()
+    assert len(calls) == 1, "with a large model on a CPU, a step would take too long"
+
+
+def test_what_fails_when_the_playground_is_shown_is_said_when_a_run_starts(session, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(_PackedRun, "predict", fail)
+    session.prepare()
+    session.start(settings())
+    with pytest.raises(decinb.SweepError, match="broken"):
+        finish(session)
 
 
 @pytest.mark.parametrize("axis", [None, "seed"])
