@@ -213,14 +213,18 @@ class _DeciDiffusion:
         return {"strength": strength, "image": image}
 
     def _broadcast(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments with equally many images and prompts: a single one is repeated."""
+        """Return the arguments with equally many images and prompts: a single one is repeated.
+
+        A single image is left to diffusers, which encodes it once, so that a generator gives what it gives there.
+        """
         batched = {name: arguments[name] for name in BATCHED if arguments.get(name) is not None}
         size = validation.batch_size(**{name: len(values) for name, values in batched.items()})
         number = size * arguments["num_images_per_prompt"]
         validation.generators(arguments["generator"], number)
         if (latents := arguments.get("latents")) is not None and len(latents) != number:
             raise InputError(f"latents must have one row for each of the {number} images, got {len(latents)}")
-        return arguments | {name: _repeat(values, size) for name, values in batched.items()}
+        repeated = {name: _repeat(values, len(values) if name == "image" else size) for name, values in batched.items()}
+        return arguments | repeated
 
     def _warn(self, arguments: dict[str, Any]) -> None:
         """Warn about settings that can run, but may surprise."""
@@ -258,7 +262,8 @@ class _DeciDiffusion:
             return pixels.nan_to_num()
 
         checks = {"callback_on_step_end": check_step, "callback_on_step_end_tensor_inputs": [*wanted, "latents"]}
-        with pipeline_lock(self):
+        with pipeline_lock(self), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You have passed .* initial images", FutureWarning)  # we allow that
             hook = self.vae.decoder.register_forward_hook(check_pixels)
             try:
                 output = super().__call__(**{**arguments, **checks})

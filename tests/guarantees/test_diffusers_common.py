@@ -319,6 +319,16 @@ def test_stable_diffusion_img2img_num_images_per_prompt(pair):
     assert len(pair[0](**dummy(image=pixels(), prompt=[PROMPT] * 2, num_images_per_prompt=2)).images) == 4
 
 
+def test_one_image_for_several_prompts(pair, recwarn):
+    prompts = [PROMPT, "a blue tree"]
+    recwarn.clear()
+    pair[0](**dummy(image=pixels(), prompt=prompts))
+    assert not [one for one in recwarn if "initial images" in str(one.message)], "it is not deprecated here"
+    assert len(same_as_stock(pair, prompt=prompts)) == 2
+    assert len(same_as_stock(pair, prompt=prompts, num_images_per_prompt=2)) == 4
+    same_as_stock(pair, prompt=prompts, image=torch.ones(1, 4, 8, 8))  # latents
+
+
 def test_inference_batch_consistent(pair):
     for size in (2, 3):
         prompts = [" ".join([PROMPT] * (i + 1)) for i in range(size)]
