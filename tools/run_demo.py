@@ -1,8 +1,9 @@
 """Run every notebook on the bundled model and say how it goes: ``make demo``.
 
-Each notebook runs in a fresh kernel, two at a time. Those that compare times run alone, at the end. Where a notebook
-measures on many images, the demo takes ``COUNT`` of them, and says so. The executed notebooks, and the grids that they
-save, are written to ``runs/demo/``. An error stops the demo, with the notebook, the error and where to look.
+Each notebook runs in a fresh kernel, two at a time with half of the cores each. Those that compare times run alone, at
+the end, with all cores. Where a notebook measures on many images, the demo takes ``COUNT`` of them, and says so. The
+executed notebooks, and the grids that they save, are written to ``runs/demo/``. An error stops the demo, with the
+notebook, the error and where to look.
 """
 
 import os
@@ -21,8 +22,9 @@ FOLDER = ROOT / "runs" / "demo"
 COUNT = 4  # images for each number that the notebooks measure; 32 where they are read
 # ipykernel warns of TCP at every start, and may log the interrupt that ends it as an error. Errors of cells still show.
 QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
-ALONE = ("06_latency_vs_sd15", "12_runtime_options", "14_fewer_steps")  # a neighbour would change what they measure
-AT_ONCE = min(2, os.cpu_count() or 1)
+ALONE = ("06_latency_vs_sd15", "12_runtime_options")  # a neighbour would change what they measure
+CORES = os.cpu_count() or 1
+AT_ONCE = min(2, CORES)
 
 
 def main() -> int:
@@ -53,14 +55,19 @@ def run_all(notebooks: list[Path]) -> Iterator[tuple[Path, float, str]]:
     """Run notebooks, and yield each as it ends with its seconds and its error, which is empty if there was none."""
     together = [notebook for notebook in notebooks if notebook.stem not in ALONE]
     alone = [notebook for notebook in notebooks if notebook.stem in ALONE]
-    with ProcessPoolExecutor(AT_ONCE) as pool:
+    with ProcessPoolExecutor(AT_ONCE, initializer=_share_cores) as pool:
         try:
             for running in as_completed([pool.submit(run, notebook) for notebook in together]):
                 yield running.result()
-            for notebook in alone:
-                yield pool.submit(run, notebook).result()
         finally:
             pool.shutdown(cancel_futures=True)
+    for notebook in alone:
+        yield run(notebook)
+
+
+def _share_cores() -> None:
+    """Let the kernels that this process starts use its share of the cores."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(CORES // AT_ONCE))
 
 
 def run(notebook: Path) -> tuple[Path, float, str]:
