@@ -41,7 +41,7 @@ class ModelError(_TwoLines, OSError):
 
 
 class SweepError(_TwoLines, RuntimeError):
-    """A sweep failed while it ran. Its ``sweep`` holds everything that was finished before."""
+    """A sweep or a chain failed while it ran. Its ``sweep``, or ``chain``, holds what was finished before."""
 
     def __init__(self, message: str, sweep: object):
         super().__init__(message)

@@ -222,7 +222,7 @@ def _identify(model: str | Path) -> tuple[str, Model]:
     if known is not None:
         return _known_name(name), known
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
-        raise InputError(f"model: folder not found: {name!r}")
+        raise InputError(f"model: folder not found: {validation.short_repr(name)}")
     if hub.is_model_id(name):
         return name, _hub_model(name)
     closeness = {known: difflib.SequenceMatcher(None, known, name.lower()).ratio() for known in MODELS}

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from types import NoneType
 from typing import Any
 
 import diffusers
@@ -147,15 +146,20 @@ class _DeciDiffusion:
         valid["eta"] = validation.fraction(arguments["eta"], "eta")
         valid["output_type"] = validation.choice(arguments["output_type"], "output_type", OUTPUT_TYPES)
         valid["clip_skip"] = self._validate_clip_skip(arguments["clip_skip"])
-        if not isinstance(arguments["cross_attention_kwargs"], (dict, NoneType)):
-            given = validation.short_repr(arguments["cross_attention_kwargs"])
-            raise InputError(f"cross_attention_kwargs must be a dict such as {{'scale': 0.5}}, got {given}")
+        more = arguments["cross_attention_kwargs"]
+        if more is not None and not (isinstance(more, dict) and all(isinstance(name, str) for name in more)):
+            raise InputError(
+                "cross_attention_kwargs must be a dict with strings as keys, such as {'scale': 0.5}, "
+                f"got {validation.short_repr(more)}"
+            )
         for name in ("callback", "callback_on_step_end"):
             if arguments.get(name) is not None and not callable(arguments[name]):
                 raise InputError(f"{name} must be a function, got {validation.short_repr(arguments[name])}")
         name, allowed = "callback_on_step_end_tensor_inputs", self._callback_tensor_inputs
         wanted = arguments.get(name)
-        if wanted is not None and not (isinstance(wanted, (list, tuple)) and set(wanted) <= set(allowed)):
+        if wanted is not None and not (
+            isinstance(wanted, (list, tuple)) and all(isinstance(one, str) and one in allowed for one in wanted)
+        ):
             given = validation.short_repr(wanted)
             raise InputError(f"{name} must be a list of some of {', '.join(allowed)}, got {given}")
         if arguments.get("callback") is not None:
@@ -264,7 +268,8 @@ class _DeciDiffusion:
         checks = {"callback_on_step_end": check_step, "callback_on_step_end_tensor_inputs": [*wanted, "latents"]}
         with pipeline_lock(self), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You have passed .* initial images", FutureWarning)  # we allow that
-            hook = self.vae.decoder.register_forward_hook(check_pixels)
+            # A ConsistencyDecoderVAE has no decoder of this name; its pixels are not checked.
+            hook = getattr(self.vae, "decoder", self.vae).register_forward_hook(check_pixels)
             try:
                 output = super().__call__(**{**arguments, **checks})
             except ValueError as error:

@@ -152,13 +152,13 @@ def plot_sweep(
     if not len(sweep):
         raise InputError("the sweep has no finished cell to show")
     if where is not None and not isinstance(where, Mapping):
-        raise InputError(f"where must be a dict such as {{'seed': 0}}, got {where!r}")
+        raise InputError(f"where must be a dict such as {{'seed': 0}}, got {validation.short_repr(where)}")
     if where:
         validation.known(where, SELECTABLE)
         all_cells, sweep = sweep, sweep.select(**where)
         if not len(sweep):
             values = "; ".join(f"{name} is {either(record[name] for record in all_cells.records)}" for name in where)
-            raise InputError(f"where={where!r} leaves no cell: {values}")
+            raise InputError(f"where={validation.short_repr(where)} leaves no cell: {values}")
     records = sweep.records
 
     def tile(index: int) -> Tile:
@@ -229,7 +229,7 @@ def _plot(
 ) -> None:
     """Lay out cells and draw them, on as many figures as they need."""
     if isinstance(page, bool) or not isinstance(page, int) or not 1 <= page <= MAX_PAGE:
-        raise InputError(f"page must be an integer from 1 to {MAX_PAGE}, got {page!r}")
+        raise InputError(f"page must be an integer from 1 to {MAX_PAGE}, got {validation.short_repr(page)}")
     import matplotlib.pyplot as plt
 
     file = None if file is None else figure_file(file)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -388,6 +389,7 @@ def _flatten(record: ImageRecord) -> dict[str, Any]:
 
 def _several(value: Any, name: str) -> Sequence[Any]:
     """Return the values that ``select`` was given: one, or those of a list, an array, a Series or a generator."""
+    value = validation.plain_tensor(value, name) if torch.is_tensor(value) else value
     value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy, torch and pandas
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
         return [value]

@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from decinb.errors import InputError, ModelError, Stopped
+from decinb.errors import InputError, ModelError, Stopped, SweepError, reason
 from decinb.execution.provenance import (
     LINK_ARGUMENTS,
     ImageRecord,
@@ -127,6 +127,7 @@ def run_chain(
     Raises:
         InputError: a link cannot run, or cannot follow the one before it; the message names it.
         ModelError: a link made NaN or infinity; the message names it.
+        SweepError: a link failed in another way, such as a scheduler that its pipeline cannot use.
         Stopped: the chain was interrupted. It is a ``KeyboardInterrupt``; its ``done`` is a chain of what was finished.
     """
     calls = read_links(links, image is not None)
@@ -135,25 +136,30 @@ def run_chain(
     first = None if image is None else load_image(image)
     records = _records(calls, seed, first, image_name(image, first))
     chain = Chain(first, folder=None if store is None else store.folder)
+    outputs, link = run_calls(calls, first, seed), 0
     try:
-        for (output, seconds), record in zip(run_calls(calls, first, seed), records, strict=True):
+        for link, record in enumerate(records):
+            output, seconds = next(outputs)
             record |= {"seconds": round(seconds, 3), "blacked_out": output.blacked_out}
             record[OUTPUT_HASH] = image_hash(output.image.convert("RGB"))
             chain.images.append(output.image)
             chain.records.append(record)
             if output.blacked_out:
-                validation.warn(
-                    f"link {len(chain) - 1}: the image is black, because the safety checker judged it unsafe"
-                )
+                validation.warn(f"link {link}: the image is black, because the safety checker judged it unsafe")
             if store:
-                _save(store, output.image, record, first, len(chain) - 1)
+                _save(store, output.image, record, first, link)
     except KeyboardInterrupt as interrupt:
         saved = "" if store is None else f" and saved in {str(store.folder)!r}"
         done = f"{len(chain)} of {len(calls)} links are done{saved}; sys.last_value.done holds them"
         raise Stopped(done, chain) from interrupt
-    except Exception as error:
+    except (InputError, ModelError) as error:
         error.chain = chain
         raise
+    except Exception as error:
+        done = f"{len(chain)} of {len(calls)} links are done and are in this error's `chain`"
+        failure = SweepError(f"link {link} failed: {reason(error)}; {done}", chain)
+        failure.chain = chain
+        raise failure from error
     return chain
 
 
@@ -269,7 +275,7 @@ def _what_the_first_takes(adapter: Adapter, link: Link, has_image: bool) -> str 
         raise InputError(f"image must be given: link 0, {adapter.name}, is image to image")
     if has_image and not takes_image:
         raise InputError(f"image must be left out: link 0, {adapter.name}, is text to image")
-    if link.takes is not None and (link.takes != PICTURE or not takes_image):
+    if link.takes is not None and not (takes_image and validation.equal(link.takes, PICTURE)):
         raise InputError(
             f"link 0: takes must be left out, since no link comes before, got {validation.short_repr(link.takes)}"
         )

@@ -117,6 +117,7 @@ _FUNCTIONS = {
     name: one for name, one in vars(nn.functional).items() if isinstance(one, (FunctionType, BuiltinFunctionType))
 }
 _json = json.JSONEncoder(default=str)
+CODE = (FunctionType, BuiltinFunctionType, MethodType, functools.partial)
 COMMON = {bool, int, str, type(None)}  # types of most values; not float, because 0.0 equals -0.0 in a cache
 
 
@@ -141,13 +142,13 @@ class Fingerprint(NamedTuple):
 @torch.no_grad()
 def fingerprint(pipe: DiffusionPipeline) -> Fingerprint:
     """Return the hashes of a pipeline, without its scheduler, which records describe by class and configuration."""
-    own = {name: value for name, value in vars(pipe).items() if not name.startswith("_")}
+    own = {name: value for name, value in vars(pipe).items() if not name.startswith("_") or isinstance(value, CODE)}
     components = {name: own.pop(name, None) for name in sorted(pipe.components)}
     config = FrozenDict({name: value for name, value in pipe.config.items() if name not in components})
     # A subclass of one's own may do anything; those of diffusers and decinb share the stages that decide an image.
     custom = type(pipe).__module__.partition(".")[0] not in ("diffusers", OURS)
     parts = {
-        **{name: part for name, part in components.items() if not isinstance(part, (SchedulerMixin, type(None)))},
+        **{name: part for name, part in components.items() if name != "scheduler" and part is not None},
         "pipeline": {**own, "class": type(pipe) if custom else None, "config": config},
         **({"precision": precision} if (precision := _precision()) else {}),
     }
@@ -252,6 +253,19 @@ def stamp(pipe: DiffusionPipeline) -> list[Any]:
 
 
 @torch.no_grad()
+def parameters_hash(pipe: DiffusionPipeline) -> str:
+    """Return a hash of all parameters, and of whether the VAE works in tiles: what no call of a pipeline changes."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, nn.Module):
+            digest.update(f"{name} {getattr(part, 'use_tiling', None)}".encode())
+            for parameter in part.parameters():
+                with suppress(Exception):  # meta, sparse: the fingerprint has noted it
+                    digest.update(tensor_hash(parameter.as_subclass(Tensor)).encode())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
 def sampled_hash(pipe: DiffusionPipeline) -> str:
     """Return the hash of some 61 values of every tensor, by which the first version of decinb knew a pipeline."""
     digest = hashlib.sha256()
@@ -338,7 +352,7 @@ class _Hasher:
             self._add_names(sorted(value, key=str), where)
         elif isinstance(value, type):
             self._add_name(value, where)
-        elif isinstance(value, (FunctionType, BuiltinFunctionType, MethodType, functools.partial)):
+        elif isinstance(value, CODE):
             self._add_function(value, where)
         elif isinstance(value, PretrainedConfig):
             self._add_name(type(value), where)
@@ -485,9 +499,10 @@ class _Hasher:
                 self._add_attributes(hook, where, BOOKKEEPING | {"fn_ref"})
             elif name not in NEUTRAL_HOOKS:
                 self._cannot(where, f"a hook, {name}")
-        ours = type(forward).__module__.partition(".")[0] == OURS  # a runtime: records name one that changes pixels
-        if forward is not None and not ours and not _leads_to(forward, module, wrapped=bool(hooks)):
-            self._cannot(where, "a forward of its own")
+        for one in (forward, own.get("_old_forward")):  # the second is what accelerate's hook calls
+            ours = type(one).__module__.partition(".")[0] == OURS  # a runtime: records name one that changes pixels
+            if one is not None and not ours and not _leads_to(one, module, wrapped=bool(hooks)):
+                self._cannot(where, "a forward of its own")
 
 
 def _leads_to(forward: Any, module: nn.Module, wrapped: bool) -> bool:

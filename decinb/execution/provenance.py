@@ -351,8 +351,11 @@ def check_pipeline(pipe: DiffusionPipeline, made_by: ImageRecord, record: ImageR
         where: the start of the message.
 
     Raises:
-        InputError: its dtype, weights, adapters or settings are not those of the record.
+        InputError: its dtype, weights, adapters or settings are not those of the record, or it has other code.
     """
+    unknown = unknown_parts(record)
+    if other := [part for part in made_by["unknown"] if part not in unknown]:
+        raise InputError(f"pipe has something that did not make {where!r} and cannot be compared: {other[0]}")
     made_in, own = record.get("dtype"), made_by["dtype"]
     if made_in not in (own, None):
         argument = "runtime" if made_in in RUNTIMES else "dtype"
@@ -371,7 +374,7 @@ def check_pipeline(pipe: DiffusionPipeline, made_by: ImageRecord, record: ImageR
             f"pipe has other weights or settings than what made {where!r} ({record['model']}): "
             f"{' and '.join(map(validation.short_repr, names)) or 'the whole'} differs"
         )
-    if unknown := unknown_parts(record):
+    if unknown:
         validation.warn(f"{where!r} may come out differently: it was made with {unknown[0]}, which cannot be compared")
 
 

@@ -10,7 +10,7 @@ from time import perf_counter
 from PIL import Image
 
 from decinb.errors import InputError
-from decinb.execution.fingerprint import stamp
+from decinb.execution.fingerprint import parameters_hash, stamp
 from decinb.execution.provenance import pipeline_record, scheduler_config, unknown_parts
 from decinb.execution.results import Results
 from decinb.execution.store import open_image
@@ -21,6 +21,7 @@ from decinb.sampling.jobs import Progress, Result, Step
 from decinb.utils import validation
 from decinb.utils.locks import pipeline_lock
 
+TOLD = {"unknown": "code"}  # what a user calls a field of the record
 SELDOM = 30  # a pipeline is compared in full after this many times the seconds that comparing takes, and at the end
 
 
@@ -107,6 +108,8 @@ class Runner:
         self._pending: list[tuple[str, Result]] = []  # results of the last step that have not been added yet
         self._preview = Preview(self.adapter, self.plan.image) if self.adapter.exposes_latents else None
         self._stamp = stamp(self.adapter.pipe)  # of the pipeline that the plan describes
+        # Of a pipeline that may fill caches of its own in a call, which is no change, only the parameters are compared.
+        self._parameters = None if self.adapter.exposes_latents else parameters_hash(self.adapter.pipe)
         self._new: list[str] = []  # keys of images made since the pipeline was last compared in full
         self._compared, self._comparing = perf_counter(), 0.1  # when that was, and the seconds that it takes: a guess
         self._grid: LiveGrid | None = None
@@ -169,7 +172,7 @@ class Runner:
                     states = self._take(step, keys, calls, left)
                     if step.results:
                         due = perf_counter() - self._compared >= SELDOM * self._comparing
-                        self._check_unchanged(in_full=due)
+                        self._check_unchanged(in_full=due or not self.adapter.exposes_latents)
                     bar.advance(step.rows, len(step.results))
                     yield states
             except (KeyboardInterrupt, GeneratorExit):  # what is fully denoised by then is still decoded and kept
@@ -229,27 +232,31 @@ class Runner:
         """Refuse a pipeline that was changed after planning: its images would be saved as those of the one planned.
 
         Args:
-            in_full: compare every weight and setting of a batched pipeline, and not only what the stamp and the
-                scheduler show. Other pipelines may fill caches of their own in a call, which is no change.
+            in_full: compare every weight and setting of a batched pipeline, and every parameter of another one, and not
+                only what the stamp and the scheduler show.
 
         Raises:
             InputError: it was changed. Images that were made since the last full comparison are discarded.
         """
         pipe, planned, started = self.adapter.pipe, self.plan.records[0], perf_counter()
         found = {"dtype": precision(pipe), "scheduler_config": scheduler_config(pipe.scheduler)}
-        in_full = in_full and self.adapter.exposes_latents
-        if in_full or stamp(pipe) != self._stamp:
-            found["weights"] = pipeline_record(pipe)["weights"]
-            self._stamp, self._compared = stamp(pipe), perf_counter()
-            self._comparing = self._compared - started
-        if changed := [name for name, value in found.items() if value != planned[name]]:
+        batched = self.adapter.exposes_latents
+        if (in_full and batched) or stamp(pipe) != self._stamp:
+            record = pipeline_record(pipe)
+            found |= {"weights": record["weights"], "unknown": record["unknown"]}
+            self._stamp = stamp(pipe)
+        changed = [TOLD.get(name, name) for name, value in found.items() if value != planned[name]]
+        if in_full and not batched and parameters_hash(pipe) != self._parameters:
+            changed.append("weights")
+        if changed:
             removed, self._new = self.results.discard(self._new), []
             raise InputError(
                 f"pipe was changed while its sweep was unfinished ({' and '.join(changed)}): start the sweep again; "
                 + (f"images removed because they may be wrong: {removed}" if removed else "what was finished was kept")
             )
-        if in_full or not self.adapter.exposes_latents:
-            self._new = []
+        if in_full:
+            self._new, self._compared = [], perf_counter()
+            self._comparing = self._compared - started
 
     # --- display ---
 

@@ -14,6 +14,7 @@ from textwrap import shorten
 from typing import Any
 
 from decinb.errors import InputError
+from decinb.utils import validation
 from decinb.utils.labels import ARGUMENTS, SHORT, describe, plain
 
 CellValues = Mapping[str, Any]
@@ -155,7 +156,8 @@ def _table(cells: Sequence[CellValues], row_names: Sequence[str], col_names: Seq
     for index, (row, column) in enumerate(zip(row_of, column_of, strict=True)):
         first = places.setdefault((row, column), index)
         if differing := _differing(cells[first], cells[index]):
-            named = ", ".join(describe(name, cells[index][name]) for name in (*row_names, *col_names))
+            values = [describe(name, cells[index][name]) for name in (*row_names, *col_names)]
+            named = ", ".join(shorten(value, LONG, placeholder="…") for value in values)
             raise InputError(
                 f"two cells share the place of {named}: they also differ in {' and '.join(differing)}; "
                 f"name it in rows or cols, or choose with where={{{differing[0]!r}: ...}}"
@@ -210,7 +212,9 @@ def _names(cells: Sequence[CellValues], asked: Axis, side: str) -> list[str]:
         return []
     names = [asked] if isinstance(asked, str) else asked
     if not isinstance(names, (list, tuple)) or not 1 <= len(names) <= 2:
-        raise InputError(f"{side} must be the name of an argument or a pair of names, got {asked!r}")
+        raise InputError(
+            f"{side} must be the name of an argument or a pair of names, got {validation.short_repr(asked)}"
+        )
     for name in names:
         _check_name(cells, name, side)
     if len(set(names)) < len(names):
@@ -220,12 +224,13 @@ def _names(cells: Sequence[CellValues], asked: Axis, side: str) -> list[str]:
 
 def _check_name(cells: Sequence[CellValues], name: Any, side: str) -> None:
     known = [key for key in cells[0] if all(isinstance(cell.get(key, []), Hashable) for cell in cells)]
-    if name in known:
+    if isinstance(name, str) and name in known:
         return
-    near = get_close_matches(str(name), known, 1)
+    near = get_close_matches(name, known, 1) if isinstance(name, str) else []
     hint = f"; did you mean {near[0]!r}?" if near else ""
     varied = ", ".join(varying(cells)) or "nothing"
-    raise InputError(f"{side}: {name!r} is not an argument of every cell{hint}; the cells differ in {varied}")
+    given = validation.short_repr(name)
+    raise InputError(f"{side}: {given} is not an argument of every cell{hint}; the cells differ in {varied}")
 
 
 def _differing(first: CellValues, second: CellValues) -> list[str]:

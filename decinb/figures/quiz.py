@@ -15,7 +15,7 @@ from PIL import Image
 from decinb.errors import InputError
 from decinb.figures.viewer import Fragment, data_url
 from decinb.utils import validation
-from decinb.utils.labels import ARGUMENTS, SHORT, describe, plain
+from decinb.utils.labels import ARGUMENTS, SELECTABLE, SHORT, describe, plain
 
 MAX_CHOICES = 8
 
@@ -41,7 +41,7 @@ def quiz(
         InputError: the argument is unknown, the same everywhere, or has no order (with ``pairs``); no two images
             differ in it alone (with ``pairs``).
     """
-    validation.known([name], [*ARGUMENTS, "steps_run"])
+    validation.known([name], SELECTABLE, "name: ")
     questions = validation.integer(questions, "questions", 1, 20)
     values = list(dict.fromkeys(record[name] for record in records))
     if len(values) < 2:

@@ -119,9 +119,10 @@ def _check_scores(scores: Any, number: int) -> dict[str, Sequence[Any]]:
         raise InputError(f"scores must be a dict such as {{'adherence': [...]}}, got {validation.short_repr(scores)}")
     lists = {}
     for name, values in scores.items():
-        listed = validation.bounded_list(values, f"scores[{name!r}]", MAX_SCORES)
+        where = f"scores[{validation.short_repr(name)}]"
+        listed = validation.bounded_list(values, where, MAX_SCORES)
         if len(listed) != number:
-            raise InputError(f"scores[{name!r}] must have one value per image, {number}, got {len(listed)}")
+            raise InputError(f"{where} must have one value per image, {number}, got {len(listed)}")
         lists[str(name)] = listed
     return lists
 

@@ -126,7 +126,8 @@ class Session:
                 getattr(validation, name)(value)
                 low, high = LIMITS[name]
                 if not low <= value <= high:
-                    raise InputError(f"{name} must be from {low} to {high} in the playground, got {value!r}")
+                    given = validation.short_repr(value)
+                    raise InputError(f"{name} must be from {low} to {high} in the playground, got {given}")
             elif name == "image":
                 if not isinstance(value, str) or value not in SAMPLES:
                     raise InputError(f"image must be one of {', '.join(SAMPLES)}, got {validation.short_repr(value)}")

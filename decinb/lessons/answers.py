@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 from decinb.errors import InputError
+from decinb.utils.validation import short_repr
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,17 @@ def check(exercise: str, answer: object) -> None:
         InputError: the exercise has no answer to check, or the answer is of the wrong kind.
     """
     if exercise not in ANSWERS:
-        raise InputError(f"exercise must be one of {', '.join(ANSWERS)}, got {exercise!r}")
+        raise InputError(f"exercise must be one of {', '.join(ANSWERS)}, got {short_repr(exercise)}")
     known = ANSWERS[exercise]
     if isinstance(known, Choice):
         letter = answer.strip().lower() if isinstance(answer, str) else answer
         if letter not in tuple(known.letters):
-            raise InputError(f"answer must be one of the letters {', '.join(known.letters)}, got {answer!r}")
+            letters = ", ".join(known.letters)
+            raise InputError(f"answer must be one of the letters {letters}, got {short_repr(answer)}")
         right, off = letter == known.value, "it is another one"
     else:
         if isinstance(answer, bool) or not isinstance(answer, Real) or not math.isfinite(answer):
-            raise InputError(f"answer must be a number, got {answer!r}")
+            raise InputError(f"answer must be a number, got {short_repr(answer)}")
         distance = float(answer) - known.value
         right = abs(distance) <= known.within
         off = f"{abs(distance):.4g} too {'large' if distance > 0 else 'small'}"

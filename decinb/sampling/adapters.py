@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AsymmetricAutoencoderKL,
     AutoencoderKL,
+    AutoencoderTiny,
     DiffusionPipeline,
     SchedulerMixin,
     StableDiffusionDepth2ImgPipeline,
@@ -19,6 +21,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.models.attention_processor import Attention
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -30,6 +33,7 @@ from decinb.sampling.base import Adapter, Output
 from decinb.sampling.batched import BatchedAdapter
 from decinb.sampling.jobs import Conditioning, Job
 from decinb.sampling.sequential import SequentialAdapter
+from decinb.utils.origins import OURS
 from decinb.utils.quiet import quiet
 
 
@@ -270,6 +274,7 @@ BATCHED: dict[type[DiffusionPipeline], type[BatchedAdapter]] = {
 }
 
 
+PLAIN_VAES = (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL)
 DYNAMIC = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
 
 
@@ -289,16 +294,35 @@ def adapter_of(pipe: DiffusionPipeline, why: str | None = None) -> Adapter:
         if name in pipe.components and pipe.components[name] is None:
             raise InputError(f"pipe.{name} is None: load the pipeline again")
     adapter = next((adapter for cls, adapter in BATCHED.items() if isinstance(pipe, cls)), None)
-    why = why or _mixes_rows(pipe)
+    why = why or (None if adapter is None else _why_not_batched(pipe))
     return SequentialAdapter(pipe, why) if adapter is None or why else adapter(pipe)
 
 
-def _mixes_rows(pipe: DiffusionPipeline) -> str | None:
-    """Return, in words, what in a pipeline lets the rows of a batch change each other; None if nothing does."""
+def _why_not_batched(pipe: DiffusionPipeline) -> str | None:
+    """Return, in words, what makes a row of a batch differ from a call of its own; None if nothing does."""
+    if type(pipe).__module__.partition(".")[0] not in ("diffusers", OURS):
+        return f"{type(pipe).__name__} (a class of another package, whose call may differ)"
     for name in ("unet", "vae"):
-        for module in pipe.components[name].modules() if isinstance(pipe.components.get(name), nn.Module) else ():
-            if type(module).__module__.startswith(DYNAMIC):
-                return f"{name} (dynamic quantisation, which takes its range from the whole batch)"
+        part = getattr(pipe.components[name], "_orig_mod", pipe.components[name])  # of torch.compile
+        if name == "vae" and type(part).__module__.startswith("diffusers.") and not isinstance(part, PLAIN_VAES):
+            return f"vae ({type(part).__name__}, which may draw noise)"
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            if why := _mixes_rows(module):
+                return f"{name} ({why})"
+    return None
+
+
+def _mixes_rows(module: nn.Module) -> str | None:
+    """Return, in words, how a module lets the rows of a batch change each other; None if it does not."""
+    if type(module).__module__.startswith(DYNAMIC):
+        return "dynamic quantisation, which takes its range from the whole batch"
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        return "batch norm, which takes its statistics from the whole batch"
+    processor = type(vars(module).get("processor"))
+    if processor.__module__.startswith("diffusers.") and (
+        processor.__module__ != Attention.__module__ or processor.__name__.startswith("PAG")
+    ):
+        return f"{processor.__name__}, which may attend to other images of the batch"
     return None
 
 

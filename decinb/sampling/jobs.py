@@ -63,6 +63,7 @@ def copy_scheduler(like: SchedulerMixin) -> SchedulerMixin:
     return type(like).from_config({name: value for name, value in like.config.items() if name != "_use_default_values"})
 
 
+OF_RUNS = ("set_timesteps", "set_begin_index")  # any other setter, such as set_shift, is the user's
 TABLES = ("betas", "alphas_cumprod", "final_alpha_cumprod")  # what a scheduler makes of its configuration
 
 
@@ -90,7 +91,7 @@ def _state(cls: type[SchedulerMixin]) -> set[str]:
         getattr(method, "__wrapped__", method)
         for base in cls.__mro__
         for name, method in vars(base).items()
-        if name not in ("__init__", "register_to_config")
+        if name not in ("__init__", "register_to_config") and not (name.startswith("set_") and name not in OF_RUNS)
     ]
     methods += [method.fset for method in methods if isinstance(method, property)]
     return {

@@ -113,7 +113,8 @@ def adherence(images: Image.Image | Sequence[Image.Image], prompt: str) -> float
     if not named:
         known = ", ".join(ATTRIBUTES)
         raise InputError(
-            f"prompt must name an attribute of a scene ({known}; such as 'a red house at night'), got {prompt!r}"
+            f"prompt must name an attribute of a scene ({known}; such as 'a red house at night'), "
+            f"got {validation.short_repr(prompt)}"
         )
     single = isinstance(images, Image.Image)
     fractions = [

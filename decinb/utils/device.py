@@ -43,7 +43,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         return torch.device(kind)
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):  # a ValueError for an integer of more than 64 bits
         found = None
     name = f"cuda:{found.index or 0}" if found is not None and found.type == "cuda" else found and found.type
     if name not in available:
@@ -96,7 +96,7 @@ def choose_workload(
     if size is None:
         size = 32 if device.type == "cpu" and dtype == torch.float32 else 64
     if not isinstance(size, int) or size < 8 or size % 8:
-        raise InputError(f"size must be a multiple of 8, at least 8, got {size!r}")
+        raise InputError(f"size must be a multiple of 8, at least 8, got {validation.short_repr(size)}")
     return device, dtype, size
 
 

@@ -6,12 +6,13 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 OURS = "decinb"
 GENERATED = ("namedtuple_", "pybind11_")  # made by Python's collections, and by C++ libraries
 INSTALLED = {"site-packages", "dist-packages"}
+OF_COMPILERS = ("__compiled_fn_", "__resume_at_")  # what torch.compile puts into the modules that it has compiled
 HARMLESS = ("load", "save", "__repr__", "__str__", "__format__")  # they compute nothing, and are often replaced
 
 
@@ -55,7 +56,7 @@ def module_of(function: Any) -> str:
         function = function.func
     function = getattr(function, "__func__", function)
     found = getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", None)
-    return found or "builtins"
+    return found or ("" if isinstance(function, FunctionType) else "builtins")  # from exec or eval: of no module
 
 
 _checked: dict[type | ModuleType, list[Any]] = {}  # what classes and modules held when nothing was found in them
@@ -67,7 +68,11 @@ def replaced(owner: type | ModuleType) -> list[str]:
     before = _checked.get(owner, [])
     if len(now) == len(before) and all(map(operator.is_, now, before)):
         return []
-    found = [name for name, value in vars(owner).copy().items() if name not in HARMLESS and _is_foreign(value)]
+    found = [
+        name
+        for name, value in vars(owner).copy().items()
+        if name not in HARMLESS and not name.startswith(OF_COMPILERS) and _is_foreign(value)
+    ]
     if not found:
         _checked[owner] = now
     return found
@@ -76,9 +81,10 @@ def replaced(owner: type | ModuleType) -> list[str]:
 def _is_foreign(value: Any) -> bool:
     """Return whether a value is a function, a method, a property or a class of the user, or an object of one.
 
-    What ``functools.partial`` makes of an installed function is the user's too: packages keep none in their modules.
+    What ``functools.partial`` makes of an installed function is the user's too, and so is a mock: packages keep none in
+    their modules. Of a function with decorators, all parts must be installed.
     """
-    if isinstance(value, functools.partial):
+    if isinstance(value, functools.partial) or type(value).__module__.startswith("unittest."):
         return True
     if isinstance(value, (staticmethod, classmethod)):
         value = value.__func__
@@ -86,4 +92,7 @@ def _is_foreign(value: Any) -> bool:
         value = value.fget
     elif isinstance(value, (functools.cached_property, functools.partialmethod)):
         value = value.func
+    beneath = vars(value).get("__wrapped__") if isinstance(value, FunctionType) else None
+    if beneath is not None and _is_foreign(beneath):
+        return True
     return (callable(value) and not is_installed(module_of(value))) or not is_installed(type(value).__module__)

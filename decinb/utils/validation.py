@@ -295,8 +295,8 @@ def known(names: Iterable[str], allowed: Iterable[str], where: str = "") -> None
     """Refuse an unknown argument, and suggest the known one that is spelt most like it."""
     allowed = list(allowed)
     for name in names:
-        if name not in allowed:
-            near = get_close_matches(str(name), allowed, 1)
+        if not isinstance(name, str) or name not in allowed:  # comparing an array would raise
+            near = get_close_matches(name, allowed, 1) if isinstance(name, str) else []
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(allowed)}"
             raise InputError(f"{where}unknown argument {short_repr(name)}; {hint}")
 
@@ -400,7 +400,7 @@ def _number(value: Any, name: str, allowed: str) -> float:
 def real(value: Any) -> Any:
     """Return a real number of Python, NumPy or torch; None for anything else, booleans included."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()
+        value = None if torch.is_tensor(value) and value.is_meta else value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:

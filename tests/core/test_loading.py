@@ -113,6 +113,7 @@ def test_float16_on_the_cpu_becomes_float32_with_a_warning(small):
         ({"dtype": torch.int8}, "dtype must be .*got torch.int8"),
         ({"device": "abacus"}, "device must be .*cpu.* got 'abacus'"),
         ({"device": "cuda:99"}, "device must be .*got 'cuda:99'"),
+        ({"device": 10**400}, "device must be .*got 10{39}…0{40}$"),
         ({"model": "tinny"}, "'tinny' is not known; did you mean 'tiny'"),
         ({"model": "DeciDiffusion"}, "did you mean 'decidiffusion-v1-0'.*'tiny'"),
         ({"model": "xyzzy"}, "'xyzzy' is not known; give one of 'tiny', .*'decidiffusion-v1-0'.*folder.*hub"),

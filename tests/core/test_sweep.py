@@ -285,6 +285,9 @@ def test_a_sweep_as_a_table_and_its_selection(tiny, image, tmp_path):
     assert part.cells == cells[3:] and decinb.mean_abs_difference(part.images[0], sweep.images[3]) == 0.0
     with pytest.raises(InputError, match="unknown argument 'strenght'"):
         sweep.select(strenght=1)
+    with pytest.raises(InputError, match="^seed must be an ordinary tensor, got one that is on the meta device$"):
+        sweep.select(seed=torch.empty(1, device="meta"))
+    assert not len(sweep.select(strength=[torch.empty((), device="meta")]))
 
 
 def test_cells_may_name_their_own_images(tiny, image):

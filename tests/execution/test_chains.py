@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import decinb
-from decinb import InputError, Link, ModelError, Stopped, run_chain
+from decinb import InputError, Link, ModelError, Stopped, SweepError, run_chain
 from decinb.benchmark.counting import count_unet_calls
 from decinb.checkpoints.dummies import SIZE, dummy
 from decinb.execution.chains import latent_obstacle
@@ -203,6 +203,11 @@ def test_others_equal_their_own_calls_by_hand(name):
         ([("text", {"prompt": [DAY]})], None, "^link 0: prompt must be a string, got "),
         ([("text", {"negative_prompt": 3})], None, "^link 0: negative_prompt must be a string, got 3"),
         ([("text", {"takes": "picture"})], None, "^link 0: takes must be left out, since no link comes before"),
+        (
+            [("image", {"takes": np.array([1, 2])})],
+            "day",
+            r"^link 0: takes must be left out, .*, got array\(\[1, 2\]\)$",
+        ),
         ([("image", {"takes": "latent"})], "day", "^link 0: takes must be left out, since no link comes before"),
         ([("text", {}), ("image", {"takes": "pixels"})], None, "^link 1: takes must be one of latent, picture, got"),
         ([("text", {})], None, "^seed must be an integer"),
@@ -353,9 +358,21 @@ def test_stopping_keeps_what_is_done_and_ends_the_cell(tiny, image, tmp_path):
 
 
 def test_an_error_names_its_link(tiny, image):
-    with Stop(tiny, 3, RuntimeError("broken")), pytest.raises(RuntimeError, match="broken") as caught:
+    message = r"^link 1 failed: RuntimeError: broken; 1 of 2 links are done and are in this error's `chain`$"
+    with Stop(tiny, 3, RuntimeError("broken")), pytest.raises(SweepError, match=message) as caught:
         run_chain([Link(tiny, NIGHT, **QUICK), Link(tiny, DAY, **QUICK)], image)
-    assert caught.value.__notes__ == ["in link 1 of the chain"]
+    assert caught.value.__cause__.__notes__ == ["in link 1 of the chain"]
+
+
+def test_a_scheduler_that_a_pipeline_cannot_use_fails_as_in_a_sweep(tiny, image, tmp_path):
+    other = stock(diffusers.LatentConsistencyModelImg2ImgPipeline, tiny)  # DDIM takes no original_inference_steps
+    with pytest.raises(SweepError, match="^cell 0 .* failed: .*original_inference_steps"):
+        decinb.run_sweep(other, image, DAY, [QUICK], progress=False)
+    with pytest.raises(
+        SweepError, match="^link 1 failed: .*original_inference_steps'; 1 of 2 links are done"
+    ) as caught:
+        run_chain([Link(tiny, NIGHT, **QUICK), Link(other, DAY, **QUICK)], image, folder=tmp_path)
+    assert caught.value.chain is caught.value.sweep and len(caught.value.chain) == 1 == len(list(tmp_path.iterdir()))
 
 
 @pytest.mark.parametrize("of_decinb", [True, False])

@@ -79,6 +79,9 @@ def test_cells_of_two_models_in_one_place_are_refused():
     with pytest.raises(InputError, match="seed 0: they also differ in model; .* where={'model': ...}"):
         lay_out(records, cols="seed")
     assert len(lay_out(records, rows="model", cols="seed").places) == 4
+    long = [{**record, "prompt": "a red house " * 300} for record in records]
+    with pytest.raises(InputError, match="place of a red house a red house a red house a…, seed 0: they also"):
+        lay_out(long, rows="prompt", cols="seed")
 
 
 def test_a_table_that_would_be_mostly_empty_is_not_made():

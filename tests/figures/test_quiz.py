@@ -3,6 +3,7 @@
 import html
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -60,6 +61,7 @@ def test_the_same_seed_asks_the_same(sweep):
     ("arguments", "message"),
     [
         ({"name": "strenght"}, "did you mean 'strength'"),
+        ({"name": np.array([1, 2])}, r"^name: unknown argument array\(\[1, 2\]\); known are image, prompt, "),
         ({"name": "seed"}, "seed must differ"),
         ({"name": "strength", "questions": 0}, "questions must be an integer from 1 to 20, got 0"),
     ],

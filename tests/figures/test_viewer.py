@@ -93,6 +93,8 @@ def test_scores_that_do_not_fit_and_empty_sweeps_are_refused(sweep):
     images, records = sweep
     with pytest.raises(InputError, match=r"scores\['a'\] must have one value per image, 12, got 1"):
         viewer(images, records, None, {"a": [1.0]})
+    with pytest.raises(InputError, match=r"^scores\['x{39}…x{39}'\] must have one value per image, 12, got 1$"):
+        viewer(images, records, None, {"x" * 5000: [1.0]})
     with pytest.raises(InputError, match="the sweep is empty"):
         Sweep(None, "").explore()
 

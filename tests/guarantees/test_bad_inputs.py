@@ -91,6 +91,7 @@ def photo(width=200, height=120):
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
+INPUTS = "callback_on_step_end_tensor_inputs"
 INTEGER = "num_inference_steps must be an integer from 1 to 999, got"
 
 
@@ -105,6 +106,7 @@ INTEGER = "num_inference_steps must be an integer from 1 to 999, got"
         ("E6", {"strength": "0.5"}, "strength must be a number above 0 and at most 1, got '0.5'"),
         ("E6", {"strength": None}, "strength must be a number above 0 and at most 1, got None"),
         (None, {"strength": np.array([0.5, 1.0])}, "strength must be a number"),
+        (None, {"strength": torch.empty((), device="meta")}, "strength must be a number"),
         ("E7", {"strength": True}, "strength must be a number above 0 and at most 1, got True"),
         ("E10", {"num_inference_steps": 0}, f"{INTEGER} 0"),
         ("E11", {"num_inference_steps": -1}, f"{INTEGER} -1"),
@@ -131,6 +133,13 @@ INTEGER = "num_inference_steps must be an integer from 1 to 999, got"
         (None, {"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer from 1 to 1000, got 0"),
         (None, {"eta": 2}, "eta must be from 0 to 1, got 2"),
         (None, {"output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent, got 'jpeg'"),
+        (None, {INPUTS: [[]]}, rf"{INPUTS} must be a list of some of latents, .*, got \[\[\]\]"),
+        (None, {INPUTS: [np.array([1, 2])]}, rf"{INPUTS} must be a list of some of latents, .*, got \[array"),
+        (
+            None,
+            {"cross_attention_kwargs": {1: 2}},
+            "cross_attention_kwargs must be a dict with strings as keys, .* {1: 2}",
+        ),
     ],
 )
 def test_pipeline_call_refuses_bad_arguments(tiny, happened, case, arguments, message):

