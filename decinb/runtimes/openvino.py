@@ -2,13 +2,20 @@
 
 ``attach`` replaces the ``forward`` of the network. Hooks on the network itself run as before. Calls that OpenVINO
 cannot make, because something inside the network was changed, run in PyTorch, and a warning says so once.
+
+A graph is made again when the network is no longer what it was made from. Every call compares the modules with their
+attributes, and the address, the version and one value of each weight. The first call of each run also compares all
+values, because a change through ``tensor.data`` leaves no other trace, and looks for code that was replaced.
 """
 
 import functools
 import inspect
+import math
+import operator
 import threading
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -16,7 +23,19 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel, UNet2
 from torch import Tensor, nn
 
 from decinb.errors import InputError
-from decinb.runtimes.graph import fill, import_openvino, is_installed, read_graph
+from decinb.runtimes.graph import (
+    APART,
+    BOOKKEEPING,
+    attributes,
+    fill,
+    fixed_sides,
+    foreign_code,
+    import_openvino,
+    is_installed,
+    is_plain,
+    read_graph,
+    signature,
+)
 from decinb.utils import validation
 from decinb.utils.threads import most_threads
 
@@ -31,6 +50,8 @@ PRECISIONS = {"openvino": "f32", "openvino-bfloat16": "bf16", EIGHT_BITS: "bf16"
 NAMES = {"openvino": "OpenVINO", "openvino-bfloat16": "OpenVINO, bfloat16"}
 RUNTIMES = (TORCH, *NAMES)
 """What a U-Net can run in. ``openvino-bfloat16`` multiplies in bfloat16 where the processor can, which shows."""
+
+CHUNK = 2**16  # weights that are compared at once: they stay in the cache of a processor
 
 
 def check(runtime: str, device: torch.device, dtype: torch.dtype, compile: bool = False) -> str:
@@ -104,18 +125,34 @@ class _Forward:
     def __init__(self, network: nn.Module, runtime: str):
         self.network, self.runtime, self.shares_latents = network, runtime, _shares_latents(network)
         self.structure = [(module, list(module._modules.values())) for module in network.modules()]
-        self.parameters: list[tuple[int, int]] = []  # addresses and versions of the weights that were compiled
-        self.requests: dict[tuple[str, ...], Any] = {}  # compiled graphs, by their inputs
         self.warned: set[str] = set()
+        self._start()
+
+    def _start(self) -> None:
+        """Start without a compiled graph."""
+        functools.update_wrapper(self, type(self.network).forward)
         self.lock = threading.Lock()
-        functools.update_wrapper(self, type(network).forward)
+        self.timestep = -math.inf  # of the last call
+        self.seen: list[tuple[nn.Module, list[nn.Module | None], Any, tuple[Any, ...], int]] = []  # see _is_as_seen
+        self.foreign: list[str] = []  # names of code that is not a package's
+        self.tables: list[dict[str, Tensor | None]] = []  # the parameters of each module that has some
+        self.code: list[tuple[type, Any]] = []  # the class of each module, with its forward
+        self.signature = ""
+        self.places: list[tuple[int, int]] = []  # addresses and versions of the weights that were compiled
+        self.views: list[np.ndarray] = []  # of their values
+        self.firsts: list[int] = []  # their first values
+        self.checksums: list[list[int]] = []
+        self.requests: dict[str, Any] = {}  # compiled graphs, by the names and the sides of their inputs
+        self.failures: dict[str, str] = {}  # why there is none
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied; a copy compiles its graph again."""
-        return {**vars(self), "parameters": [], "requests": {}, "lock": None}
+        kept = ("network", "runtime", "shares_latents", "structure", "warned")
+        return {name: vars(self)[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.Lock())
+        vars(self).update(state)
+        self._start()
 
     def __call__(self, *args: Any, **kwargs: Any) -> UNet2DConditionOutput | tuple[Tensor]:
         bound = self._signature.bind(self.network, *args, **kwargs)
@@ -124,34 +161,49 @@ class _Forward:
         del arguments["self"]
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.network.parameters()):
             return type(self.network).forward(self.network, *args, **kwargs)  # as in training
-        if reason := self._why_not(arguments):
+        with self.lock:
+            reason, predicted = self._predict(arguments)
+        if predicted is None:
             if reason not in self.warned:
                 self.warned.add(reason)
                 validation.warn(f"the U-Net runs in PyTorch instead of OpenVINO while {reason}")
             return type(self.network).forward(self.network, *args, **kwargs)
-        predicted = self._infer(self._inputs(arguments))
         return UNet2DConditionOutput(sample=predicted) if returns_dict else (predicted,)
 
     @functools.cached_property
     def _signature(self) -> inspect.Signature:
         return inspect.signature(type(self.network).forward)
 
+    def _predict(self, arguments: dict[str, Any]) -> tuple[str, Tensor | None]:
+        """Return the prediction, or why the call must run in PyTorch."""
+        if reason := self._why_not(arguments):
+            self.timestep = -math.inf  # nothing was compared, so the next call does it
+            return reason, None
+        inputs = self._inputs(arguments)
+        key = str(fixed_sides(inputs))
+        try:
+            self._notice_changes(inputs["timestep"])
+            if self.foreign:
+                return f"it runs code that is not a package's, such as {self.foreign[0]}", None
+            if key in self.failures:
+                return self.failures[key], None
+            if key not in self.requests:
+                self.requests[key] = self._compile(inputs)
+            return "", self._infer(self.requests[key], inputs)
+        except Exception as error:  # whatever OpenVINO, its converter or the tracer may raise
+            reason = f"OpenVINO cannot run it ({type(error).__name__})"
+            if key not in self.requests:
+                self.failures[key] = reason
+            return reason, None
+
     def _why_not(self, arguments: dict[str, Any]) -> str | None:
         """Return why a call must run in PyTorch, or None."""
-        for module, children in self.structure:
-            inside = vars(module)
-            if list(inside["_modules"].values()) != children:
-                return "it has modules that were added after loading, such as LoRA"
-            if module is self.network:
-                continue
-            if inside["_forward_hooks"] or inside["_forward_pre_hooks"]:
-                return "modules inside it have hooks"
-            if "forward" in inside:
-                return "modules inside it have another forward"
-            if "processor" in inside and type(inside["processor"]) is not AttnProcessor2_0:
-                return "it has other attention processors"
-        if self.network.training:
-            return "it is in training mode"
+        if nn.modules.module._global_forward_pre_hooks or nn.modules.module._global_forward_hooks:
+            return "all modules have hooks"
+        if not self._is_as_seen():
+            if reason := self._why_not_inside():
+                return reason
+            self._look()
         weight = next(self.network.parameters())
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             return f"its weights are {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
@@ -172,19 +224,89 @@ class _Forward:
             inputs[f"added_cond_kwargs.{name}"] = tensor
         return inputs
 
-    def _infer(self, inputs: dict[str, Tensor]) -> Tensor:
-        weights = [weight for module, _ in self.structure for weight in module._parameters.values()]
-        parameters = [(weight.data_ptr(), _version(weight)) for weight in weights if weight is not None]
-        with self.lock:
-            if parameters != self.parameters:  # others were loaded into the network
-                self.requests.clear()
-                self.parameters = parameters
-            request = self.requests.get(tuple(inputs))
-            if request is None:
-                request = self.requests[tuple(inputs)] = self._compile(inputs)
-            arrays = [tensor.detach().contiguous().numpy() for tensor in inputs.values()]
-            output = request.infer(arrays, share_inputs=True)[0]
-        return torch.from_numpy(output)
+    def _why_not_inside(self) -> str | None:
+        """Return why the network cannot run in OpenVINO as it is, or None."""
+        for module, children in self.structure:
+            inside = vars(module)
+            if list(inside["_modules"].values()) != children:
+                return "it has modules that were added after loading, such as LoRA"
+            if module.training:
+                return "it is in training mode"
+            for name, value in attributes(module).items():
+                if name not in APART and not is_plain(value):
+                    return f"it has attributes that are no plain values, such as {name}"
+            if module is self.network:
+                continue
+            if inside["_forward_hooks"] or inside["_forward_pre_hooks"]:
+                return "modules inside it have hooks"
+            if "forward" in inside:
+                return "modules inside it have another forward"
+            if "processor" in inside and type(inside["processor"]) is not AttnProcessor2_0:
+                return "it has other attention processors"
+        return None
+
+    def _look(self) -> None:
+        """Note the modules as they are; what changes in them from now on shows in ``_is_as_seen``."""
+        self.seen = []
+        for module, children in self.structure:
+            inside = vars(module)
+            read = operator.itemgetter("_modules", "_parameters", *(name for name in inside if name not in BOOKKEEPING))
+            self.seen.append((module, children, read, read(inside), len(inside)))
+        self.tables = [module._parameters for module, _ in self.structure if module._parameters]
+        self.code = self._code()
+        self.signature, before = signature(self.network), self.signature
+        if self.signature != before:
+            self._drop()
+
+    def _code(self) -> list[tuple[type, Any]]:
+        """Return the classes of the modules, and what they run."""
+        return [(type(module), type(module).forward) for module, _ in self.structure]
+
+    def _is_as_seen(self) -> bool:
+        """Return whether the modules are as they were noted, in much less time than a signature takes."""
+        for module, children, read, values, count in self.seen:
+            inside = vars(module)
+            try:
+                if len(inside) != count or read(inside) != values or list(inside["_modules"].values()) != children:
+                    return False
+            except Exception:  # an attribute is gone, or cannot be compared
+                return False
+            if (inside["_forward_hooks"] or inside["_forward_pre_hooks"]) and module is not self.network:
+                return False
+        return bool(self.seen)
+
+    def _notice_changes(self, timestep: Tensor) -> None:
+        """Drop the compiled graphs if the network is no longer what they were made from.
+
+        Within a run, timesteps decrease. So a call whose highest timestep is not below that of the call before may
+        begin a run, and everything is compared.
+        """
+        before, self.timestep = self.timestep, float(timestep.max())
+        starts = not self.timestep < before
+        if starts:
+            self.foreign = foreign_code(self.network)
+            if self._code() != self.code:
+                self._look()
+        weights = [weight for table in self.tables for weight in table.values() if weight is not None]
+        places = [(weight.data_ptr(), _version(weight)) for weight in weights]
+        if moved := places != self.places:
+            self.places, self.views = places, list(map(_bits, weights))
+            self._drop()
+        firsts = [view.item(0) for view in self.views]
+        if starts or moved or firsts != self.firsts:
+            checksums = list(map(_checksums, self.views))
+            if checksums != self.checksums:
+                self._drop()
+            self.firsts, self.checksums = firsts, checksums
+
+    def _drop(self) -> None:
+        """Drop the compiled graphs, and why there were none."""
+        self.requests.clear()
+        self.failures.clear()
+
+    def _infer(self, request: Any, inputs: dict[str, Tensor]) -> Tensor:
+        arrays = [tensor.detach().contiguous().numpy() for tensor in inputs.values()]
+        return torch.from_numpy(request.infer(arrays, share_inputs=True)[0])
 
     def _compile(self, inputs: dict[str, Tensor]) -> Any:
         graph = read_graph(self.network, inputs)
@@ -209,3 +331,20 @@ def _is_empty(value: Any) -> bool:
 
 def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version  # inference tensors cannot change outside of inference mode
+
+
+def _bits(weight: Tensor) -> np.ndarray:
+    """Return a view of a weight's values in the order of memory, as integers: NaN is equal to no number."""
+    extent = 1 + sum((side - 1) * step for side, step in zip(weight.shape, weight.stride(), strict=True))
+    return weight.detach().as_strided((extent,), (1,)).numpy().view(np.int32)
+
+
+@functools.cache
+def _factors() -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(0)).integers(-(2**63), 2**63, CHUNK, dtype=np.int64) | 1
+
+
+def _checksums(bits: np.ndarray) -> list[int]:
+    """Return sums that change with the contents of a weight: of its values times random odd numbers, modulo 2**64."""
+    pieces = [bits[i : i + CHUNK].astype(np.int64) for i in range(0, len(bits), CHUNK)]
+    return [int(piece @ _factors()[: len(piece)]) for piece in pieces]

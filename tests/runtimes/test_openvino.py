@@ -12,7 +12,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import EMAModel
 from peft import LoraConfig
+from torch import nn
 
 import decinb
 from decinb import InputError
@@ -201,6 +203,7 @@ CHANGES = {
     "another forward": lambda unet: setattr(unet.conv_act, "forward", lambda hidden: hidden),
     "other attention processors": lambda unet: unet.set_attn_processor(AttnProcessor()),
     "training mode": lambda unet: unet.train(),
+    "no plain values, such as scales": lambda unet: setattr(unet.mid_block, "scales", torch.ones(2)),
     "weights are bfloat16": lambda unet: unet.to(torch.bfloat16),
 }
 
@@ -237,6 +240,136 @@ def test_loaded_and_changed_weights_are_used():
     openvino.detach(unet)
     assert not torch.allclose(before, after, atol=10 * ROUNDING)
     torch.testing.assert_close(after, call(unet), atol=ROUNDING, rtol=0)
+
+
+def step(unet, timestep=500):
+    """Return what ``unet`` predicts in OpenVINO, without a warning, and what its class does in PyTorch."""
+    draw = torch.Generator().manual_seed(0)
+    size = unet.config.sample_size
+    width = next(module.to_k.in_features for name, module in unet.named_modules() if name.endswith(".attn2"))
+    inputs = torch.randn(2, 4, size, size, generator=draw), timestep, torch.randn(2, 7, width, generator=draw)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return unet(*inputs)[0], type(unet).forward(unet, *inputs)[0]
+
+
+def fuse_lora(unet):
+    add_lora(unet)
+    unet.fuse_lora()
+    unet.unload_lora()
+
+
+def average(unet):
+    average = EMAModel(unet.parameters())
+    for weight in average.shadow_params:
+        weight.mul_(0.9)
+    average.copy_to(unet.parameters())
+
+
+def multiply(unet):
+    for weight in unet.parameters():
+        weight.data.mul_(1.1)
+
+
+def change_one(unet):
+    unet.conv_in.weight.data[3, 2, 1, 1] += 5  # not the first value, which every call looks at
+
+
+def change_eps(unet):
+    for module in unet.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.eps = 0.5
+
+
+UNSEEN = {fuse_lora: 500, average: 400, multiply: 300, change_one: 500, change_eps: 400}
+"""Changes that leave the versions of weights as they are, and the timestep of the next call.
+
+A call with a timestep below 500 is a later one of the same run.
+"""
+
+
+@needs_openvino
+@pytest.mark.parametrize(("change", "timestep"), UNSEEN.items(), ids=[change.__name__ for change in UNSEEN])
+def test_changes_that_leave_no_version_are_used_at_the_next_call(fast, change, timestep):
+    unet = copy.deepcopy(fast.unet)
+    before, expected = step(unet)
+    torch.testing.assert_close(before, expected, atol=ROUNDING, rtol=0)
+    graphs = list(vars(unet)["forward"].requests.values())
+    change(unet)
+    after, expected = step(unet, timestep)
+    torch.testing.assert_close(after, expected, atol=ROUNDING, rtol=0)
+    assert not torch.allclose(before, after, atol=10 * ROUNDING)
+    assert graphs != list(vars(unet)["forward"].requests.values()), "PyTorch was used"
+
+
+@needs_openvino
+def test_an_unchanged_network_is_compiled_once(fast):
+    unet = copy.deepcopy(fast.unet)
+    requests = []
+    for timestep in (900, 500, 900, 900):
+        step(unet, timestep)
+        requests += vars(unet)["forward"].requests.values()
+    assert len(requests) == 4 and len(set(requests)) == 1
+
+
+@needs_openvino
+def test_freeu_runs_in_pytorch_until_it_is_off():
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+    ).eval()
+    openvino.attach(unet, "openvino")
+    unet.enable_freeu(0.2, 0.2, 2.5, 2.8)
+    with pytest.warns(UserWarning, match=r"while OpenVINO cannot run it \(OpConversionFailure\)"):
+        on = call(unet)
+    assert torch.equal(call(unet), on) and not vars(unet)["forward"].requests
+    unet.disable_freeu()
+    off, expected = step(unet)
+    torch.testing.assert_close(off, expected, atol=ROUNDING, rtol=0)
+    assert vars(unet)["forward"].requests
+    unet.enable_freeu(0.2, 0.2, 2.5, 2.8)
+    assert torch.equal(call(unet), on)
+
+
+@needs_openvino
+def test_graphs_of_changed_networks_are_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(graph, "cached_assets_path", lambda *args, **kwargs: tmp_path)
+    torch.manual_seed(0)
+    unet = small_nas().eval()
+    openvino.attach(unet, "openvino")
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.SiLU, "forward", lambda self, hidden: hidden.relu())
+        with pytest.warns(UserWarning, match=r"code that is not a package's, such as SiLU.forward"):
+            predicted = call(unet)
+        assert torch.equal(predicted, call(unet)) and not list(tmp_path.iterdir())
+    changed = copy.deepcopy(unet)
+    change_eps(changed)
+    for number, network in enumerate((changed, unet), 1):
+        predicted, expected = both(network)
+        torch.testing.assert_close(predicted, expected, atol=ROUNDING, rtol=0)
+        assert len(list(tmp_path.iterdir())) == number
+
+
+@needs_openvino
+def test_hooks_on_all_modules_run_in_pytorch(fast):
+    unet = copy.deepcopy(fast.unet)
+    before, _ = step(unet)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output * 0.9 if isinstance(module, nn.SiLU) else None
+    )
+    try:
+        with pytest.raises(UserWarning, match="while all modules have hooks"):
+            step(unet)
+        after, expected = step(unet)
+    finally:
+        hook.remove()
+    assert torch.equal(after, expected) and not torch.allclose(before, after, atol=10 * ROUNDING)
+    torch.testing.assert_close(step(unet)[0], before, atol=ROUNDING, rtol=0)
 
 
 @needs_openvino
