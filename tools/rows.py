@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def run_row(row: str, python: str, instead: Iterable[str], tests: list[str], fol
         "date": date.today().isoformat(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": _version(inside),
-        "tests": " ".join(tests) or "all",
+        "tests": shlex.join(tests) or "all",
         "outcome": re.sub(r" in \d.*", "", last),
         "versions": {name: versions[name] for name in wanted},
     }
