@@ -197,7 +197,7 @@ def tensor_hash(tensor: Tensor) -> str:
 
     Words of 8 bytes are multiplied by fixed random odd numbers and added, modulo 2**64 (Carter and Wegman (1979),
     https://doi.org/10.1016/0022-0000(79)90044-8), where the tensor is, so nothing is copied from a GPU. A change of one
-    word always shows, any other with a probability of at least 1 - 2**-31.
+    word shows unless all of its 64 bits change, any other with a probability of at least 1 - 2**-31.
     """
     data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
     whole = data.numel() // 8 * 8
