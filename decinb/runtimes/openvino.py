@@ -200,6 +200,8 @@ class _Forward:
         """Return why a call must run in PyTorch, or None."""
         if nn.modules.module._global_forward_pre_hooks or nn.modules.module._global_forward_hooks:
             return "all modules have hooks"
+        if torch.is_autocast_enabled("cpu"):
+            return "torch.autocast is on"
         if not self._is_as_seen():
             if reason := self._why_not_inside():
                 return reason

@@ -430,3 +430,13 @@ def test_a_runtime_is_chosen_when_a_model_is_loaded(tiny):
         openvino.check("openvino", torch.device("cuda"), torch.float32)
     with pytest.raises(InputError, match="runtime must be 'torch' for a pipeline without a U-Net"):
         openvino.attach(None, "openvino")
+
+
+@needs_openvino
+def test_autocast_is_left_to_pytorch(fast):
+    unet = copy.deepcopy(fast.unet)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(UserWarning, match=r"while torch\.autocast is on"):
+            step(unet)
+        after, expected = step(unet)
+    assert torch.equal(after, expected)
