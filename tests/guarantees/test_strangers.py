@@ -696,7 +696,7 @@ def test_attention_of_ones_own_that_is_registered(pipe, tmp_path, monkeypatch):
     assert_fresh(pipe, tmp_path)
 
 
-@pytest.mark.parametrize("change", [own_class, own_step, own_table, None], ids=str)
+@pytest.mark.parametrize("change", [own_class, own_step, own_table, None])
 def test_replay_refuses_a_pipeline_with_code_of_the_user(pipe, tmp_path, monkeypatch, change):
     made = sweep(pipe, tmp_path)
     if change:
