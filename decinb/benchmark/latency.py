@@ -208,7 +208,7 @@ def unet_call(unet: nn.Module, rows: int = 1, size: int = 64, tokens: int = 77) 
 
     @torch.inference_mode()
     def call() -> Tensor:
-        timesteps.sub_(1)  # as within a run: where a run starts, OpenVINO's network compares all of its weights
+        timesteps.sub_(1)  # as within a run; at other calls, a U-Net in OpenVINO compares all of its weights
         return unet(latents, timesteps, text)[0]
 
     return call

@@ -254,15 +254,22 @@ def stamp(pipe: DiffusionPipeline) -> list[Any]:
 
 @torch.no_grad()
 def parameters_hash(pipe: DiffusionPipeline) -> str:
-    """Return a hash of all parameters, and of whether the VAE works in tiles: what no call of a pipeline changes."""
+    """Return a hash of what no call of a pipeline changes: all parameters, and whether a part works in tiles."""
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
-        if isinstance(part, nn.Module):
+        if isinstance(part, nn.Module) and not _is_on_disk(part):
             digest.update(f"{name} {getattr(part, 'use_tiling', None)}".encode())
             for parameter in part.parameters():
                 with suppress(Exception):  # meta, sparse: the fingerprint has noted it
                     digest.update(tensor_hash(parameter.as_subclass(Tensor)).encode())
     return digest.hexdigest()
+
+
+def _is_on_disk(part: nn.Module) -> bool:
+    """Return whether diffusers keeps weights of a network on disk, and arbitrary values in their place."""
+    registries = [vars(module).get("_diffusers_hook") for module in part.modules()]
+    hooks = [hook for registry in registries if registry for hook in registry.hooks.values()]
+    return any(getattr(getattr(hook, "group", None), "offload_to_disk_path", None) for hook in hooks)
 
 
 @torch.no_grad()

@@ -355,7 +355,7 @@ def check_pipeline(pipe: DiffusionPipeline, made_by: ImageRecord, record: ImageR
     """
     unknown = unknown_parts(record)
     if other := [part for part in made_by["unknown"] if part not in unknown]:
-        raise InputError(f"pipe has something that did not make {where!r} and cannot be compared: {other[0]}")
+        raise InputError(f"pipe has code that {where!r} was not made with, and that cannot be compared: {other[0]}")
     made_in, own = record.get("dtype"), made_by["dtype"]
     if made_in not in (own, None):
         argument = "runtime" if made_in in RUNTIMES else "dtype"

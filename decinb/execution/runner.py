@@ -21,7 +21,7 @@ from decinb.sampling.jobs import Progress, Result, Step
 from decinb.utils import validation
 from decinb.utils.locks import pipeline_lock
 
-TOLD = {"unknown": "code"}  # what a user calls a field of the record
+IN_WORDS = {"unknown": "code"}  # what messages call a field of the record
 SELDOM = 30  # a pipeline is compared in full after this many times the seconds that comparing takes, and at the end
 
 
@@ -245,8 +245,8 @@ class Runner:
             record = pipeline_record(pipe)
             found |= {"weights": record["weights"], "unknown": record["unknown"]}
             self._stamp = stamp(pipe)
-        changed = [TOLD.get(name, name) for name, value in found.items() if value != planned[name]]
-        if in_full and not batched and parameters_hash(pipe) != self._parameters:
+        changed = [IN_WORDS.get(name, name) for name, value in found.items() if value != planned[name]]
+        if in_full and not batched and "weights" not in changed and parameters_hash(pipe) != self._parameters:
             changed.append("weights")
         if changed:
             removed, self._new = self.results.discard(self._new), []

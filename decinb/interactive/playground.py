@@ -146,7 +146,10 @@ class Playground:
     # --- stepping ---
 
     def step(self) -> None:
-        """Take the next step of the run and show it. The page asks for this once it has shown the last image."""
+        """Take the next step of the run and show it. The page asks for this once it has shown the last image.
+
+        It does nothing if no step is due.
+        """
         if self._asked:
             self._asked = False
             self._advance()

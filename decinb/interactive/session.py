@@ -1,7 +1,7 @@
 """The playground without its widgets: the run in progress, what it has made, and the code that makes it again."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,17 +143,17 @@ class Session:
         That hashes the weights, fits the colours of previews, and compiles what is compiled at the first call. It is
         left out while another call uses the pipeline, and where a step takes long: with a large model on a CPU.
         """
-        if not adapter_of(self.pipe).exposes_latents or (
-            self.pipe.device.type == "cpu" and self.pipe.unet.num_parameters() > LARGE
-        ):
-            return
         with suppress(Exception), _Turn(self._lock):  # what fails here fails again, and is shown, when a run starts
-            Preview(self.adapter, None).prepare()
+            slow = self.pipe._execution_device.type == "cpu" and self.pipe.unet.num_parameters() > LARGE
+            if slow or not self.adapter.exposes_latents:
+                return
             cell = self.check({})
-            running = steps(self.pipe, self._input(cell.pop("image")), "", [cell])
-            while (states := running.advance()) is not None and not any(state.step for state in states):
-                pass
-            running.close()
+            with closing(steps(self.pipe, self._input(cell.pop("image")), "", [cell])) as running:
+                if not running.plan.adapter.exposes_latents:
+                    return  # its first step would be a whole image
+                Preview(self.adapter, None).prepare()
+                while (states := running.advance()) is not None and not any(state.step for state in states):
+                    pass
 
     @property
     def is_running(self) -> bool:

@@ -86,7 +86,7 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str, type(None)))
 
 
-def signature(network: nn.Module) -> str:
+def design_hash(network: nn.Module) -> str:
     """Return a hash of the classes and plain attributes in a network, the same in every process."""
     digest = hashlib.sha256()
     for name, module in network.named_modules():
@@ -256,7 +256,7 @@ def _cache_file(network: nn.Module, inputs: Mapping[str, Tensor]) -> Path:
     """Return where a graph is kept: under a hash of everything that it depends on."""
     cls = type(network)
     decides = {
-        "network": signature(network),
+        "network": design_hash(network),
         "source": hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest(),
         "export": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "versions": versions(("torch", "diffusers", "openvino")),

@@ -13,6 +13,7 @@ import inspect
 import math
 import operator
 import threading
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from decinb.runtimes.graph import (
     APART,
     BOOKKEEPING,
     attributes,
+    design_hash,
     fill,
     fixed_sides,
     foreign_code,
@@ -34,7 +36,6 @@ from decinb.runtimes.graph import (
     is_installed,
     is_plain,
     read_graph,
-    signature,
 )
 from decinb.utils import validation
 from decinb.utils.threads import most_threads
@@ -51,6 +52,7 @@ NAMES = {"openvino": "OpenVINO", "openvino-bfloat16": "OpenVINO, bfloat16"}
 RUNTIMES = (TORCH, *NAMES)
 """What a U-Net can run in. ``openvino-bfloat16`` multiplies in bfloat16 where the processor can, which shows."""
 
+PAUSE = 0.5  # seconds between two calls, after which someone may have changed something
 CHUNK = 2**16  # weights that are compared at once: they stay in the cache of a processor
 
 
@@ -111,9 +113,8 @@ def precision(pipe: DiffusionPipeline) -> str:
     Inside ``torch.autocast``, the dtype that it converts to is named too.
     """
     runtime = runtime_of(getattr(pipe, "unet", None))
-    if runtime not in (TORCH, "openvino"):
-        return runtime
-    names, device = [pipe.dtype], pipe._execution_device.type  # which an offloaded pipeline has too
+    names: list[Any] = [pipe.dtype if runtime in (TORCH, "openvino") else runtime]
+    device = pipe._execution_device.type  # which an offloaded pipeline has too
     if torch.is_autocast_enabled(device):
         names.append(torch.get_autocast_dtype(device))
     return ", autocast to ".join(str(name).removeprefix("torch.") for name in names)
@@ -132,13 +133,13 @@ class _Forward:
         """Start without a compiled graph."""
         functools.update_wrapper(self, type(self.network).forward)
         self.lock = threading.Lock()
-        self.timestep = -math.inf  # of the last call
+        self.timestep, self.called = -math.inf, 0.0  # of the last call, and when it ended
         self.seen: list[tuple[nn.Module, list[nn.Module | None], Any, tuple[Any, ...], int]] = []  # see _is_as_seen
         self.foreign: list[str] = []  # names of code that is not a package's
         self.tables: list[dict[str, Tensor | None]] = []  # the parameters of each module that has some
         self.code: list[tuple[type, Any]] = []  # the class of each module, with its forward
-        self.signature = ""
-        self.places: list[tuple[int, int]] = []  # addresses and versions of the weights that were compiled
+        self.design = ""  # a hash of classes and attributes
+        self.places: list[tuple[Any, ...]] = []  # addresses, strides and versions of the weights that were compiled
         self.views: list[np.ndarray] = []  # of their values
         self.firsts: list[int] = []  # their first values
         self.checksums: list[list[int]] = []
@@ -184,14 +185,14 @@ class _Forward:
         try:
             self._notice_changes(inputs["timestep"])
             if self.foreign:
-                return f"it runs code that is not a package's, such as {self.foreign[0]}", None
+                return f"it uses code of your own, such as {self.foreign[0]}", None
             if key in self.failures:
                 return self.failures[key], None
             if key not in self.requests:
                 self.requests[key] = self._compile(inputs)
             return "", self._infer(self.requests[key], inputs)
         except Exception as error:  # whatever OpenVINO, its converter or the tracer may raise
-            reason = f"OpenVINO cannot run it ({type(error).__name__})"
+            reason = f"OpenVINO cannot run it ({type(error).__name__}: {validation.short_repr(str(error))})"
             if key not in self.requests:
                 self.failures[key] = reason
             return reason, None
@@ -199,13 +200,13 @@ class _Forward:
     def _why_not(self, arguments: dict[str, Any]) -> str | None:
         """Return why a call must run in PyTorch, or None."""
         if nn.modules.module._global_forward_pre_hooks or nn.modules.module._global_forward_hooks:
-            return "all modules have hooks"
+            return "there is a hook on all modules"
         if torch.is_autocast_enabled("cpu"):
             return "torch.autocast is on"
         if not self._is_as_seen():
             if reason := self._why_not_inside():
                 return reason
-            self._look()
+            self._note_modules()
         weight = next(self.network.parameters())
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             return f"its weights are {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
@@ -236,7 +237,7 @@ class _Forward:
                 return "it is in training mode"
             for name, value in attributes(module).items():
                 if name not in APART and not is_plain(value):
-                    return f"it has attributes that are no plain values, such as {name}"
+                    return f"it has an attribute that OpenVINO cannot use, {name}"
             if module is self.network:
                 continue
             if inside["_forward_hooks"] or inside["_forward_pre_hooks"]:
@@ -247,17 +248,18 @@ class _Forward:
                 return "it has other attention processors"
         return None
 
-    def _look(self) -> None:
+    def _note_modules(self) -> None:
         """Note the modules as they are; what changes in them from now on shows in ``_is_as_seen``."""
         self.seen = []
         for module, children in self.structure:
             inside = vars(module)
             read = operator.itemgetter("_modules", "_parameters", *(name for name in inside if name not in BOOKKEEPING))
-            self.seen.append((module, children, read, read(inside), len(inside)))
+            values = tuple(list(value) if isinstance(value, list) else value for value in read(inside))
+            self.seen.append((module, children, read, values, len(inside)))
         self.tables = [module._parameters for module, _ in self.structure if module._parameters]
         self.code = self._code()
-        self.signature, before = signature(self.network), self.signature
-        if self.signature != before:
+        self.design, before = design_hash(self.network), self.design
+        if self.design != before:
             self._drop()
 
     def _code(self) -> list[tuple[type, Any]]:
@@ -265,7 +267,7 @@ class _Forward:
         return [(type(module), type(module).forward) for module, _ in self.structure]
 
     def _is_as_seen(self) -> bool:
-        """Return whether the modules are as they were noted, in much less time than a signature takes."""
+        """Return whether the modules are as they were noted, in much less time than a hash takes."""
         for module, children, read, values, count in self.seen:
             inside = vars(module)
             try:
@@ -280,17 +282,17 @@ class _Forward:
     def _notice_changes(self, timestep: Tensor) -> None:
         """Drop the compiled graphs if the network is no longer what they were made from.
 
-        Within a run, timesteps decrease. So a call whose highest timestep is not below that of the call before may
-        begin a run, and everything is compared.
+        Within a run, timesteps decrease. So a call whose highest timestep is not below that of the call before, or that
+        comes after a pause, may begin a run, and everything is compared.
         """
         before, self.timestep = self.timestep, float(timestep.max())
-        starts = not self.timestep < before
+        starts = not self.timestep < before or perf_counter() - self.called > PAUSE
         if starts:
             self.foreign = foreign_code(self.network)
             if self._code() != self.code:
-                self._look()
+                self._note_modules()
         weights = [weight for table in self.tables for weight in table.values() if weight is not None]
-        places = [(weight.data_ptr(), _version(weight)) for weight in weights]
+        places = [(weight.data_ptr(), weight.stride(), _version(weight)) for weight in weights]
         if moved := places != self.places:
             self.places, self.views = places, list(map(_bits, weights))
             self._drop()
@@ -308,7 +310,9 @@ class _Forward:
 
     def _infer(self, request: Any, inputs: dict[str, Tensor]) -> Tensor:
         arrays = [tensor.detach().contiguous().numpy() for tensor in inputs.values()]
-        return torch.from_numpy(request.infer(arrays, share_inputs=True)[0])
+        predicted = torch.from_numpy(request.infer(arrays, share_inputs=True)[0])
+        self.called = perf_counter()
+        return predicted
 
     def _compile(self, inputs: dict[str, Tensor]) -> Any:
         graph = read_graph(self.network, inputs)

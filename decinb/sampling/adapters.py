@@ -301,7 +301,7 @@ def adapter_of(pipe: DiffusionPipeline, why: str | None = None) -> Adapter:
 def _why_not_batched(pipe: DiffusionPipeline) -> str | None:
     """Return, in words, what makes a row of a batch differ from a call of its own; None if nothing does."""
     if type(pipe).__module__.partition(".")[0] not in ("diffusers", OURS):
-        return f"{type(pipe).__name__} (a class of another package, whose call may differ)"
+        return f"{type(pipe).__name__} (not a class of diffusers or decinb, so its call may differ)"
     for name in ("unet", "vae"):
         part = getattr(pipe.components[name], "_orig_mod", pipe.components[name])  # of torch.compile
         if name == "vae" and type(part).__module__.startswith("diffusers.") and not isinstance(part, PLAIN_VAES):

@@ -10,7 +10,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 OURS = "decinb"
-GENERATED = ("namedtuple_", "pybind11_")  # made by Python's collections, and by C++ libraries
+GENERATED = ("namedtuple_", "pybind11_", "_cython_", "nanobind")  # made by Python's collections, and compiled libraries
 INSTALLED = {"site-packages", "dist-packages"}
 OF_COMPILERS = ("__compiled_fn_", "__resume_at_")  # what torch.compile puts into the modules that it has compiled
 HARMLESS = ("load", "save", "__repr__", "__str__", "__format__")  # they compute nothing, and are often replaced
@@ -92,7 +92,8 @@ def _is_foreign(value: Any) -> bool:
         value = value.fget
     elif isinstance(value, (functools.cached_property, functools.partialmethod)):
         value = value.func
-    beneath = vars(value).get("__wrapped__") if isinstance(value, FunctionType) else None
+    wrappers = (FunctionType, functools._lru_cache_wrapper)
+    beneath = vars(value).get("__wrapped__") if isinstance(value, wrappers) else None
     if beneath is not None and _is_foreign(beneath):
         return True
     return (callable(value) and not is_installed(module_of(value))) or not is_installed(type(value).__module__)
