@@ -439,4 +439,16 @@ def test_autocast_is_left_to_pytorch(fast):
         with pytest.raises(UserWarning, match=r"while torch\.autocast is on"):
             step(unet)
         after, expected = step(unet)
-    assert torch.equal(after, expected)
+        pipe = decinb.load_pipeline("tiny", "cpu", runtime="openvino-bfloat16")
+        assert openvino.precision(pipe) == "openvino-bfloat16, autocast to bfloat16"
+    assert torch.equal(after, expected) and openvino.precision(pipe) == "openvino-bfloat16"
+
+
+@needs_openvino
+def test_a_change_after_a_pause_is_used_in_a_run_that_starts_lower(fast, monkeypatch):
+    unet = copy.deepcopy(fast.unet)
+    step(unet, 900)
+    change_one(unet)
+    monkeypatch.setattr(openvino, "PAUSE", 0.0)
+    after, expected = step(unet, 300)
+    torch.testing.assert_close(after, expected, atol=ROUNDING, rtol=0)
