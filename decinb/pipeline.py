@@ -267,7 +267,7 @@ class _DeciDiffusion:
 
         checks = {"callback_on_step_end": check_step, "callback_on_step_end_tensor_inputs": [*wanted, "latents"]}
         with pipeline_lock(self), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "You have passed .* initial images", FutureWarning)  # we allow that
+            warnings.filterwarnings("ignore", "You have passed .* initial images", FutureWarning)  # allowed here
             # A ConsistencyDecoderVAE has no decoder of this name; its pixels are not checked.
             hook = getattr(self.vae, "decoder", self.vae).register_forward_hook(check_pixels)
             try:

@@ -82,7 +82,7 @@ def draw(shown: dict[str, dict[str, list[str]]], file: Path, colours: dict[str, 
     """Draw each part as a box on its layer, and an arrow for each import that no chain of other imports implies."""
     figure = plt.figure(figsize=(8.3, 0.78 * len(LAYERS)), facecolor=colours["page"])
     ax = figure.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, 7.8), ylim=(-0.5, len(LAYERS) - 0.5))
+    ax.set(xlim=(0, 7.8), ylim=(-0.5, len(LAYERS) - 0.4))  # the top boxes may be higher than their layer
     ax.axis("off")
     tops, bottoms = {}, {}
     for y, layer in enumerate(LAYERS):

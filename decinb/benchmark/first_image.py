@@ -8,6 +8,7 @@ from decinb.benchmark.latency import Measurement, Timing
 from decinb.benchmark.processes import in_turns, run_fresh
 from decinb.errors import InputError
 from decinb.runtimes.openvino import RUNTIMES
+from decinb.utils import validation
 from decinb.utils.environment import environment
 
 PARTS = ("import torch", "import diffusers", "import decinb", "load_pipeline", "first image")
@@ -52,8 +53,8 @@ def measure_first_image(runtimes: Sequence[str] = ("torch",), rounds: int = 6, w
     Raises:
         InputError: there is no such runtime, or a number is out of range.
     """
-    if unknown := [runtime for runtime in runtimes if runtime not in RUNTIMES]:
-        raise InputError(f"runtimes must be of {', '.join(RUNTIMES)}, got {unknown[0]!r}")
+    for runtime in runtimes:
+        validation.choice(runtime, "runtimes", RUNTIMES)
     if rounds < 1 or warmup < 0:
         raise InputError(f"rounds must be at least 1 and warmup at least 0, got {rounds} and {warmup}")
     where = environment("cpu", torch.float32)

@@ -11,6 +11,7 @@ from decinb.benchmark.latency import Measurement, Timing
 from decinb.benchmark.processes import in_turns, run_fresh
 from decinb.errors import InputError
 from decinb.runtimes.openvino import RUNTIMES
+from decinb.utils import validation
 from decinb.utils.environment import environment
 
 PARTS = ("first click: preview", "first click: image", "preview", "image")
@@ -49,8 +50,8 @@ def measure_playground(runtimes: Sequence[str] = ("torch",), rounds: int = 4, cl
     Raises:
         InputError: there is no such runtime, or a number is out of range.
     """
-    if unknown := [runtime for runtime in runtimes if runtime not in RUNTIMES]:
-        raise InputError(f"runtimes must be of {', '.join(RUNTIMES)}, got {unknown[0]!r}")
+    for runtime in runtimes:
+        validation.choice(runtime, "runtimes", RUNTIMES)
     if rounds < 1 or clicks < 2:
         raise InputError(f"rounds must be at least 1 and clicks at least 2, got {rounds} and {clicks}")
     where = environment("cpu", torch.float32)

@@ -136,7 +136,7 @@ def run_chain(
     first = None if image is None else load_image(image)
     records = _records(calls, seed, first, image_name(image, first))
     chain = Chain(first, folder=None if store is None else store.folder)
-    outputs, link = run_calls(calls, first, seed), 0
+    outputs = run_calls(calls, first, seed)
     try:
         for link, record in enumerate(records):
             output, seconds = next(outputs)

@@ -35,9 +35,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from decinb.utils import validation
-from decinb.utils.origins import OURS, is_installed, module_of, replaced
-
-CHUNK = 2**17  # words of 8 bytes that are hashed at once: they stay in the cache of a processor
+from decinb.utils.hashing import tensor_hash
+from decinb.utils.origins import OURS, exchanged_functions, is_installed, module_of, replaced
 
 # Attributes that do not decide what a network computes.
 BOOKKEEPING = {
@@ -112,10 +111,6 @@ DEFAULT_PRECISION = {
 LIBRARIES = (torch, torch.Tensor, nn.functional, np, Image, Image.Image)
 """What all pipelines compute with. A function of the user in one of these is noted."""
 
-# Those of torch.nn.functional when decinb was imported, to notice one of an installed package in their place.
-_FUNCTIONS = {
-    name: one for name, one in vars(nn.functional).items() if isinstance(one, (FunctionType, BuiltinFunctionType))
-}
 _json = json.JSONEncoder(default=str)
 CODE = (FunctionType, BuiltinFunctionType, MethodType, functools.partial)
 COMMON = {bool, int, str, type(None)}  # types of most values; not float, because 0.0 equals -0.0 in a cache
@@ -155,7 +150,10 @@ def fingerprint(pipe: DiffusionPipeline) -> Fingerprint:
     hashes, unknown, code = {}, _everywhere(), set[type | ModuleType]()
     for name, part in parts.items():
         hasher = _Hasher(code)
-        hasher.add(part, name)
+        if isinstance(part, nn.Module) and _is_on_disk(part):
+            unknown.append(f"{name} (weights offloaded to disk)")
+        else:
+            hasher.add(part, name)
         if part is parts["pipeline"]:
             hasher.check_code(type(pipe), name)
         hashes[name] = hasher.digest.hexdigest()[:16]
@@ -170,9 +168,7 @@ def _everywhere() -> list[str]:
     attention = [name for name, function in registered.items() if not is_installed(module_of(function))]
     modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
     own = [type(mode).__name__ for mode in modes if not is_installed(type(mode).__module__)]
-    functional = vars(nn.functional)
-    patched = [f"torch.nn.functional.{name}" for name, one in _FUNCTIONS.items() if functional.get(name) is not one]
-    patched += [f"{owner.__name__}.{name}" for owner in LIBRARIES for name in replaced(owner)]
+    patched = exchanged_functions() + [f"{owner.__name__}.{name}" for owner in LIBRARIES for name in replaced(owner)]
     return [
         *(["a hook on all modules"] if hooks else []),
         *(f"a mode of torch, {name}" for name in own),
@@ -190,42 +186,6 @@ def _precision() -> dict[str, str]:
         backend, _, operation = name.partition(".")
         found[name] = getattr(getattr(getattr(torch.backends, backend), operation, None), "fp32_precision", "none")
     return {name: found[name] for name in sorted(found) if found[name] not in (DEFAULT_PRECISION[name], "none")}
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """Return a hash of a tensor's bytes, whatever its device and memory layout.
-
-    Words of 8 bytes are multiplied by fixed random odd numbers and added, modulo 2**64 (Carter and Wegman (1979),
-    https://doi.org/10.1016/0022-0000(79)90044-8), where the tensor is, so nothing is copied from a GPU. A change of one
-    word shows unless all of its 64 bits change, any other with a probability of at least 1 - 2**-31.
-    """
-    data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
-    whole = data.numel() // 8 * 8
-    rest = bytes(data[whole:].tolist()).hex() if whole < data.numel() else ""
-    if not whole:
-        return rest
-    if data.storage_offset() % 8:  # words must be aligned
-        data = data.clone()
-    words: Any = data[:whole].view(torch.int64)
-    on_cpu = words.device.type == "cpu"
-    words = words.numpy() if on_cpu else words  # NumPy's calls cost less, and most tensors are small
-    factors = _factors(data.device)
-    pieces = [words[i : i + CHUNK] for i in range(0, len(words), CHUNK)]
-    # High bits reach the lower ones first, because the highest survives a multiplication only as a parity.
-    sums = [((piece ^ (piece >> 32)) * factors[: len(piece)]).sum() for piece in pieces]
-    parts = list(map(int, sums)) if on_cpu else torch.stack(sums).tolist()  # waiting for a GPU once
-    total = sum((part ^ (part >> 32)) * int(factor) for part, factor in zip(parts, _random_words(), strict=False))
-    return f"{total % 2**64:016x}{rest}"
-
-
-@functools.cache
-def _random_words() -> np.ndarray:
-    return np.random.Generator(np.random.PCG64(0)).integers(-(2**63), 2**63, CHUNK, dtype=np.int64) | 1
-
-
-@functools.cache
-def _factors(device: torch.device) -> Any:
-    return _random_words() if device.type == "cpu" else torch.from_numpy(_random_words()).to(device)
 
 
 def scheduler_code(scheduler: SchedulerMixin) -> list[str]:

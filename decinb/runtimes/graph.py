@@ -20,16 +20,15 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import cached_assets_path
 from torch import Tensor, nn
 
+from decinb.runtimes.watch import design_hash
 from decinb.utils.environment import versions
 from decinb.utils.files import write_atomically
-from decinb.utils.origins import is_installed as is_of_a_package
-from decinb.utils.origins import module_of, replaced
 
 if TYPE_CHECKING:
     from openvino import Model
@@ -38,26 +37,6 @@ FREE_DIMENSIONS = {"sample": (0, 2, 3), "encoder_hidden_states": (0, 1)}  # of t
 ODD_SIZE = (10, 12)  # not multiples of 8, or diffusers' U-Net would leave out what other sizes need
 FILES = ("graph.xml", "graph.bin")
 ROWS, TOKENS = 2, 5  # of the example that the graph is traced with
-
-BOOKKEEPING = {  # attributes that decide no output, or that are looked at in other ways
-    *vars(nn.Module()),
-    "_chunk_dim",  # with it, the same sums are made in parts
-    "_chunk_size",
-    "_diffusers_hook",
-    "_gradient_checkpointing_func",
-    "_hf_hook",
-    "_hf_peft_config_loaded",
-    "_is_hf_initialized",
-    "_old_forward",
-    "forward",
-    "gradient_checkpointing",
-    "hf_device_map",
-    "peft_config",
-} - {"training"}
-APART = {"_internal_dict", "processor"}  # attributes that are no plain values: the configuration, and how to attend
-
-# Those of torch.nn.functional, to notice another installed function in the place of one.
-_FUNCTIONS = {name: one for name, one in vars(nn.functional).items() if callable(one)}
 
 
 def is_installed() -> bool:
@@ -72,45 +51,6 @@ def import_openvino() -> ModuleType:
     import openvino
 
     return openvino
-
-
-def attributes(module: nn.Module) -> dict[str, Any]:
-    """Return what can decide the output of a module besides its tensors, its code, and the modules inside it."""
-    return {name: value for name, value in vars(module).items() if name not in BOOKKEEPING and value is not None}
-
-
-def is_plain(value: Any) -> bool:
-    """Return whether a value is a number, a text, a truth value, None, or a sequence of them."""
-    if isinstance(value, (tuple, list)):
-        return all(map(is_plain, value))
-    return isinstance(value, (bool, int, float, str, type(None)))
-
-
-def design_hash(network: nn.Module) -> str:
-    """Return a hash of the classes and plain attributes in a network, the same in every process."""
-    digest = hashlib.sha256()
-    for name, module in network.named_modules():
-        cls, forward = type(module), type(module).forward
-        code = [cls.__module__, cls.__qualname__, module_of(forward), getattr(forward, "__qualname__", "")]
-        plain = [(key, value) for key, value in sorted(attributes(module).items()) if key not in APART]
-        digest.update(repr((name, code, plain)).encode())
-        if config := vars(module).get("_internal_dict"):
-            counted = {key: value for key, value in config.items() if not key.startswith("_")}
-            digest.update(json.dumps(counted, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
-def foreign_code(network: nn.Module) -> list[str]:
-    """Return the names of code that a network runs and that is not, or no longer, that of an installed package."""
-    classes = {type(module) for module in network.modules()}
-    classes |= {type(processor) for module in network.modules() if (processor := vars(module).get("processor"))}
-    bases = {base for cls in classes for base in cls.__mro__ if base is not object}
-    found = sorted(base.__qualname__ for base in bases if not is_of_a_package(base.__module__))
-    functional = vars(nn.functional)
-    found += [f"functional.{name}" for name, one in _FUNCTIONS.items() if functional.get(name) is not one]
-    modules = {sys.modules.get(base.__module__) for base in bases} - {None}
-    owners = {*bases, *modules, nn.functional, torch, Tensor}
-    return found + sorted(f"{owner.__name__}.{name}" for owner in owners for name in replaced(owner))
 
 
 def read_graph(network: nn.Module, inputs: Mapping[str, Tensor]) -> "Model":

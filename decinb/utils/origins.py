@@ -6,8 +6,10 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
+
+from torch.nn import functional
 
 OURS = "decinb"
 GENERATED = ("namedtuple_", "pybind11_", "_cython_", "nanobind")  # made by Python's collections, and compiled libraries
@@ -76,6 +78,18 @@ def replaced(owner: type | ModuleType) -> list[str]:
     if not found:
         _checked[owner] = now
     return found
+
+
+# Those of torch.nn.functional when decinb was imported, to notice another installed function in the place of one.
+_FUNCTIONS = {
+    name: one for name, one in vars(functional).items() if isinstance(one, (FunctionType, BuiltinFunctionType))
+}
+
+
+def exchanged_functions() -> list[str]:
+    """Return the names of what has taken the place of a function of ``torch.nn.functional``."""
+    now = vars(functional)
+    return [f"torch.nn.functional.{name}" for name, one in _FUNCTIONS.items() if now.get(name) is not one]
 
 
 def _is_foreign(value: Any) -> bool:

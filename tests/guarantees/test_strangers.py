@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as img2img
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 import decinb
 from decinb import InputError, Link, load_sweep, replay, run_chain, run_sweep, steps
 from decinb.images import read_record, read_saved, save_image
+from tests.helpers.modes import IN_GROUPS
 from tests.helpers.sweeps import as_ours
 
 silu = torch.nn.functional.silu
@@ -856,3 +858,14 @@ def test_what_a_hook_of_accelerate_calls_is_seen(pipe, tmp_path):
     before = pipe.unet._old_forward
     pipe.unet._old_forward = lambda *args, **kwargs: (before(*args, **kwargs)[0] * 0.5,)
     assert_fresh(pipe, tmp_path)
+
+
+@pytest.mark.skipif(not IN_GROUPS, reason="diffusers 0.39 offloads in groups only with an accelerator")
+def test_weights_that_are_offloaded_to_disk_are_computed_again(pipe, tmp_path):
+    expected = sweep(pipe, tmp_path / "images")
+    cpu, kind = torch.device("cpu"), "leaf_level"
+    apply_group_offloading(pipe.unet, cpu, cpu, offload_type=kind, offload_to_disk_path=str(tmp_path / "weights"))
+    for _ in range(2):
+        made = sweep(pipe, tmp_path / "images")
+        assert made.records[0]["unknown"] == ["unet (weights offloaded to disk)"]
+        assert levels(made.images[0], expected.images[0]) <= 1

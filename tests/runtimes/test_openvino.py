@@ -19,7 +19,7 @@ from torch import nn
 import decinb
 from decinb import InputError
 from decinb.execution.provenance import pipeline_record
-from decinb.runtimes import graph, openvino
+from decinb.runtimes import graph, openvino, watch
 from tests.helpers.small import small_nas, small_sd
 from tests.helpers.sweeps import same
 
@@ -449,6 +449,6 @@ def test_a_change_after_a_pause_is_used_in_a_run_that_starts_lower(fast, monkeyp
     unet = copy.deepcopy(fast.unet)
     step(unet, 900)
     change_one(unet)
-    monkeypatch.setattr(openvino, "PAUSE", 0.0)
+    monkeypatch.setattr(watch, "PAUSE", 0.0)
     after, expected = step(unet, 300)
     torch.testing.assert_close(after, expected, atol=ROUNDING, rtol=0)
