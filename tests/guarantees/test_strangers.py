@@ -37,11 +37,9 @@ IMAGE = Image.new("RGB", (64, 64), (90, 120, 200))
 
 
 @pytest.fixture
-def pipe():
+def pipe(tiny):
     """A pipeline that a test may break."""
-    made = decinb.load_pipeline("tiny", device="cpu")
-    made.set_progress_bar_config(disable=True)
-    return made
+    return copy.deepcopy(tiny)
 
 
 def sweep(pipe, folder=None, cells=CELLS):

@@ -20,7 +20,8 @@ def judge(monkeypatch):
 @pytest.mark.slow
 def test_every_point_is_measured_and_stored(tiny_lcm, judge, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(evaluate_lcm, "STUDENT_STEPS", (1, 4))
-    monkeypatch.setattr(evaluate_lcm, "TEACHER_STEPS", (2, 20))
+    monkeypatch.setattr(evaluate_lcm, "TEACHER_STEPS", (2, 6))
+    monkeypatch.setattr(evaluate_lcm, "ASKED", (4, 6))
     monkeypatch.setattr(evaluate_lcm, "TASKS", ("day to night",))
     file = tmp_path / "few_steps.json"
     evaluate_lcm.main(["--count", "2", "--device", "cpu", "--results", str(file)])
@@ -29,14 +30,14 @@ def test_every_point_is_measured_and_stored(tiny_lcm, judge, monkeypatch, tmp_pa
     assert student == "tiny-lcm"
     assert teachers == ["tiny, DDIM", "tiny, DPM++ 2M", "tiny, UniPC"]
     for way, rows in report["from prompts"].items():
-        assert list(rows) == (["1", "4"] if way == student else ["2", "20"])
+        assert list(rows) == (["1", "4"] if way == student else ["2", "6"])
         assert all(set(row) == {"adherence", "frechet", "spread"} for row in rows.values())
     task = report["image to image"]["day to night"]
     assert list(task["0.5"]["tiny-lcm"]) == ["4"], "one step at strength 0.5 is none"
-    assert list(task["0.75"]["tiny, DDIM"]) == ["2", "20"]
+    assert list(task["0.75"]["tiny, DDIM"]) == ["2", "6"]
     assert list(task["0.75"]) == ["tiny-lcm", "tiny, DDIM"]
     text = capsys.readouterr().out
-    assert "tiny-lcm at 4 steps no worse than tiny at 20, frechet" in text and text.count("from prompts") == 4
+    assert "tiny-lcm at 4 steps no worse than tiny at 6, frechet" in text and text.count("from prompts") == 4
 
 
 def test_no_worse_means_within_the_interval():
