@@ -27,7 +27,8 @@ export MALLOC_TRIM_THRESHOLD_ := 8589934592
 export MALLOC_TOP_PAD_ := 268435456
 
 # At most WORKERS processes, which share the cores. All tests of a file, and all cells of a notebook, run in one of them.
-PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses $(WORKERS) --dist loadfile
+# The notebooks take longest and come first, so that no process waits for one of them at the end.
+PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 QUICK  := $(addprefix tests/,core sampling execution figures utils scenes)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 os.environ["DECINB_MODEL"] = "tiny"  # reaches the notebooks' kernels too
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("DECINB_TRAIN_MINUTES", "0.2")  # notebook 07 takes five where it is read
-os.environ.setdefault("DECINB_COUNT", "2")  # images for each number that the notebooks measure; 32 where they are read
+os.environ.setdefault("DECINB_COUNT", "3")  # images for each number that the notebooks measure; 32 where they are read
 os.environ.setdefault("DECINB_MAX_ROWS", "2")  # of the U-Net calls that notebook 06 times
 os.environ.setdefault("DECINB_SIZE", "16")  # of the latents in these calls
 os.environ.setdefault("DECINB_STEPS", "2")  # of the images that notebook 12 times
