@@ -261,7 +261,8 @@ class Steps(Iterator[State]):
     """A sweep in progress, from ``steps``.
 
     Between two steps, the pipeline is free for other calls, and may be given another scheduler: the sweep keeps its
-    own. Steps may be taken by different threads, one at a time.
+    own. A change of a network is noticed when an image ends, unless it is undone by then. Steps may be taken by
+    different threads, one at a time.
 
     Attributes:
         plan: what the sweep takes, as ``plan`` returns it.

@@ -260,6 +260,23 @@ class Measurement:
     environment: dict[str, Any]
 
 
+def build_networks(
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    networks: Mapping[str, Callable[[], nn.Module]] = NETWORKS,
+) -> dict[str, nn.Module]:
+    """Return networks with random weights, to measure them more than once with ``compare``.
+
+    Args:
+        device, dtype: where and with which precision to run; None chooses what suits the machine.
+        networks: functions that build them, by name.
+    """
+    device, dtype, _ = choose_workload(device, dtype)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return {name: random_model(factory, device, dtype) for name, factory in networks.items()}
+
+
 def compare(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -268,7 +285,7 @@ def compare(
     warmup: int = 1,
     rows: Sequence[int] = (1, 2),
     steps: Sequence[int] | None = None,
-    networks: Mapping[str, Callable[[], nn.Module]] = NETWORKS,
+    networks: Mapping[str, Callable[[], nn.Module] | nn.Module] = NETWORKS,
     vae: Callable[[], AutoencoderKL] = sd15_vae,
 ) -> Measurement:
     """Measure U-Nets of full size with random weights: single calls, and on a GPU whole images.
@@ -280,7 +297,7 @@ def compare(
         rows: the numbers of rows of the U-Net calls to measure. A row is one latent; a guided step has two.
         steps: the numbers of steps of the image-to-image calls to measure; None takes 30 and 50 on a GPU, and none on a
             CPU, where one call takes minutes.
-        networks: functions that build the U-Nets to compare, by name.
+        networks: the U-Nets to compare, by name, or functions that build them. U-Nets are on the device already.
         vae: a function that builds the VAE of the image-to-image calls.
 
     Raises:
@@ -295,7 +312,10 @@ def compare(
     where = environment(device, dtype)
     if device.type == "cpu":
         keep_freed_memory()
-    unets = {name: random_model(factory, device, dtype) for name, factory in networks.items()}
+    unets = {
+        name: given if isinstance(given, nn.Module) else random_model(given, device, dtype)
+        for name, given in networks.items()
+    }
     timings = {}
     for number in rows:
         calls = {name: unet_call(unet, number, size) for name, unet in unets.items()}

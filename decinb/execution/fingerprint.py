@@ -111,6 +111,9 @@ DEFAULT_PRECISION = {
 LIBRARIES = (torch, torch.Tensor, nn.functional, np, Image, Image.Image)
 """What all pipelines compute with. A function of the user in one of these is noted."""
 
+SILENT = {"progress_bar", "set_progress_bar_config"}
+"""Methods of pipelines that compute nothing, and may be replaced."""
+
 _json = json.JSONEncoder(default=str)
 CODE = (FunctionType, BuiltinFunctionType, MethodType, functools.partial)
 COMMON = {bool, int, str, type(None)}  # types of most values; not float, because 0.0 equals -0.0 in a cache
@@ -139,6 +142,8 @@ def fingerprint(pipe: DiffusionPipeline) -> Fingerprint:
     """Return the hashes of a pipeline, without its scheduler, which records describe by class and configuration."""
     own = {name: value for name, value in vars(pipe).items() if not name.startswith("_") or isinstance(value, CODE)}
     components = {name: own.pop(name, None) for name in sorted(pipe.components)}
+    methods = [name for name in own if name not in SILENT and callable(getattr(type(pipe), name, None))]
+    own = {name: value for name, value in own.items() if name not in methods}
     config = FrozenDict({name: value for name, value in pipe.config.items() if name not in components})
     # A subclass of one's own may do anything; those of diffusers and decinb share the stages that decide an image.
     custom = type(pipe).__module__.partition(".")[0] not in ("diffusers", OURS)
@@ -148,6 +153,7 @@ def fingerprint(pipe: DiffusionPipeline) -> Fingerprint:
         **({"precision": precision} if (precision := _precision()) else {}),
     }
     hashes, unknown, code = {}, _everywhere(), set[type | ModuleType]()
+    unknown += [f"pipeline.{name} (another method)" for name in methods]  # a packed sweep would not call it
     for name, part in parts.items():
         hasher = _Hasher(code)
         if isinstance(part, nn.Module) and _is_on_disk(part):
@@ -434,6 +440,8 @@ class _Hasher:
             for hook in own[kind].values():
                 self._add_torch_hook(hook, where)
         self._add_forward(module, where)
+        if module.training and _drops_out(module):
+            self._cannot(where.partition(".")[0], "dropout in training mode")  # once for all modules
         stored = getattr(own.get("_hf_hook"), "weights_map", None)  # where accelerate keeps what it has offloaded
         for name, tensor in (own["_parameters"] | own["_buffers"]).items():
             self.token(name)
@@ -470,6 +478,12 @@ class _Hasher:
             ours = type(one).__module__.partition(".")[0] == OURS  # a runtime: records name one that changes pixels
             if one is not None and not ours and not _leads_to(one, module, wrapped=bool(hooks)):
                 self._cannot(where, "a forward of its own")
+
+
+def _drops_out(module: nn.Module) -> bool:
+    """Return whether a module sets random values to 0 in training mode."""
+    names = ("p", "drop_prob") if isinstance(module, nn.modules.dropout._DropoutNd) else ("dropout", "drop_prob")
+    return any(isinstance(rate := vars(module).get(name), float) and rate > 0 for name in names)
 
 
 def _leads_to(forward: Any, module: nn.Module, wrapped: bool) -> bool:

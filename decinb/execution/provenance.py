@@ -227,7 +227,8 @@ def image_name(source: Any, image: Image.Image | None) -> str | None:
     if image is None:
         return None
     if isinstance(source, (str, os.PathLike)):
-        return Path(os.fsdecode(source).split("?")[0]).name
+        name = Path(os.fsdecode(source).split("?")[0]).name
+        return os.fsencode(name).decode("utf-8", "replace")  # a name in another encoding
     return f"image {image_hash(image)[:6]}"
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from decinb.designs import Cell
 from decinb.errors import reason
 from decinb.execution.plan import Plan
-from decinb.execution.provenance import ImageRecord, image_hash
+from decinb.execution.provenance import ImageRecord, image_hash, unknown_parts
 from decinb.execution.store import Images, Store
 from decinb.images import OUTPUT_HASH
 from decinb.sampling.jobs import Result
@@ -38,6 +38,7 @@ class Results:
         self.in_progress: list[int] = []
         """The numbers of the cells that are being computed."""
         self._finished: dict[int, tuple[Image.Image | Path, ImageRecord]] = {}
+        self._copied: dict[int, Path] = {}  # the files of cells whose images are also kept in memory
         self._failed: set[str] = set()  # keys of jobs that ended without an image
         self._refused = False  # whether the folder could not be written to
 
@@ -95,8 +96,10 @@ class Results:
 
     def discard(self, keys: Iterable[str]) -> int:
         """Remove images, also from the folder, and return how many."""
-        discarded = [self._finished.pop(i)[0] for key in keys for i in self.cells_of[key] if i in self._finished]
-        for path in {source for source in discarded if isinstance(source, Path)}:
+        cells = [i for key in keys for i in self.cells_of[key] if i in self._finished]
+        discarded = [self._finished.pop(i)[0] for i in cells]
+        copies = [self._copied.pop(i) for i in cells if i in self._copied]
+        for path in {*copies, *(source for source in discarded if isinstance(source, Path))}:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
@@ -109,7 +112,9 @@ class Results:
         Warns:
             Images that had been saved are no longer there. They are left out.
         """
-        in_memory = [i for i, (source, _) in self._finished.items() if isinstance(source, Image.Image)]
+        in_memory = [
+            i for i, (source, _) in self._finished.items() if isinstance(source, Image.Image) and i not in self._copied
+        ]
         if self.store is not None and (in_memory or self._refused):
             with suppress(OSError):
                 self.store.list_cells(self.plan.records)
@@ -136,7 +141,11 @@ class Results:
     def _save(self, i: int) -> None:
         """Save the image of a cell under the cell's own file name, unless it is there already."""
         source, record = self._finished[i]
-        self._finished[i] = self.store.keep(source, record, self.plan.jobs[i].image)
+        path, saved = self.store.keep(source, record, self.plan.jobs[i].image)
+        if unknown_parts(record):  # another sweep with code that cannot be compared may write over the file
+            self._copied[i] = path
+        else:  # the file's record may be that of another cell with the same image
+            self._finished[i] = path, {**record, **{name: saved.get(name) for name in MADE}}
 
     def _warn_refused(self, error: OSError) -> None:
         if not self._refused:

@@ -137,6 +137,14 @@ def test_compare_measures_both_unets_at_the_same_work(measurement):
     assert f"{measurement.timings['image, 2 steps']['SD v1.5'].median:.3f}" in latency.table(measurement)
 
 
+def test_networks_that_were_built_are_measured_as_they_are():
+    built = latency.build_networks("cpu", "float32", {"U-Net-NAS": small_nas})
+    weight = built["U-Net-NAS"].conv_in.weight.clone()
+    found = latency.compare("cpu", "float32", 8, repeats=2, rows=(1,), networks=built)
+    assert list(found.timings["1 row"]) == ["U-Net-NAS"]
+    assert torch.equal(built["U-Net-NAS"].conv_in.weight, weight)
+
+
 def test_an_image_call_runs_every_step_with_guidance():
     unet, vae = counting.random_model(small_nas), counting.random_model(small_vae)
     call = latency.image_call(unet, vae, steps=3, size=8, tokens=7)

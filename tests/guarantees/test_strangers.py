@@ -21,11 +21,13 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as img2img
+from peft import LoraConfig
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 import decinb
 from decinb import InputError, Link, load_sweep, replay, run_chain, run_sweep, steps
+from decinb.benchmark.counting import count_unet_calls
 from decinb.images import read_record, read_saved, save_image
 from tests.helpers.modes import IN_GROUPS
 from tests.helpers.sweeps import as_ours
@@ -867,3 +869,57 @@ def test_weights_that_are_offloaded_to_disk_are_computed_again(pipe, tmp_path):
         made = sweep(pipe, tmp_path / "images")
         assert made.records[0]["unknown"] == ["unet (weights offloaded to disk)"]
         assert levels(made.images[0], expected.images[0]) <= 1
+
+
+def test_a_method_of_the_pipeline_that_was_replaced_by_installed_code_is_called(pipe):
+    pipe.encode_prompt = functools.partial(pipe.encode_prompt, clip_skip=1)
+    pipe.progress_bar = pipe.progress_bar  # computes nothing
+    made = sweep(pipe)
+    assert made.records[0]["unknown"] == ["pipeline.encode_prompt (another method)"]
+    generator = torch.Generator().manual_seed(0)
+    assert levels(made.images[0], pipe(PROMPT, IMAGE, generator=generator, **CELLS[0]).images[0]) <= 1
+
+
+def test_images_with_dropout_are_never_finished(pipe, tmp_path, capsys):
+    pipe.unet.add_adapter(LoraConfig(r=4, init_lora_weights="gaussian", target_modules=["to_q"], lora_dropout=0.5))
+    made = sweep(pipe, tmp_path)
+    assert made.records[0]["unknown"] == ["unet (dropout in training mode)"]
+    assert "every image is computed again" in capsys.readouterr().out
+    pipe.unet.eval()
+    assert not sweep(pipe).records[0]["unknown"]
+
+
+def test_a_sweep_of_unknown_code_does_not_change_an_earlier_one(pipe, tmp_path):
+    def with_hook(factor):
+        hook = pipe.unet.conv_out.register_forward_hook(lambda module, given, made: made * factor)
+        made = sweep(pipe, tmp_path)
+        hook.remove()
+        return made
+
+    first = with_hook(0.5)
+    before = np.asarray(first.images[0])
+    second = with_hook(1.5)
+    assert levels(second.images[0], before) > 1
+    assert levels(first.images[0], before) == 0
+
+
+def test_cells_that_share_a_file_keep_their_own_records(pipe, tmp_path):
+    cells = [{**CELLS[0], "guidance_scale": 1.0, "negative_prompt": text} for text in ("rain", "snow")]
+    made = sweep(pipe, tmp_path, cells)
+    assert [record["negative_prompt"] for record in made.records] == ["rain", "snow"]
+    assert len(made.select(negative_prompt="snow")) == 1
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes")
+def test_an_input_whose_name_is_not_utf8(pipe, tmp_path):
+    file = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    IMAGE.save(tmp_path / "input.png")
+    os.rename(tmp_path / "input.png", file)
+    sweep_of = functools.partial(run_sweep, pipe, os.fsdecode(file), PROMPT, CELLS, progress=False)
+    made = sweep_of(folder=tmp_path / "made")
+    assert made.records[0]["image"] == "caf\ufffd.png"
+    with count_unet_calls(pipe) as count:
+        sweep_of(folder=tmp_path / "made")
+    assert count.calls == 0
+    made.to_html(tmp_path / "page.html")
