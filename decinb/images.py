@@ -75,7 +75,8 @@ def load_image(source: Source, size: int | None = None, allow_private: bool = Fa
     Args:
         source: a key of ``SAMPLES``, a path to a PNG, JPEG or WEBP file, an http(s) URL of one, its bytes, a PIL image,
             an array (height, width, channels) or a tensor (channels, height, width), also in a batch of one; integers
-            from 0 to 255, or floats from 0 to 1.
+            from 0 to 255, or to 65535 if any is above 255, or floats from 0 to 1. An array of uint16 without a value
+            above 255, unless it is black, is refused: nothing tells whether its white is 255 or 65535.
         size: height and width of the result in pixels, a multiple of 8 up to 2048: the largest square in the middle,
             scaled. None keeps the size of the image, cropped to a multiple of 8 and at most 2048.
         allow_private: let a URL lead to a private address, one of this machine or its network.
@@ -165,7 +166,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB: white where it is transparent, 16 bits and floats scaled to 8 bits."""
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         # Pillow would clip everything above 255.
-        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+        return Image.fromarray(_eight_bits(np.asarray(image), image.mode.startswith("I;16"))).convert("RGB")
     if image.mode == "La":
         image = image.convert("LA")  # the only mode that Pillow converts it to
     if image.has_transparency_data:
@@ -399,8 +400,8 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     return as_rgb(Image.fromarray(_eight_bits(array.squeeze(-1) if array.ndim == 3 and channels == 1 else array)))
 
 
-def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Convert pixel values to bytes: 16 bits, and floats from 0 to 1, are scaled."""
+def _eight_bits(values: np.ndarray, deep: bool = False) -> np.ndarray:
+    """Convert pixel values to bytes: 16 bits, and floats from 0 to 1, are scaled; ``deep`` says that white is 65535."""
     kind = values.dtype.kind
     if values.dtype == np.uint8:
         return values
@@ -414,8 +415,12 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
         return (values.clip(0, 1) * 255).round().astype(np.uint8)
     if low < 0 or high > 65535:
         raise InputError(f"image of integers must be from 0 to 255, or to 65535, got {low} to {high}")
-    deep = high > 255 or (kind == "u" and values.dtype.itemsize == 2)
-    return (values // 257 if deep else values).astype(np.uint8)
+    if kind == "u" and values.dtype.itemsize == 2 and 0 < high <= 255 and not deep:
+        raise InputError(
+            f"image of uint16 is from {low} to {high}, so its white may be 255 or 65535: convert it to uint8, and if "
+            "white is 65535, divide it by 257 before"
+        )
+    return (values // 257 if deep or high > 255 else values).astype(np.uint8)
 
 
 def _check_floats(low: float, high: float) -> None:

@@ -19,7 +19,7 @@ from decinb.checkpoints.integrity import check_file, loaded_bytes
 from decinb.checkpoints.sources import Locations, locate
 from decinb.checkpoints.tasks import assemble, check_complete, known_pipeline_class, pipeline_class, switch_task
 from decinb.errors import InputError, ModelError
-from decinb.models import IMAGE_TO_IMAGE, MODELS, PUBLISHED, TASKS, Model
+from decinb.models import IMAGE_TO_IMAGE, MODELS, PUBLISHED, TASKS, KnownName, Model
 from decinb.runtimes import openvino
 from decinb.utils import acceleration, validation
 from decinb.utils.device import choose_device, choose_dtype
@@ -266,7 +266,7 @@ def _load(found: _Found, task: str, device: torch.device, dtype: torch.dtype, al
         }
         check_tokenizers(components, where)
         pipe = assemble(cls, components, contents.index, where)
-    pipe.register_to_config(_name_or_path=found.name)
+    pipe.register_to_config(_name_or_path=KnownName(found.name) if is_known else found.name)
     return pipe
 
 

@@ -199,39 +199,67 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
         raise InputError(f"pipe must be a pipeline, as load_pipeline returns it, got {validation.short_repr(pipe)}")
 
 
+class KnownName(str):
+    """The name of a known model, as ``load_pipeline`` writes it into a pipeline's configuration.
+
+    diffusers writes there whatever a pipeline was loaded from, such as a folder called "tiny", as an ordinary string.
+    """
+
+
+def known_model(pipe: DiffusionPipeline) -> Model | None:
+    """Return the entry of the known model that ``load_pipeline`` loaded a pipeline from, or None.
+
+    Pipelines made from it, by ``from_pipe`` or as a copy, count too. What was saved and loaded again does not.
+    """
+    name = pipe.config.get("_name_or_path")
+    return MODELS.get(name) if isinstance(name, KnownName) else None
+
+
 def image_size(pipe: DiffusionPipeline) -> int:
     """Return the height and width in pixels of the images that a pipeline's model was trained on.
+
+    Of images that are not square, the larger of the two.
+
+    Raises:
+        InputError: ``pipe`` is not a pipeline.
+    """
+    return max(height_and_width(pipe))
+
+
+def height_and_width(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """Return the size in pixels of the images that a pipeline's model was trained on, and makes from text.
 
     Raises:
         InputError: ``pipe`` is not a pipeline.
     """
     check_pipeline(pipe)
-    if known := MODELS.get(str(pipe.config.get("_name_or_path"))):
-        return known.image_size
+    if known := known_model(pipe):
+        return known.image_size, known.image_size
     networks = [getattr(pipe, name, None) for name in ("unet", "transformer")]
     # Compared with None, because a compiled network has no truth value.
     network = next((network for network in networks if network is not None), None)
     sample = None if network is None else getattr(network.config, "sample_size", None)
     if sample is None:
-        return getattr(pipe, "default_sample_size", 64) * getattr(pipe, "vae_scale_factor", 8)
-    return max(sample if isinstance(sample, (list, tuple)) else (sample,)) * getattr(pipe, "vae_scale_factor", 8)
+        sample = getattr(pipe, "default_sample_size", 64)
+    sides = sample if isinstance(sample, (list, tuple)) else (sample,)
+    scale = getattr(pipe, "vae_scale_factor", 8)
+    return sides[0] * scale, sides[-1] * scale
 
 
 def example(pipe: DiffusionPipeline) -> tuple[str, str]:
     """Return a sample's name and a prompt for a pipeline: of its model, or of the known model nearest in image size."""
     side = image_size(pipe)
-    name = str(pipe.config.get("_name_or_path"))
-    known = MODELS.get(name) or min(MODELS.values(), key=lambda model: abs(model.image_size - side))
+    known = known_model(pipe) or min(MODELS.values(), key=lambda model: abs(model.image_size - side))
     return known.example_image, known.example_prompt
 
 
 def draws_scenes(pipe: DiffusionPipeline) -> bool:
     """Return whether a pipeline's model is known to draw scenes, so that the judge can tell what its images show."""
-    known = MODELS.get(str(pipe.config.get("_name_or_path")))
+    known = known_model(pipe)
     return known is not None and known.draws_scenes
 
 
 def defaults_of(pipe: DiffusionPipeline) -> dict[str, float]:
     """Return the ``defaults`` of a pipeline's model, empty if it is not known."""
-    known = MODELS.get(str(pipe.config.get("_name_or_path")))
+    known = known_model(pipe)
     return dict(known.defaults) if known is not None else {}

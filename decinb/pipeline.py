@@ -4,12 +4,12 @@ There is one for each task. They share their components: ``from_pipe`` and ``loa
 pipeline from another without loading anything twice.
 """
 
+import copy
 import inspect
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -102,8 +102,12 @@ class _DeciDiffusion:
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """Encode a prompt as diffusers does, but silently: the call has already warned if it is too long."""
-        with quiet(), _text_model(self.text_encoder):
-            return super().encode_prompt(*args, **kwargs)
+        encoder, pipe = self.text_encoder, self
+        if encoder is not None and not hasattr(encoder, "text_model"):
+            pipe = copy.copy(self)  # the text encoder itself may be in use by another thread
+            vars(pipe)["text_encoder"] = _WithTextModel(encoder)
+        with quiet():
+            return super(_DeciDiffusion, pipe).encode_prompt(*args, **kwargs)
 
     def to_json_string(self) -> str:
         """Return the configuration for ``model_index.json``, under the class name that diffusers itself can load."""
@@ -472,17 +476,17 @@ def _custom_schedule(arguments: dict[str, Any]) -> Any:
     return arguments.get("sigmas") if arguments.get("timesteps") is None else arguments["timesteps"]
 
 
-@contextmanager
-def _text_model(text_encoder: nn.Module | None) -> Iterator[None]:
-    """Give a text encoder of transformers 5 the attribute ``text_model``, where diffusers looks for its last norm."""
-    if text_encoder is None or hasattr(text_encoder, "text_model") or not hasattr(text_encoder, "final_layer_norm"):
-        yield
-        return
-    vars(text_encoder)["text_model"] = text_encoder  # not a module inside itself
-    try:
-        yield
-    finally:
-        del vars(text_encoder)["text_model"]
+class _WithTextModel:
+    """A text encoder of transformers 5 with the attribute ``text_model``, where diffusers looks for its last norm."""
+
+    def __init__(self, text_encoder: nn.Module):
+        self.text_model = text_encoder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.text_model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.text_model(*args, **kwargs)
 
 
 def _repeat(values: Any, size: int) -> Any:

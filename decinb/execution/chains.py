@@ -33,8 +33,13 @@ from decinb.execution.provenance import (
 from decinb.execution.store import Store
 from decinb.images import OUTPUT_HASH, Source, load_image
 from decinb.models import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
-from decinb.pipeline import is_decidiffusion
-from decinb.sampling.adapters import adapter_of
+from decinb.pipeline import (
+    DeciDiffusionDepth2ImgPipeline,
+    DeciDiffusionImg2ImgPipeline,
+    DeciDiffusionPipeline,
+    is_decidiffusion,
+)
+from decinb.sampling.adapters import BATCHED, adapter_of
 from decinb.sampling.base import Adapter, Output
 from decinb.utils import validation
 from decinb.utils.locks import pipeline_lock
@@ -51,6 +56,10 @@ NUMBERS = {
     "num_inference_steps": validation.num_inference_steps,
     "guidance_rescale": lambda value, where: validation.fraction(value, f"{where}guidance_rescale"),
 }
+
+DECIDIFFUSION = (DeciDiffusionPipeline, DeciDiffusionImg2ImgPipeline, DeciDiffusionDepth2ImgPipeline)
+ALIKE = tuple(cls.__name__ for cls in (*BATCHED, *DECIDIFFUSION))
+"""The pipeline classes that make the same image of the same components, task and arguments."""
 
 NOT_IN_LATENTS = ("sample_size", "force_upcast")  # options of a VAE's config that do not change its latents
 
@@ -171,6 +180,7 @@ def _records(calls: Sequence["Call"], seed: int, image: Image.Image | None, name
         | made_by[id(call.adapter.pipe)]
         | {argument: call.arguments.get(argument) for argument in LINK_ARGUMENTS}
         | {"takes": call.takes}
+        | ({} if call.adapter.name in ALIKE else {"decides": {"pipeline": call.adapter.name}})
         for call in calls
     ]
     return chain_records(links, seed, image, name)

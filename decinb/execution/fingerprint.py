@@ -114,6 +114,9 @@ LIBRARIES = (torch, torch.Tensor, nn.functional, np, Image, Image.Image)
 SILENT = {"progress_bar", "set_progress_bar_config"}
 """Methods of pipelines that compute nothing, and may be replaced."""
 
+SCALE_DIGITS = 12
+"""The digits of an adapter's scale that count. A call with a scale of its own multiplies it and divides it again."""
+
 _json = json.JSONEncoder(default=str)
 CODE = (FunctionType, BuiltinFunctionType, MethodType, functools.partial)
 COMMON = {bool, int, str, type(None)}  # types of most values; not float, because 0.0 equals -0.0 in a cache
@@ -448,7 +451,11 @@ class _Hasher:
             offloaded = tensor is not None and tensor.is_meta and stored is not None
             self.add(stored[name] if offloaded else tensor, f"{where}.{name}")
         of_peft = type(module).__module__.startswith("peft.")
-        self._add_attributes(module, where, OF_PEFT if of_peft else OF_MODULES)
+        ignored = OF_PEFT if of_peft else OF_MODULES
+        attributes = {name: one for name, one in own.items() if name not in ignored}
+        if of_peft and isinstance(scales := own.get("scaling"), dict):
+            attributes["scaling"] = {name: significant(scale, SCALE_DIGITS) for name, scale in scales.items()}
+        self.add(attributes, where)
         for name, child in own["_modules"].items():
             self.token(name)
             self.add(child, f"{where}.{name}")
@@ -495,6 +502,11 @@ def _leads_to(forward: Any, module: nn.Module, wrapped: bool) -> bool:
         beneath = getattr(forward, "__wrapped__", None) if of_hooks else None
         forward = getattr(forward, "_torchdynamo_orig_callable", beneath)
     return False
+
+
+def significant(value: Any, digits: int) -> Any:
+    """Return a float with this many significant digits, and anything else as it is."""
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def _plain_number(value: Any) -> Any:

@@ -25,7 +25,7 @@ from torch import nn
 
 from decinb.designs import Cell
 from decinb.errors import InputError
-from decinb.execution.fingerprint import fingerprint, sampled_hash, scheduler_code
+from decinb.execution.fingerprint import fingerprint, sampled_hash, scheduler_code, significant
 from decinb.images import OUTPUT_HASH, Saved
 from decinb.loading import is_here
 from decinb.models import MODELS
@@ -35,6 +35,7 @@ from decinb.sampling.jobs import Job, scheduler_changes
 from decinb.utils import validation
 from decinb.utils.environment import versions
 from decinb.utils.labels import ARGUMENTS
+from decinb.utils.origins import OURS
 
 ImageRecord = dict[str, Any]
 """Everything that is needed to make one image again, and what it took."""
@@ -83,6 +84,9 @@ LINK_ARGUMENTS = (
 LINK_FIELDS = ["task", *MADE_BY, *LINK_ARGUMENTS]
 """The fields that a link of a chain is made again from."""
 
+AUTOCAST = ", autocast to "
+"""What stands in ``dtype`` between two dtypes; see ``decinb.runtimes.openvino.precision``."""
+
 
 # --- to a record ------------------------------------------------------------------------------------------------------
 
@@ -129,7 +133,8 @@ def chain_records(
     """Return the records of a chain's images, each made by the links up to it.
 
     Args:
-        links: for each, its task and pipeline class, its ``pipeline_record``, and its ``LINK_ARGUMENTS``.
+        links: for each, its task and pipeline class, its ``pipeline_record``, its ``LINK_ARGUMENTS``, and what else
+            decides its image.
         seed: of the generator that all links share.
         image: the input of the first link, or None.
         image_name: what to call it.
@@ -155,11 +160,17 @@ def pipeline_record(pipe: DiffusionPipeline) -> ImageRecord:
         "components": found.components,
         "adapters": active_adapters(pipe),
         "unknown": found.unknown + callables + scheduler_code(pipe.scheduler) + scheduler_changes(pipe.scheduler),
-        "scheduler": type(pipe.scheduler).__name__,
+        "scheduler": scheduler_name(type(pipe.scheduler)),
         "scheduler_config": config,
         "dtype": precision(pipe),
         "device": pipe._execution_device.type,
     }
+
+
+def scheduler_name(cls: type[SchedulerMixin]) -> str:
+    """Return the name of a scheduler's class, with its module if it is not one of diffusers or decinb."""
+    is_known = cls.__module__.partition(".")[0] in ("diffusers", OURS)
+    return cls.__name__ if is_known else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def scheduler_config(scheduler: SchedulerMixin) -> ImageRecord:
@@ -194,22 +205,23 @@ def unknown_parts(record: ImageRecord) -> list[str]:
     return [part for link in record.get(CHAIN, [record]) for part in link.get("unknown", [])]
 
 
+def lora_layers(pipe: DiffusionPipeline) -> list[Any]:
+    """Return the layers of a pipeline that have LoRA adapters."""
+    peft = sys.modules.get("peft.tuners.lora")  # without it there are no adapters
+    parts = [part for part in pipe.components.values() if peft and isinstance(part, nn.Module)]
+    return [layer for part in parts for layer in part.modules() if isinstance(layer, peft.LoraLayer)]
+
+
 def active_adapters(pipe: DiffusionPipeline) -> list[tuple[str, float | None]]:
     """Return the names of a pipeline's active adapters with their scales; None if layers differ in the scale."""
-    peft = sys.modules.get("peft.tuners.lora")  # without it there are no adapters
-    layers = [
-        layer
-        for part in pipe.components.values()
-        if peft and isinstance(part, nn.Module)
-        for layer in part.modules()
-        if isinstance(layer, peft.LoraLayer) and not layer.disable_adapters
-    ]
     scales: dict[str, set[float]] = {}
-    for layer in layers:
-        for name in layer.active_adapters:
+    for layer in lora_layers(pipe):
+        for name in () if layer.disable_adapters else layer.active_adapters:
             if layer.scaling.get(name):
                 rank = math.sqrt(layer.r[name]) if layer.use_rslora.get(name) else layer.r[name]
-                scales.setdefault(name, set()).add(round(layer.scaling[name] * rank / layer.lora_alpha[name], 6))
+                scale = layer.scaling[name] * rank / layer.lora_alpha[name]
+                # More digits than the fingerprint counts: replay multiplies it again, which would shift the last one.
+                scales.setdefault(name, set()).add(significant(scale, 15))
     return [[name, found.pop() if len(found) == 1 else None] for name, found in sorted(scales.items())]
 
 
@@ -257,7 +269,10 @@ def record_key(record: ImageRecord) -> str:
     """
     if CHAIN in record:
         names = [name for name in (*LINK_FIELDS, "dtype") if name != "model"]
-        links = [{name: link[name] for name in names} for link in record[CHAIN]]
+        links = [
+            {name: link[name] for name in (*names, "decides") if name in link or name in names}
+            for link in record[CHAIN]
+        ]
         return key(chain=links, seed=record["seed"], image=record["image_hash"])
     return key(**{name: record[name] for name in KEY_FIELDS})
 
@@ -360,10 +375,12 @@ def check_pipeline(pipe: DiffusionPipeline, made_by: ImageRecord, record: ImageR
     made_in, own = record.get("dtype"), made_by["dtype"]
     if made_in not in (own, None):
         argument = "runtime" if made_in in RUNTIMES else "dtype"
-        raise InputError(
-            f"{where!r} was made in {validation.short_repr(made_in)}, but pipe is in {own}: give "
-            f"load_pipeline(..., {argument}=...) with that {argument} as pipe"
-        )
+        advice = f"give load_pipeline(..., {argument}=...) with that {argument} as pipe"
+        if AUTOCAST in str(made_in):
+            advice = "call replay inside the same torch.autocast, with a pipeline in the first of these dtypes"
+        elif AUTOCAST in own:
+            advice = "call replay outside torch.autocast"
+        raise InputError(f"{where!r} was made in {validation.short_repr(made_in)}, but pipe is in {own}: {advice}")
     if "components" not in record:
         if sampled_hash(pipe) != record["weights"]:
             raise InputError(f"pipe has other weights than those that made {where!r} ({record['model']})")
@@ -386,17 +403,21 @@ def restore_scheduler(adapter: Adapter, record: ImageRecord, where: str) -> Sche
         InputError: it cannot.
     """
     own = adapter.pipe.scheduler
+    own_name = scheduler_name(type(own))
     name, config = str(record["scheduler"]), record["scheduler_config"]
-    if name == type(own).__name__ and config == scheduler_config(own):
+    if name == type(own).__name__ and any(part in record.get("unknown", []) for part in scheduler_code(own)):
+        name = own_name  # older records name a class of the user without its module
+    if name == own_name and config == scheduler_config(own):
         return own
-    allowed = {cls.__name__: cls for cls in (type(own), *own.compatibles)}
+    allowed = {scheduler_name(cls): cls for cls in (type(own), *own.compatibles)}
     if name not in allowed or not isinstance(config, dict):
+        advice = ": give a pipeline whose scheduler is of that class as pipe" if "." in name else ""
         raise InputError(
-            f"{where!r} names the scheduler {validation.short_repr(name)}, which {adapter.name} cannot use"
+            f"{where!r} names the scheduler {validation.short_repr(name)}, which {adapter.name} cannot use{advice}"
         )
     if adapter.fixed_scheduler:
         expected = scheduler_config(own)
-        if name != type(own).__name__ or any(expected.get(field, value) != value for field, value in config.items()):
+        if name != own_name or any(expected.get(field, value) != value for field, value in config.items()):
             raise InputError(f"{where!r} was made with another configuration of {name}: load the pipeline again")
         return own
     try:

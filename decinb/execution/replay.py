@@ -1,17 +1,20 @@
 """Make an image again from nothing but its PNG."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 from decinb.errors import InputError, ModelError, reason
-from decinb.execution.chains import MAX_LINKS, Link, read_links, run_calls
+from decinb.execution.chains import ALIKE, MAX_LINKS, Link, read_links, run_calls
 from decinb.execution.plan import examine, make_job
 from decinb.execution.provenance import (
+    AUTOCAST,
     CHAIN,
     IMAGE_FIELDS,
     LINK_ARGUMENTS,
@@ -21,6 +24,7 @@ from decinb.execution.provenance import (
     check_fields,
     check_pipeline,
     known_model,
+    lora_layers,
     mismatch,
     pipeline_record,
     restore_scheduler,
@@ -30,6 +34,7 @@ from decinb.loading import load_pipeline
 from decinb.models import IMAGE_TO_IMAGE, TASKS, TEXT_TO_IMAGE
 from decinb.runtimes.openvino import RUNTIMES
 from decinb.sampling.adapters import adapter_of
+from decinb.sampling.base import Adapter
 from decinb.utils import validation
 from decinb.utils.locks import pipeline_lock
 
@@ -81,6 +86,7 @@ def _replay_cell(path: str | Path, saved: Saved, pipe: DiffusionPipeline | None)
     adapter = adapter_of(pipe)
     job = make_job(record, image, where)
     adapter.check_image(image)
+    _check_class(adapter, record, name)
     # A sweep of a pipeline with code of the user is not packed, and more arguments decide its keys.
     either = [one.key_parts(job) for one in (adapter, adapter_of(pipe, why="the record"))]
     if record.get("decides", either[0]) not in either:
@@ -103,29 +109,59 @@ def _replay_cell(path: str | Path, saved: Saved, pipe: DiffusionPipeline | None)
 @contextmanager
 def _with_adapters(pipe: DiffusionPipeline, record: ImageRecord) -> Iterator[None]:
     """Give a pipeline's adapters the scales that a record names, inside the ``with`` block."""
-    wanted, before = record.get("adapters"), active_adapters(pipe)
-    is_list = isinstance(wanted, list) and all(isinstance(one, list) and len(one) == 2 for one in wanted)
-    if not wanted or not is_list or wanted == before or not _have_scales(wanted + before):
-        yield  # nothing to change, or nothing that could be undone: the weights are compared anyway
+    wanted = record.get("adapters")
+    if not wanted or not _have_scales(wanted) or _are_close(wanted, active_adapters(pipe)):
+        yield  # nothing to change, or nothing that can be set: the weights are compared anyway
         return
     loaded = getattr(pipe, "get_list_adapters", dict)()
     known = {name for names in loaded.values() for name in names}
     if lacking := [name for name, _ in wanted if name not in known]:
         raise InputError(f"pipe lacks the adapter {validation.short_repr(lacking[0])}: load it first")
-    if not before:
-        pipe.enable_lora()
-    pipe.set_adapters([name for name, _ in wanted], [scale for _, scale in wanted])
+    layers = [
+        (layer, dict(layer.scaling), layer._active_adapter, layer.disable_adapters) for layer in lora_layers(pipe)
+    ]
+    trained = [(weight, weight.requires_grad) for layer, *_ in layers for weight in layer.parameters()]
     try:
+        pipe.enable_lora()
+        pipe.set_adapters([name for name, _ in wanted], [scale for _, scale in wanted])
         yield
     finally:
-        if before:
-            pipe.set_adapters([name for name, _ in before], [scale for _, scale in before])
-        else:
-            pipe.disable_lora()
+        for layer, scaling, active, disabled in layers:
+            layer.scaling.update(scaling)
+            layer._active_adapter, layer._disable_adapters = active, disabled
+        for weight, requires_grad in trained:
+            weight.requires_grad_(requires_grad)
 
 
-def _have_scales(adapters: list) -> bool:
-    return all(isinstance(name, str) and isinstance(scale, (int, float)) for name, scale in adapters)
+def _are_close(wanted: list, active: list) -> bool:
+    """Return whether adapters have the same names and scales; earlier versions recorded six decimals of a scale."""
+    return (
+        _have_scales(active)
+        and [name for name, _ in wanted] == [name for name, _ in active]
+        and all(
+            math.isclose(one, other, rel_tol=0, abs_tol=1e-6)
+            for (_, one), (_, other) in zip(wanted, active, strict=True)
+        )
+    )
+
+
+def _have_scales(adapters: Any) -> bool:
+    """Return whether a record's adapters are a list of names with their scales."""
+    pairs = isinstance(adapters, list) and all(isinstance(one, list) and len(one) == 2 for one in adapters)
+    return pairs and all(isinstance(name, str) and isinstance(scale, (int, float)) for name, scale in adapters)
+
+
+def _check_class(adapter: Adapter, record: ImageRecord, name: str) -> None:
+    """Refuse a pipeline of another class than a record names: its call may do something else with the same parts."""
+    decides = record.get("decides")
+    said = decides.get("pipeline") if isinstance(decides, dict) else None
+    said = record.get("pipeline") if said is None else said  # of a link
+    if said in (None, adapter.name) or (said in ALIKE and adapter.name in ALIKE):
+        return
+    raise InputError(
+        f"{name!r} was made by a {validation.short_repr(said)}, but pipe is a {adapter.name}, whose call may differ: "
+        "give a pipeline of that class as pipe"
+    )
 
 
 def _replay_chain(
@@ -143,6 +179,7 @@ def _replay_chain(
     check_fields(record, ["seed"], where)
     adapters = [adapter_of(one) for one in _pipelines(links, pipe, name)]
     for i, (adapter, link) in enumerate(zip(adapters, links, strict=True)):
+        _check_class(adapter, link, f"link {i} of {name}")
         check_pipeline(adapter.pipe, pipeline_record(adapter.pipe), link, f"link {i} of {name}")
     image = _input_image(saved, path) if adapters[0].task == IMAGE_TO_IMAGE else None
     schedulers = [restore_scheduler(adapter, link, name) for adapter, link in zip(adapters, links, strict=True)]
@@ -161,6 +198,7 @@ def _replay_chain(
 
 def _load(model: str, made_in: str | None, task: str) -> DiffusionPipeline:
     """Load a model as an image was made: in the dtype, or in the runtime, that its record names."""
+    made_in = made_in.partition(AUTOCAST)[0] if isinstance(made_in, str) else made_in  # it may be on: that is checked
     if made_in in RUNTIMES:
         return load_pipeline(model, device="cpu", runtime=made_in, task=task)
     return load_pipeline(model, dtype=made_in, task=task)

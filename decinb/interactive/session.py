@@ -11,7 +11,7 @@ from PIL import Image
 
 from decinb.designs import Cell
 from decinb.errors import InputError
-from decinb.execution.provenance import model_name
+from decinb.execution.provenance import model_name, scheduler_name
 from decinb.execution.runner import State
 from decinb.execution.store import Images
 from decinb.figures.preview import Preview
@@ -336,7 +336,7 @@ class Session:
             image = names[0]
         texts = {name: cells[0][name] for name in TEXTS if name in cells[0]}
         shared = {name: text for name, text in texts.items() if all(cell[name] == text for cell in cells)}
-        own = type(self.pipe.scheduler).__name__
+        own = scheduler_name(type(self.pipe.scheduler))
         lines = [*(["import diffusers"] if schedulers != [own] else []), "import decinb", ""]
         if (name := model_name(self.pipe)) in MODELS:
             task = "" if self.takes_image else ", task='text-to-image'"
@@ -400,7 +400,7 @@ class _Turn:
 
 def _schedulers(own: SchedulerMixin, fixed: bool) -> dict[str, SchedulerMixin]:
     """Return a pipeline's own scheduler, and those that its configuration fits."""
-    found = {type(own).__name__: own}
+    found = {scheduler_name(type(own)): own}
     compatible = {} if fixed else {cls.__name__: cls for cls in own.compatibles}
     for name in SCHEDULERS:
         if name in compatible and name not in found:

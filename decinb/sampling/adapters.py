@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from decinb.errors import InputError, ModelError
-from decinb.models import check_pipeline, image_size
+from decinb.models import check_pipeline, height_and_width
 from decinb.sampling.base import Adapter, Output
 from decinb.sampling.batched import BatchedAdapter
 from decinb.sampling.jobs import Conditioning, Job
@@ -132,8 +132,8 @@ class TextToImage(ImageToImage):
     accepts_latents = False
 
     def latent_size(self, job: Job) -> tuple[int, int]:
-        side = image_size(self.pipe) // self.pipe.vae_scale_factor
-        return side, side
+        height, width = height_and_width(self.pipe)
+        return height // self.pipe.vae_scale_factor, width // self.pipe.vae_scale_factor
 
     def encode_image(self, image: None) -> None:
         return None

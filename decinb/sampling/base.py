@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 from decinb.designs import Cell
 from decinb.errors import InputError
 from decinb.images import Source
-from decinb.models import IMAGE_TO_IMAGE, TEXT_TO_IMAGE, image_size
+from decinb.models import IMAGE_TO_IMAGE, TEXT_TO_IMAGE, height_and_width
 from decinb.sampling.calls import call_arguments, defaults
 from decinb.sampling.jobs import Job, Step
 from decinb.utils import validation
@@ -116,8 +116,8 @@ class Adapter(ABC):
 
     def output_size(self, job: Job) -> tuple[int, int]:
         """Return the width and height in pixels of a job's image."""
-        side = image_size(self.pipe)
-        return (side, side) if job.image is None else job.image.size
+        height, width = height_and_width(self.pipe)
+        return (width, height) if job.image is None else job.image.size
 
     def truncated_text(self, text: str) -> str:
         """Return the end of a prompt that is cut off; with several tokenizers, by the one that reads least."""
@@ -126,8 +126,10 @@ class Adapter(ABC):
 
     def key_parts(self, job: Job) -> dict[str, Any]:
         """Return what else determines a job's pixels, besides model, input, prompt, steps and seed."""
-        # In text to image, no input determines the size.
-        return {"size": image_size(self.pipe)} if job.image is None else {}
+        if job.image is not None:  # which determines the size
+            return {}
+        height, width = height_and_width(self.pipe)
+        return {"size": height if height == width else [height, width]}
 
     @abstractmethod
     def count_calls(self, jobs: Sequence[Job]) -> list[int]:

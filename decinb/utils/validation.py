@@ -29,12 +29,13 @@ MIN_SIDE = MULTIPLE
 MAX_SCHEDULER_NUMBER = 100_000  # in its configuration; nearly all have 1,000 training timesteps
 MAX_NAME = 255  # bytes of the name of a file or folder
 MAX_PATH = 4_000  # bytes; Linux has room for 4,096, with what is appended
+ROUNDING = 1e-6  # sums of floats may lie this far outside of a range
 MAX_REPR = 80  # characters of a value that an error message repeats
 
 
 def strength(value: Any, where: str = "") -> float:
     """Validate how much of the input image to replace: above 0, at most 1."""
-    value = _number(value, f"{where}strength", "above 0 and at most 1")
+    value = _number(value, f"{where}strength", "above 0 and at most 1", 1)
     if not 0 < value <= 1:
         raise InputError(f"{where}strength must be above 0 and at most 1, got {value:g}")
     return value
@@ -42,7 +43,7 @@ def strength(value: Any, where: str = "") -> float:
 
 def guidance_scale(value: Any, where: str = "") -> float:
     """Validate how closely to follow the prompt: 0 to 10,000. At 1 and below there is no guidance."""
-    value = _number(value, f"{where}guidance_scale", f"from 0 to {MAX_GUIDANCE}")
+    value = _number(value, f"{where}guidance_scale", f"from 0 to {MAX_GUIDANCE}", MAX_GUIDANCE)
     if not 0 <= value <= MAX_GUIDANCE:
         raise InputError(f"{where}guidance_scale must be from 0 to {MAX_GUIDANCE}, got {value:g}")
     return value
@@ -50,7 +51,7 @@ def guidance_scale(value: Any, where: str = "") -> float:
 
 def fraction(value: Any, name: str) -> float:
     """Validate a number from 0 to 1."""
-    value = _number(value, name, "from 0 to 1")
+    value = _number(value, name, "from 0 to 1", 1)
     if not 0 <= value <= 1:
         raise InputError(f"{name} must be from 0 to 1, got {value:g}")
     return value
@@ -390,11 +391,19 @@ def short_repr(value: Any) -> str:
     return words if len(words) <= MAX_REPR else f"{words[:half]}…{words[-half:]}"  # the end of a path tells most
 
 
-def _number(value: Any, name: str, allowed: str) -> float:
+def _number(value: Any, name: str, allowed: str, most: float) -> float:
+    """Return a finite number: a float of Python exactly as given, unless only rounding puts it outside of the range.
+
+    Diffusers truncates ``steps * strength``, so the last digit may decide a step: 10 steps at ``0.1 + 0.7`` run 7.
+    """
     number = real(value)
     if number is None or not math.isfinite(number):
         raise InputError(f"{name} must be a number {allowed}, got {short_repr(value)}")
-    return round(float(number), 6)  # a list built by adding 0.05 ends in 1.0000000000000002
+    number = float(number)
+    if getattr(value, "itemsize", 8) < 8:
+        number = round(number, 6)  # a float32 of 0.7 is 0.699999988
+    inside = min(max(number, 0.0), float(most))
+    return inside if abs(inside - number) < ROUNDING else number  # adding 0.05 twenty times gives 1.0000000000000002
 
 
 def real(value: Any) -> Any:

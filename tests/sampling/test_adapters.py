@@ -14,6 +14,7 @@ from decinb.benchmark.counting import count_unet_calls
 from decinb.checkpoints.dummies import DUMMIES, dummy
 from decinb.execution.replay import replay
 from decinb.loading import load_pipeline
+from decinb.models import KnownName
 from decinb.sampling.adapters import adapter_of
 from decinb.sampling.batched import BatchedAdapter
 from decinb.sampling.calls import defaults
@@ -223,7 +224,7 @@ def test_the_key_of_an_image_from_text_depends_on_its_size(tmp_path, tiny):
     text = load_pipeline(tiny, task=TEXT)
     keys = set()
     for name in ("tiny", "sd-v1-5"):  # as the entry of a model may be changed
-        text.register_to_config(_name_or_path=name)
+        text.register_to_config(_name_or_path=KnownName(name))
         keys.add(decinb.plan(text, None, PROMPT, [{"num_inference_steps": 2}], timed=False).records[0]["key"])
     assert len(keys) == 2
 
