@@ -19,7 +19,7 @@ from papermill.exceptions import PapermillExecutionError
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "demo"
-COUNT = 4  # images for each number that the notebooks measure; 32 where they are read
+COUNT = 3  # images for each number that the notebooks measure; 32 where they are read
 # ipykernel warns of TCP at every start, and may log the interrupt that ends it as an error. Errors of cells still show.
 QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
 ALONE = ("06_latency_vs_sd15", "12_runtime_options")  # a neighbour would change what they measure
@@ -32,7 +32,7 @@ def main() -> int:
     os.environ.setdefault("DECINB_COUNT", str(COUNT))
     os.environ.setdefault("DECINB_MAX_ROWS", "2")  # of the U-Net calls that notebook 06 times
     os.environ.setdefault("DECINB_SIZE", "16")  # of the latents in these calls
-    os.environ.setdefault("DECINB_STEPS", "6")  # of the images that notebook 12 times
+    os.environ.setdefault("DECINB_STEPS", "4")  # of the images that notebook 12 times
     FOLDER.mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT / "docs" / "maps", ROOT / "runs" / "docs" / "maps", dirs_exist_ok=True)  # notebooks show them
     shutil.copytree(ROOT / "notebooks" / "solutions", FOLDER / "solutions", dirs_exist_ok=True)  # and link to these

@@ -28,7 +28,7 @@ from decinb.errors import InputError
 from decinb.execution.fingerprint import fingerprint, sampled_hash, scheduler_code, significant
 from decinb.images import OUTPUT_HASH, Saved
 from decinb.loading import is_here
-from decinb.models import MODELS
+from decinb.models import MODELS, known_model
 from decinb.runtimes.openvino import RUNTIMES, precision
 from decinb.sampling.base import Adapter
 from decinb.sampling.jobs import Job, scheduler_changes
@@ -228,10 +228,10 @@ def active_adapters(pipe: DiffusionPipeline) -> list[tuple[str, float | None]]:
 def model_name(pipe: DiffusionPipeline) -> str:
     """Return the name a pipeline was loaded by; of a folder only its last part, since a path is private."""
     name = str(pipe.config.get("_name_or_path") or "unnamed")
-    if not Path(name).is_absolute():
+    if known_model(pipe) is not None:
         return name
-    name = Path(name).name
-    return f"./{name}" if name in MODELS else name  # not the known model
+    name = Path(name).name if Path(name).is_absolute() else name
+    return f"./{name}" if name in MODELS else name  # a folder that is called like a known model
 
 
 def image_name(source: Any, image: Image.Image | None) -> str | None:
@@ -330,7 +330,7 @@ def check_fields(record: ImageRecord, fields: Sequence[str], where: str) -> None
             raise InputError(f"{where}the record has no {name!r}")
 
 
-def known_model(record: ImageRecord, where: str) -> str:
+def recorded_model(record: ImageRecord, where: str) -> str:
     """Return the model that a record names, if it is in ``MODELS`` and on this machine.
 
     A file must not make decinb fetch anything.

@@ -23,10 +23,10 @@ from decinb.execution.provenance import (
     active_adapters,
     check_fields,
     check_pipeline,
-    known_model,
     lora_layers,
     mismatch,
     pipeline_record,
+    recorded_model,
     restore_scheduler,
 )
 from decinb.images import Saved, read_saved
@@ -82,7 +82,7 @@ def _replay_cell(path: str | Path, saved: Saved, pipe: DiffusionPipeline | None)
     image = None if record["image"] is None else _input_image(saved, path)
     if pipe is None:
         task = TEXT_TO_IMAGE if image is None else IMAGE_TO_IMAGE
-        pipe = _load(known_model(record, name), record.get("dtype"), task)
+        pipe = _load(recorded_model(record, name), record.get("dtype"), task)
     adapter = adapter_of(pipe)
     job = make_job(record, image, where)
     adapter.check_image(image)
@@ -210,7 +210,7 @@ def _pipelines(
     """Return a pipeline for every link of a record: those given, or known models loaded by name."""
     tasks = [validation.choice(link["task"], f"{name!r}: task", TASKS) for link in links]
     if pipe is None:
-        models = [known_model(link, name) for link in links]
+        models = [recorded_model(link, name) for link in links]
         wanted = [(model, link.get("dtype")) for model, link in zip(models, links, strict=True)]
         task_of = dict(zip(wanted, tasks, strict=True))
         loaded = {one: _load(*one, task) for one, task in task_of.items()}

@@ -13,6 +13,7 @@ import decinb
 from decinb import InputError, load_image, plan, replay, run_sweep
 from decinb.benchmark.counting import count_unet_calls
 from decinb.execution.fingerprint import fingerprint
+from decinb.execution.provenance import model_name
 from decinb.models import MODELS, defaults_of, draws_scenes, known_model
 from decinb.utils.quiet import quiet
 from tests.helpers.small import small_text_encoder, small_vae
@@ -102,6 +103,7 @@ def test_a_folder_called_like_a_known_model_is_not_that_model(tiny, tmp_path, mo
         pipe = StableDiffusionPipeline.from_pretrained(name)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.config._name_or_path == name and known_model(pipe) is None
+    assert model_name(pipe) == f"./{name}", "a record must not name the known model"
     assert decinb.image_size(pipe) == 96 and defaults_of(pipe) == {} and not draws_scenes(pipe)
     own = pipe(PROMPT, num_inference_steps=2, generator=seeded()).images[0]
     made = run_sweep(pipe, None, PROMPT, [{"num_inference_steps": 2}], progress=False)
