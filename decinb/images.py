@@ -75,8 +75,8 @@ def load_image(source: Source, size: int | None = None, allow_private: bool = Fa
     Args:
         source: a key of ``SAMPLES``, a path to a PNG, JPEG or WEBP file, an http(s) URL of one, its bytes, a PIL image,
             an array (height, width, channels) or a tensor (channels, height, width), also in a batch of one; integers
-            from 0 to 255, or to 65535 if any is above 255, or floats from 0 to 1. An array of uint16 without a value
-            above 255, unless it is black, is refused: nothing tells whether its white is 255 or 65535.
+            from 0 to 255, or to 65535 if any is above 255, or floats from 0 to 1. A uint16 array with no value
+            above 255 is refused, unless it is black: nothing tells whether its white is 255 or 65535.
         size: height and width of the result in pixels, a multiple of 8 up to 2048: the largest square in the middle,
             scaled. None keeps the size of the image, cropped to a multiple of 8 and at most 2048.
         allow_private: let a URL lead to a private address, one of this machine or its network.
@@ -417,8 +417,8 @@ def _eight_bits(values: np.ndarray, deep: bool = False) -> np.ndarray:
         raise InputError(f"image of integers must be from 0 to 255, or to 65535, got {low} to {high}")
     if kind == "u" and values.dtype.itemsize == 2 and 0 < high <= 255 and not deep:
         raise InputError(
-            f"image of uint16 is from {low} to {high}, so its white may be 255 or 65535: convert it to uint8, and if "
-            "white is 65535, divide it by 257 before"
+            f"image of uint16 is from {low} to {high}, so its white may be 255 or 65535: convert it to uint8, after a "
+            "division by 257 if white is 65535"
         )
     return (values // 257 if deep or high > 255 else values).astype(np.uint8)
 

@@ -297,7 +297,7 @@ def compare(
         rows: the numbers of rows of the U-Net calls to measure. A row is one latent; a guided step has two.
         steps: the numbers of steps of the image-to-image calls to measure; None takes 30 and 50 on a GPU, and none on a
             CPU, where one call takes minutes.
-        networks: the U-Nets to compare, by name, or functions that build them. U-Nets are on the device already.
+        networks: the U-Nets to compare, by name: functions that build them, or U-Nets that are on the device already.
         vae: a function that builds the VAE of the image-to-image calls.
 
     Raises:
@@ -310,12 +310,8 @@ def compare(
         if any(number < 1 for number in numbers):
             raise InputError(f"{name} must be integers of at least 1, got {tuple(numbers)}")
     where = environment(device, dtype)
-    if device.type == "cpu":
-        keep_freed_memory()
-    unets = {
-        name: given if isinstance(given, nn.Module) else random_model(given, device, dtype)
-        for name, given in networks.items()
-    }
+    factories = {name: given for name, given in networks.items() if not isinstance(given, nn.Module)}
+    unets: dict[str, Any] = {**networks, **build_networks(device, dtype, factories)}
     timings = {}
     for number in rows:
         calls = {name: unet_call(unet, number, size) for name, unet in unets.items()}

@@ -489,7 +489,7 @@ class _Hasher:
 
 def _drops_out(module: nn.Module) -> bool:
     """Return whether a module sets random values to 0 in training mode."""
-    names = ("p", "drop_prob") if isinstance(module, nn.modules.dropout._DropoutNd) else ("dropout", "drop_prob")
+    names = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ("dropout", "drop_prob")
     return any(isinstance(rate := vars(module).get(name), float) and rate > 0 for name in names)
 
 

@@ -29,7 +29,7 @@ from decinb.execution.fingerprint import fingerprint, sampled_hash, scheduler_co
 from decinb.images import OUTPUT_HASH, Saved
 from decinb.loading import is_here
 from decinb.models import MODELS, known_model
-from decinb.runtimes.openvino import RUNTIMES, precision
+from decinb.runtimes.openvino import AUTOCAST, RUNTIMES, precision
 from decinb.sampling.base import Adapter
 from decinb.sampling.jobs import Job, scheduler_changes
 from decinb.utils import validation
@@ -83,9 +83,6 @@ LINK_ARGUMENTS = (
 )
 LINK_FIELDS = ["task", *MADE_BY, *LINK_ARGUMENTS]
 """The fields that a link of a chain is made again from."""
-
-AUTOCAST = ", autocast to "
-"""What stands in ``dtype`` between two dtypes; see ``decinb.runtimes.openvino.precision``."""
 
 
 # --- to a record ------------------------------------------------------------------------------------------------------
@@ -269,10 +266,8 @@ def record_key(record: ImageRecord) -> str:
     """
     if CHAIN in record:
         names = [name for name in (*LINK_FIELDS, "dtype") if name != "model"]
-        links = [
-            {name: link[name] for name in (*names, "decides") if name in link or name in names}
-            for link in record[CHAIN]
-        ]
+        more = [{"decides": link["decides"]} if "decides" in link else {} for link in record[CHAIN]]
+        links = [{name: link[name] for name in names} | one for link, one in zip(record[CHAIN], more, strict=True)]
         return key(chain=links, seed=record["seed"], image=record["image_hash"])
     return key(**{name: record[name] for name in KEY_FIELDS})
 

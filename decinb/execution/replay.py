@@ -14,7 +14,6 @@ from decinb.errors import InputError, ModelError, reason
 from decinb.execution.chains import ALIKE, MAX_LINKS, Link, read_links, run_calls
 from decinb.execution.plan import examine, make_job
 from decinb.execution.provenance import (
-    AUTOCAST,
     CHAIN,
     IMAGE_FIELDS,
     LINK_ARGUMENTS,
@@ -32,7 +31,7 @@ from decinb.execution.provenance import (
 from decinb.images import Saved, read_saved
 from decinb.loading import load_pipeline
 from decinb.models import IMAGE_TO_IMAGE, TASKS, TEXT_TO_IMAGE
-from decinb.runtimes.openvino import RUNTIMES
+from decinb.runtimes.openvino import AUTOCAST, RUNTIMES
 from decinb.sampling.adapters import adapter_of
 from decinb.sampling.base import Adapter
 from decinb.utils import validation
@@ -198,7 +197,9 @@ def _replay_chain(
 
 def _load(model: str, made_in: str | None, task: str) -> DiffusionPipeline:
     """Load a model as an image was made: in the dtype, or in the runtime, that its record names."""
-    made_in = made_in.partition(AUTOCAST)[0] if isinstance(made_in, str) else made_in  # it may be on: that is checked
+    made_in = (
+        made_in.partition(AUTOCAST)[0] if isinstance(made_in, str) else made_in
+    )  # check_pipeline compares the rest
     if made_in in RUNTIMES:
         return load_pipeline(model, device="cpu", runtime=made_in, task=task)
     return load_pipeline(model, dtype=made_in, task=task)

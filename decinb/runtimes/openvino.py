@@ -35,6 +35,10 @@ RUNTIMES = (TORCH, *NAMES)
 """What a U-Net can run in. ``openvino-bfloat16`` multiplies in bfloat16 where the processor can, which shows."""
 
 
+AUTOCAST = ", autocast to "
+"""What stands between two dtypes in a ``precision``."""
+
+
 def check(runtime: str, device: torch.device, dtype: torch.dtype, compile: bool = False) -> str:
     """Return a valid runtime.
 
@@ -96,7 +100,7 @@ def precision(pipe: DiffusionPipeline) -> str:
     device = pipe._execution_device.type  # which an offloaded pipeline has too
     if torch.is_autocast_enabled(device):
         names.append(torch.get_autocast_dtype(device))
-    return ", autocast to ".join(str(name).removeprefix("torch.") for name in names)
+    return AUTOCAST.join(str(name).removeprefix("torch.") for name in names)
 
 
 class _Forward:

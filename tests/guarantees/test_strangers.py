@@ -30,7 +30,7 @@ from decinb import InputError, Link, load_sweep, replay, run_chain, run_sweep, s
 from decinb.benchmark.counting import count_unet_calls
 from decinb.images import read_record, read_saved, save_image
 from tests.helpers.modes import IN_GROUPS
-from tests.helpers.sweeps import as_ours
+from tests.helpers.sweeps import as_ours, levels
 
 silu = torch.nn.functional.silu
 PROMPT = "a red house at night"
@@ -46,11 +46,6 @@ def pipe(tiny):
 
 def sweep(pipe, folder=None, cells=CELLS):
     return run_sweep(pipe, IMAGE, PROMPT, cells, folder=folder, progress=False)
-
-
-def levels(one, other) -> int:
-    """Return the largest difference of two images, in levels of 255."""
-    return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
 
 
 def assert_fresh(pipe, folder):
@@ -924,12 +919,3 @@ def test_an_input_whose_name_is_not_utf8(pipe, tmp_path):
         sweep_of(folder=tmp_path / "made")
     assert count.calls == 0
     made.to_html(tmp_path / "page.html")
-
-
-def test_clip_skip_leaves_a_shared_text_encoder_as_it_is(pipe):
-    seen = []
-    hook = pipe.text_encoder.register_forward_hook(lambda module, given, made: seen.append(set(vars(module))))
-    before = set(vars(pipe.text_encoder))
-    pipe(PROMPT, IMAGE, clip_skip=1, **CELLS[0])
-    hook.remove()
-    assert seen and all(names == before for names in seen)

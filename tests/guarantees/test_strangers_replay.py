@@ -4,7 +4,6 @@ import copy
 from importlib import import_module
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -24,6 +23,7 @@ from decinb.benchmark.counting import count_unet_calls
 from decinb.execution.fingerprint import fingerprint
 from decinb.execution.provenance import active_adapters, record_key
 from decinb.images import read_saved, save_image
+from tests.helpers.sweeps import levels
 
 PROMPT = "a red house at night"
 CELLS = [{"strength": 1.0, "num_inference_steps": 2, "guidance_scale": 3.0}]
@@ -53,11 +53,6 @@ def add_adapter(pipe, name, alpha):
 
 def sweep(pipe, folder=None):
     return run_sweep(pipe, IMAGE, PROMPT, CELLS, folder=folder, progress=False)
-
-
-def levels(one, other) -> int:
-    """Return the largest difference of two images, in levels of 255."""
-    return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
 
 
 # --- adapters ---

@@ -17,6 +17,7 @@ from decinb.execution.provenance import model_name
 from decinb.models import MODELS, defaults_of, draws_scenes, known_model
 from decinb.utils.quiet import quiet
 from tests.helpers.small import small_text_encoder, small_vae
+from tests.helpers.sweeps import levels
 
 PROMPT = "a red house at night"
 IMAGE = Image.new("RGB", (64, 64), (90, 120, 200))
@@ -31,11 +32,6 @@ def pipe(tiny):
 
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def levels(one, other) -> int:
-    """Return the largest difference of two images, in levels of 255."""
-    return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
 
 
 def small_text_pipe(tiny, sample_size: int | tuple[int, int] | list[int]) -> StableDiffusionPipeline:

@@ -11,6 +11,11 @@ def same(made: Image.Image, other: Image.Image) -> bool:
     return np.abs(np.asarray(made, int) - np.asarray(other, int)).max() <= ONE_LEVEL
 
 
+def levels(one, other) -> int:
+    """Return the largest difference of two images, in levels of 255."""
+    return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
+
+
 def as_ours(hook):
     """Let a hook pass for one of decinb's own: with a hook of the user's, a sweep would not be packed."""
     hook.__module__ = "decinb"
